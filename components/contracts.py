@@ -1,0 +1,265 @@
+"""What the parts promise each other: protocols, and the small records they return.
+
+Shapes: B images per micro-batch, R pixels per side, C latent channels of h x w, N = n x n tokens on the
+denoiser's grid, D_k features of encoder k. Images that reach a model are float in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from components.draws import Draws
+    from components.flow import Flow
+    from components.latent_norm import LatentNorm
+
+
+class LatentShape(NamedTuple):
+    """Shape of one image's latent: C channels of ``height`` x ``width``."""
+
+    channels: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Diagonal Gaussian q(z|x) of a tokenizer; both tensors (B, C, h, w).
+
+    The log-variance is clamped to [-30, 20] by whoever makes it, so that ``std`` neither vanishes nor overflows.
+    """
+
+    mean: Tensor
+    logvar: Tensor
+
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self.logvar)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """z = mean + std * noise, with noise ~ N(0, I) of the latent's shape."""
+        return self.mean + self.std * noise.to(self.mean.dtype)
+
+    def kl(self) -> Tensor:
+        """KL(q || N(0, I)) in nats, summed over the latent, averaged over the batch: a scalar."""
+        kl = 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)
+        return kl.flatten(1).sum(1).mean()
+
+
+class DenoiserOutput(NamedTuple):
+    """``velocity`` (B, C, h, w) and the hidden ``tokens`` (B, N, width) after block ``align_depth``."""
+
+    velocity: Tensor
+    tokens: Tensor
+
+
+class Weighted(NamedTuple):
+    """One term of a loss: its weight in the sum and its unweighted value (what TensorBoard shows)."""
+
+    weight: float
+    value: Tensor
+
+
+class Batch(NamedTuple):
+    """One micro-batch on one rank: ``images`` (B, 3, R, R) float in [-1, 1]; ``labels`` (B,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Images to latents and back. Constructed from its options alone.
+
+    Attributes:
+        factor: pixels per latent position along each side.
+        channels: latent channels C.
+    """
+
+    factor: int
+    channels: int
+
+    def encode(self, x: Tensor) -> Posterior:
+        """(B, 3, R, R) in [-1, 1] -> posterior over (B, C, R / factor, R / factor)."""
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, 3, h * factor, w * factor), nominally in [-1, 1]."""
+
+    def load_weights(self) -> None:
+        """Reads the checkpoint that the options name, if any. Called once, never on the meta device."""
+
+    def units(self) -> Sequence[nn.Module]:
+        """Sub-modules to compile, checkpoint and shard one by one."""
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """Predicts the velocity of x_t. Constructed from ``(latent: LatentShape, num_classes: int)`` and options.
+
+    Attributes:
+        width: features of a hidden token.
+        grid: tokens per side; N = grid ** 2.
+        align_depth: the block after which ``tokens`` are taken, counted from 1.
+        null_label: the label that means "no class"; ``num_classes`` when there is one.
+        label_dropout: the probability with which training replaces a label by the null label.
+    """
+
+    width: int
+    grid: int
+    align_depth: int
+    null_label: int
+    label_dropout: float
+
+    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor) -> DenoiserOutput:
+        """x_t (B, C, h, w), t (B,) in [0, 1], labels (B,) int64 in [0, null_label]."""
+
+    def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """The hidden tokens (B, N, width) alone; blocks behind ``align_depth`` do not run."""
+
+    def units(self) -> Sequence[nn.Module]:
+        """Sub-modules to compile, checkpoint and shard one by one."""
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """A frozen network whose patch tokens are the alignment target.
+
+    Constructed from ``(resolution: int, grid: int)``, the images' side in pixels and the denoiser's tokens per
+    side, and its options.
+
+    Attributes:
+        embed_dim: features D of a token.
+    """
+
+    embed_dim: int
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, R, R) in [-1, 1] -> (B, grid * grid, D) patch tokens, rows first."""
+
+    def load_weights(self) -> None:
+        """Reads its weights. Called once, never on the meta device.
+
+        Raises:
+            WeightsError: they cannot be had; the message says every way to provide them.
+        """
+
+
+@runtime_checkable
+class ReconstructionLoss(Protocol):
+    """A term of the tokenizer's loss. ``weight`` is its factor in the sum."""
+
+    weight: float
+
+    def __call__(self, x: Tensor, x_hat: Tensor, posterior: Posterior) -> Tensor:
+        """Image and reconstruction (B, 3, R, R) and the posterior -> a scalar."""
+
+
+@runtime_checkable
+class AdversarialLoss(Protocol):
+    """A discriminator and its two losses; ``parameters()`` are the discriminator's."""
+
+    weight: float
+
+    def generator(self, x_hat: Tensor, step: int) -> Tensor:
+        """What the tokenizer minimises: a scalar, zero before the start step."""
+
+    def discriminator(self, x: Tensor, x_hat: Tensor, step: int) -> dict[str, Tensor]:
+        """What the discriminator minimises: named scalars that are summed; ``x_hat`` comes detached."""
+
+
+@runtime_checkable
+class AlignmentLoss(Protocol):
+    """Distance between projected denoiser tokens and encoder tokens, with one head per encoder.
+
+    Attributes:
+        tokenizer_weight: weight in the tokenizer's loss.
+        denoiser_weight: weight in the denoiser's loss.
+    """
+
+    tokenizer_weight: float
+    denoiser_weight: float
+
+    def make_heads(self, width: int, embed_dims: Sequence[int], grid: int) -> nn.ModuleList:
+        """Trainable heads, one per encoder: (B, N, width) -> (B, N, D_k)."""
+
+    def align(self, projected: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        """Projected tokens and targets, per encoder (B, N, D_k) each -> a scalar."""
+
+
+class Sample(NamedTuple):
+    """One item of a dataset: ``image`` uint8 (3, R, R), its class, and the path of an unreadable file it replaces."""
+
+    image: Tensor
+    label: int
+    unreadable: str | None = None
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """Map-style images with class labels. Constructed from ``(resolution: int)`` and options.
+
+    Attributes:
+        num_classes: labels are in [0, num_classes).
+        class_names: one name per class.
+        flip: whether training may mirror the images left-right.
+    """
+
+    num_classes: int
+    class_names: Sequence[str]
+    flip: bool
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+class Update(Protocol):
+    """Adds one loss's gradients to one group of parameters."""
+
+    def __call__(self, group: str, terms: dict[str, Weighted], **extra: Tensor) -> None:
+        """Back-propagates the weighted sum of ``terms`` and reports each of them; ``extra`` is only reported."""
+
+
+@dataclass
+class Modules:
+    """The parts of a run, as a recipe sees them; a part the recipe does not use is None or empty."""
+
+    tokenizer: Any = None
+    denoiser: Any = None
+    heads: nn.ModuleList | None = None
+    latent_norm: LatentNorm | None = None
+    encoders: dict[str, Any] = field(default_factory=dict)
+    reconstruction: dict[str, Any] = field(default_factory=dict)
+    discriminator: Any = None
+    alignment: Any = None
+    flow: Flow | None = None
+
+    def named(self) -> dict[str, nn.Module]:
+        """Every module by name: 'tokenizer', 'denoiser', 'encoders.dinov2', ..."""
+        found: dict[str, Any] = {}
+        for name, part in vars(self).items():
+            if isinstance(part, dict):
+                found |= {f"{name}.{key}": value for key, value in part.items()}
+            else:
+                found[name] = part
+        return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+
+
+class Recipe(Protocol):
+    """One step of training, as a paper would write it. Constructed from its options alone.
+
+    Attributes:
+        uses: fields of :class:`Modules` that it needs; the others are not built.
+        trains: parameter groups, each the names of the modules it updates.
+    """
+
+    uses: frozenset[str]
+    trains: dict[str, tuple[str, ...]]
+
+    def step(self, m: Modules, batch: Batch, draws: Draws, update: Update, step: int) -> None:
+        """Builds the losses of one micro-batch and hands each to ``update``; changes no weight itself."""

@@ -1,0 +1,288 @@
+"""Plugins by name: a decorator registers a class, its keyword-only signature is the schema of its TOML table.
+
+One :class:`Registry` per kind. Parameters before the ``*`` are handed in by the trainer (they follow from the
+other parts: latent shape, number of classes, ...); parameters after it are the plugin's options.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import pkgutil
+import re
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+ENTRY_POINT_GROUP = "titanrepa.plugins"
+
+
+class PluginError(Exception):
+    """A plugin is missing, registered twice, malformed, or its module cannot be imported."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One key of a plugin's TOML table."""
+
+    name: str
+    annotation: Any
+    default: Any  # inspect.Parameter.empty: required
+    doc: str
+
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+    @property
+    def type_name(self) -> str:
+        return type_name(self.annotation)
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A registered class and where it is defined."""
+
+    kind: str
+    name: str
+    cls: type
+    file: str
+    line: int
+
+    @property
+    def summary(self) -> str:
+        """First line of the class's docstring."""
+        return (inspect.getdoc(self.cls) or "").split("\n", 1)[0]
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}:{self.line}"
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """Keyword-only parameters of ``__init__``, in order, each with its line of the docstring's Args."""
+        init = inspect.unwrap(self.cls.__init__)
+        hints = typing.get_type_hints(init, include_extras=True)
+        docs = _docstring_args(self.cls)
+        return {
+            p.name: Option(p.name, hints.get(p.name, Any), p.default, docs.get(p.name, ""))
+            for p in inspect.signature(init).parameters.values()
+            if p.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+
+    def schema(self) -> type[BaseModel]:
+        """Pydantic model of the options: strict types, unknown keys refused."""
+        fields: dict[str, Any] = {}
+        for option in self.options.values():
+            default = ... if option.required else option.default
+            fields[option.name] = (option.annotation, Field(default, description=option.doc or None))
+        config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), arbitrary_types_allowed=True)
+        return create_model(f"{self.kind}.{self.name}", __config__=config, **fields)
+
+
+class Registry:
+    """The plugins of one kind.
+
+    Args:
+        kind: what a member is called in messages and commands ("encoder").
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._plugins: dict[str, Plugin] = {}
+
+    def register(self, name: str) -> Callable[[type], type]:
+        """Class decorator; raises :class:`PluginError` if another class already has this name."""
+
+        def add(cls: type) -> type:
+            file = inspect.getsourcefile(cls) or "<unknown>"
+            plugin = Plugin(self.kind, name, cls, file, _definition_line(cls))
+            other = self._plugins.get(name)
+            # The same definition seen again (a module reloaded, or reached under two names) replaces itself.
+            if other is not None and (other.where, other.cls.__qualname__) != (plugin.where, cls.__qualname__):
+                raise PluginError(
+                    f"two {self.kind} plugins are called '{name}': {other.where} and {plugin.where}; rename one"
+                )
+            var_kwargs = [
+                p.name
+                for p in inspect.signature(inspect.unwrap(cls.__init__)).parameters.values()
+                if p.kind is inspect.Parameter.VAR_KEYWORD
+            ]
+            if var_kwargs:
+                raise PluginError(
+                    f"{self.kind} '{name}' ({plugin.where}): __init__ takes **{var_kwargs[0]}, "
+                    "so its options cannot be checked; name each option after a bare *"
+                )
+            self._plugins[name] = plugin
+            return cls
+
+        return add
+
+    def get(self, name: str) -> Plugin:
+        """Raises :class:`PluginError` with the nearest valid name if there is no such plugin."""
+        if name in self._plugins:
+            return self._plugins[name]
+        message = f"no {self.kind} is called '{name}'{nearest(name, self._plugins)}"
+        if failures:
+            message += "; these plugin files could not be imported:\n" + "\n".join(
+                f"  {f.where}: {f.error}" for f in failures
+            )
+        raise PluginError(message)
+
+    def names(self) -> list[str]:
+        return sorted(self._plugins)
+
+    def __iter__(self):
+        return iter(self._plugins[name] for name in self.names())
+
+
+recipes = Registry("recipe")
+tokenizers = Registry("tokenizer")
+denoisers = Registry("denoiser")
+encoders = Registry("encoder")
+losses = Registry("loss")
+datasets = Registry("dataset")
+
+KINDS: dict[str, Registry] = {r.kind: r for r in (recipes, tokenizers, denoisers, encoders, losses, datasets)}
+
+
+@dataclass(frozen=True)
+class ImportFailure:
+    """A plugin module that raised while it was imported."""
+
+    where: str
+    error: str
+    trace: str
+
+
+failures: list[ImportFailure] = []
+
+
+def discover(package: str, extra: Iterable[str] = ()) -> None:
+    """Imports every plugin: the modules of ``package``, installed entry points, and ``extra``.
+
+    A module that fails is remembered in :data:`failures` and named by :meth:`Registry.get` when a name is
+    missing; a module of ``extra`` that fails raises at once, since somebody asked for it.
+
+    Args:
+        package: a package whose modules register plugins when imported.
+        extra: dotted module names, or paths of .py files.
+
+    Raises:
+        PluginError: an extra module does not exist or cannot be imported; two plugins share a name.
+    """
+    failures.clear()
+    root = importlib.import_module(package)
+    for info in pkgutil.walk_packages(root.__path__, prefix=f"{package}."):
+        _attempt(info.name, lambda name=info.name: importlib.import_module(name))
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        _attempt(f"entry point {entry.name} = {entry.value}", entry.load)
+    for name in extra:
+        try:
+            _import_file(name) if name.endswith(".py") else importlib.import_module(name)
+        except PluginError:
+            raise
+        except Exception as error:
+            place = _failing_place(error)
+            raise PluginError(f"plugins: '{name}' cannot be imported: {_describe(error)}{place}") from error
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """'; did you mean 'x'? valid: ...' for an error message, or what is valid when nothing is near."""
+    candidates = sorted(candidates)
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    listed = ", ".join(candidates) if candidates else "none"
+    return f"{hint} (valid: {listed})"
+
+
+def type_name(annotation: Any) -> str:
+    """A type as it is shown to users: ``int``, ``'S' | 'B'``, ``list[int]``."""
+    if annotation is type(None):
+        return "none"
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return type_name(args[0])
+    if origin is typing.Literal:
+        return " | ".join(repr(a) for a in args)
+    if origin is typing.Union or getattr(origin, "__name__", "") == "UnionType":
+        return " | ".join(type_name(a) for a in args)
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(type_name(a) for a in args)}]"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _attempt(where: str, load: Callable[[], Any]) -> None:
+    try:
+        load()
+    except PluginError:
+        raise
+    except Exception as error:
+        failures.append(ImportFailure(where, _describe(error) + _failing_place(error), traceback.format_exc()))
+
+
+def _import_file(name: str) -> ModuleType:
+    path = Path(name).expanduser().resolve()
+    if not path.is_file():
+        raise PluginError(f"plugins: the file '{name}' does not exist (looked at {path})")
+    # The path is in the module's name: two files called encoder.py do not collide.
+    module_name = f"titanrepa_plugin_{path.stem}_{hashlib.sha1(str(path).encode()).hexdigest()[:8]}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _failing_place(error: Exception) -> str:
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({error.filename}:{error.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    user = [f for f in frames if "importlib" not in f.filename and f.filename != __file__]
+    return f" ({user[-1].filename}:{user[-1].lineno})" if user else ""
+
+
+def _definition_line(cls: type) -> int:
+    try:
+        return inspect.getsourcelines(cls)[1]
+    except (OSError, TypeError):
+        return 0
+
+
+def _docstring_args(cls: type) -> dict[str, str]:
+    """The Args section of the class's docstring, one line per name (Google style); base classes fill gaps."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        match = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", inspect.cleandoc(base.__dict__.get("__doc__") or ""), re.M)
+        if not match:
+            continue
+        name = None
+        for line in match[1].splitlines():
+            head = re.match(r"^\s{4}(\w+):\s*(.*)$", line)
+            if head:
+                name = head[1]
+                found[name] = head[2]
+            elif name and line.strip():
+                found[name] += " " + line.strip()
+    return found
