@@ -168,8 +168,8 @@ class AdversarialLoss(Protocol):
     def generator(self, x_hat: Tensor, step: int) -> Tensor:
         """What the tokenizer minimises: a scalar, zero before the start step."""
 
-    def discriminator(self, x: Tensor, x_hat: Tensor, step: int) -> dict[str, Tensor]:
-        """What the discriminator minimises: named scalars that are summed; ``x_hat`` comes detached."""
+    def discriminator(self, x: Tensor, x_hat: Tensor, step: int) -> tuple[dict[str, Weighted], dict[str, Tensor]]:
+        """What the discriminator minimises, and scalars to report (mean logits); ``x_hat`` comes detached."""
 
 
 @runtime_checkable

@@ -110,7 +110,10 @@ class Registry:
             plugin = Plugin(self.kind, name, cls, file, _definition_line(cls))
             other = self._plugins.get(name)
             # The same definition seen again (a module reloaded, or reached under two names) replaces itself.
-            if other is not None and (other.where, other.cls.__qualname__) != (plugin.where, cls.__qualname__):
+            if other is not None and (other.where, other.cls.__qualname__) != (
+                plugin.where,
+                cls.__qualname__,
+            ):
                 raise PluginError(
                     f"two {self.kind} plugins are called '{name}': {other.where} and {plugin.where}; rename one"
                 )

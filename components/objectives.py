@@ -1,0 +1,52 @@
+"""The losses that recipes share, each as named, weighted terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from components.contracts import Modules, Posterior, Weighted
+from components.flow import PathPoint
+from components.precision import at_least_fp32
+
+
+def reconstruction(m: Modules, x: Tensor, x_hat: Tensor, posterior: Posterior, step: int) -> dict[str, Weighted]:
+    """The tokenizer's own terms: every configured reconstruction loss, and the generator's side of the GAN."""
+    terms = {name: Weighted(loss.weight, loss(x, x_hat, posterior)) for name, loss in m.reconstruction.items()}
+    if m.discriminator is not None:
+        terms["gan"] = Weighted(m.discriminator.weight, m.discriminator.generator(x_hat, step))
+    return terms
+
+
+def velocity_mse(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of the velocity (B, C, h, w), in at least float32: a scalar."""
+    return (at_least_fp32(predicted) - at_least_fp32(target)).square().mean()
+
+
+def alignment(m: Modules, tokens: Tensor, targets: Sequence[Tensor]) -> Tensor:
+    """Alignment of the denoiser's tokens (B, N, width) with every encoder's, through one head each: a scalar."""
+    return m.alignment.align([head(tokens) for head in m.heads], targets)
+
+
+def encode_targets(m: Modules, images: Tensor) -> list[Tensor]:
+    """Each frozen encoder's patch tokens (B, N, D_k), without gradients."""
+    with torch.no_grad():
+        return [encoder(images) for encoder in m.encoders.values()]
+
+
+def drop_labels(m: Modules, labels: Tensor, u: Tensor) -> Tensor:
+    """Replaces labels by the null label where u ~ U[0, 1) falls below the denoiser's ``label_dropout``."""
+    return torch.where(u < m.denoiser.label_dropout, m.denoiser.null_label, labels)
+
+
+def denoising(
+    m: Modules, path: PathPoint, t: Tensor, labels: Tensor, targets: Sequence[Tensor] = ()
+) -> dict[str, Weighted]:
+    """The denoiser's terms: velocity matching, and alignment where targets are given."""
+    out = m.denoiser(path.x_t, t, labels)
+    terms = {"velocity": Weighted(1.0, velocity_mse(out.velocity, path.velocity))}
+    if len(targets):
+        terms["align"] = Weighted(m.alignment.denoiser_weight, alignment(m, out.tokens, targets))
+    return terms

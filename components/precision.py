@@ -1,0 +1,16 @@
+"""fp32 islands inside bf16 regions: norms, cosines and losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """fp16 and bf16 become fp32; fp32 and fp64 stay (tests run whole steps in fp64)."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """Context in which operations on x's device keep their inputs' dtype."""
+    return torch.autocast(x.device.type, enabled=False)

@@ -1,0 +1,253 @@
+"""SiT: the scalable interpolant transformer (arXiv 2401.08740), a DiT (arXiv 2212.09748) trained on velocities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from components.contracts import DenoiserOutput, LatentShape
+from components.precision import at_least_fp32
+from components.registry import denoisers
+
+# (width, depth, heads)
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+
+
+@denoisers.register("sit")
+class SiT(nn.Module):
+    """SiT transformer with adaLN-Zero conditioning; sizes S, B, L, XL or any width, depth and heads.
+
+    State-dict keys are those of the published SiT and REPA-E checkpoints.
+
+    Args:
+        size: preset of width, depth and heads as published.
+        patch_size: latent positions per token side; the latent's side must be a multiple.
+        align_depth: block whose tokens are aligned, counted from 1.
+        label_dropout: probability of replacing a label by the null label in training; 0 leaves no null label.
+        qk_norm: layer norm on queries and keys.
+        width: features per token; overrides the preset.
+        depth: number of blocks; overrides the preset.
+        heads: attention heads; overrides the preset.
+        mlp_ratio: hidden features of a block's MLP per feature of a token.
+
+    Raises:
+        ValueError: a latent that is not square or does not divide into patches; align_depth beyond the depth;
+            a width that the heads do not divide, or that is not a multiple of 4 (position embedding).
+    """
+
+    def __init__(
+        self,
+        latent: LatentShape,
+        num_classes: int,
+        *,
+        size: Literal["S", "B", "L", "XL"] = "XL",
+        patch_size: int = 2,
+        align_depth: int = 8,
+        label_dropout: float = 0.1,
+        qk_norm: bool = False,
+        width: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        preset = SIZES[size]
+        width, depth, heads = width or preset[0], depth or preset[1], heads or preset[2]
+        _check(latent, patch_size, align_depth, label_dropout, width, depth, heads)
+        self.width = width
+        self.patch_size = patch_size
+        self.align_depth = align_depth
+        self.label_dropout = label_dropout
+        self.num_classes = num_classes
+        self.null_label = num_classes
+        self.grid = latent.height // patch_size
+        self.channels = latent.channels
+
+        self.x_embedder = PatchEmbedding(latent.channels, patch_size, width)
+        self.t_embedder = TimeEmbedding(width)
+        self.y_embedder = nn.Module()
+        self.y_embedder.embedding_table = nn.Embedding(num_classes + (label_dropout > 0), width)
+        # A buffer: unfreezing all parameters must not make it trainable. Persistent: released weights carry theirs.
+        self.register_buffer("pos_embed", torch.empty(1, self.grid**2, width))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm) for _ in range(depth))
+        self.final_layer = FinalLayer(width, patch_size**2 * latent.channels)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Xavier-uniform linear layers; zero modulation and output, so that a new block is the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        patch = self.x_embedder.proj
+        nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1))
+        nn.init.zeros_(patch.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for module in (*self.blocks, self.final_layer):
+            nn.init.zeros_(module.adaLN_modulation[-1].weight)
+            nn.init.zeros_(module.adaLN_modulation[-1].bias)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.linear.bias)
+        if not self.pos_embed.is_meta:
+            self.pos_embed.copy_(sincos_positions(self.width, self.grid))
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> DenoiserOutput:
+        """x_t (B, C, h, w), t (B,) in [0, 1], labels (B,) in [0, num_classes]; see ``contracts.Denoiser``."""
+        x, c = self._embed(x_t, t, labels)
+        for block in self.blocks[: self.align_depth]:
+            x = block(x, c)
+        tokens = x
+        for block in self.blocks[self.align_depth :]:
+            x = block(x, c)
+        return DenoiserOutput(self._unpatchify(self.final_layer(x, c)), tokens)
+
+    def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """Hidden tokens (B, N, width) after block ``align_depth``; the blocks behind it do not run."""
+        x, c = self._embed(x_t, t, labels)
+        for block in self.blocks[: self.align_depth]:
+            x = block(x, c)
+        return x
+
+    def units(self) -> Sequence[nn.Module]:
+        """The transformer blocks."""
+        return list(self.blocks)
+
+    def _embed(self, x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.x_embedder(x_t)
+        x = x + self.pos_embed.to(x.dtype)
+        return x, self.t_embedder(t, x.dtype) + self.y_embedder.embedding_table(labels).to(x.dtype)
+
+    def _unpatchify(self, x: Tensor) -> Tensor:
+        """(B, N, p * p * C), channels fastest -> (B, C, h, w)."""
+        p, n = self.patch_size, self.grid
+        x = x.view(-1, n, n, p, p, self.channels).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(-1, self.channels, n * p, n * p)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, heads, qk_norm)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, N, width), c (B, width)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, out_features: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, out_features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
+        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+
+
+class PatchEmbedding(nn.Module):
+    """(B, C, h, w) -> (B, N, width), rows first."""
+
+    def __init__(self, channels: int, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimeEmbedding(nn.Module):
+    """256 sinusoids of t, then an MLP to (B, width)."""
+
+    FREQUENCIES, MAX_PERIOD = 256, 10_000
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        # At least float32 whatever the network's dtype: bf16 cannot tell t = 0.999 from 1.
+        half = self.FREQUENCIES // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=t.device) * -math.log(self.MAX_PERIOD) / half
+        angles = at_least_fp32(t)[:, None] * exponent.exp()[None]
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """Fixed 2-D sine-cosine embedding (1, grid * grid, width), rows first: columns' half, then rows' half (MAE)."""
+    frequency = 1.0 / 10_000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency[None]
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)
+    columns = axis[None].expand(grid, -1, -1)
+    rows = axis[:, None].expand(-1, grid, -1)
+    return torch.cat([columns, rows], dim=-1).reshape(1, grid * grid, width).float()
+
+
+def _check(
+    latent: LatentShape,
+    patch_size: int,
+    align_depth: int,
+    label_dropout: float,
+    width: int,
+    depth: int,
+    heads: int,
+) -> None:
+    if latent.height != latent.width:
+        raise ValueError(f"denoiser.name = 'sit' takes square latents; got {latent.height} x {latent.width}")
+    if patch_size < 1 or latent.height % patch_size:
+        raise ValueError(
+            f"denoiser.patch_size = {patch_size} does not divide the latent's side of {latent.height}; "
+            f"allowed: {', '.join(str(p) for p in range(1, latent.height + 1) if latent.height % p == 0)}"
+        )
+    if depth < 1:
+        raise ValueError(f"denoiser.depth = {depth}: expected at least 1 block")
+    if not 1 <= align_depth <= depth:
+        raise ValueError(f"denoiser.align_depth = {align_depth}: expected 1 to {depth} (the denoiser's depth)")
+    if width < 4 or width % 4 or heads < 1 or width % heads:
+        raise ValueError(
+            f"denoiser.width = {width} with denoiser.heads = {heads}: the width must be a multiple of 4 "
+            "(position embedding) and of the heads"
+        )
+    if not 0 <= label_dropout < 1:
+        raise ValueError(f"denoiser.label_dropout = {label_dropout}: expected a probability in [0, 1)")

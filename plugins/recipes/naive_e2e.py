@@ -1,0 +1,41 @@
+"""The end-to-end training that fails: the diffusion loss sent into the tokenizer (REPA-E, section 3)."""
+
+from __future__ import annotations
+
+from components.contracts import Batch, Modules, Update
+from components.draws import Draws
+from components.freeze import frozen
+from components.objectives import denoising, drop_labels, reconstruction
+from components.registry import recipes
+
+
+@recipes.register("naive_e2e")
+class NaiveEndToEnd:
+    """Tokenizer trained by the diffusion loss, to show its failure: latents collapse to what is easy to denoise."""
+
+    uses = frozenset({"tokenizer", "denoiser", "latent_norm", "reconstruction", "discriminator"})
+    trains = {
+        "tokenizer": ("tokenizer",),
+        "discriminator": ("discriminator",),
+        "denoiser": ("denoiser",),
+    }
+
+    def step(self, m: Modules, batch: Batch, draws: Draws, update: Update, step: int) -> None:
+        x, labels = batch
+        t = m.flow.times(draws.time)
+        labels = drop_labels(m, labels, draws.label)
+
+        posterior = m.tokenizer.encode(x)
+        z = posterior.sample(draws.posterior)
+        x_hat = m.tokenizer.decode(z)
+        with frozen(m.denoiser, m.discriminator):
+            path = m.flow.at(m.latent_norm.batch(z, update=False), t, draws.noise)
+            terms = reconstruction(m, x, x_hat, posterior, step)
+            update("tokenizer", terms | denoising(m, path, t, labels))
+
+        if m.discriminator is not None:
+            terms, report = m.discriminator.discriminator(x, x_hat.detach(), step)
+            update("discriminator", terms, **report)
+
+        path = m.flow.at(m.latent_norm.batch(z.detach()), t, draws.noise)
+        update("denoiser", denoising(m, path, t, labels))

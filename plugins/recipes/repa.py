@@ -1,0 +1,27 @@
+"""REPA (arXiv 2410.06940): a denoiser on a frozen tokenizer's latents, aligned with a visual encoder."""
+
+from __future__ import annotations
+
+import torch
+
+from components.contracts import Batch, Modules, Update
+from components.draws import Draws
+from components.objectives import denoising, drop_labels, encode_targets
+from components.registry import recipes
+
+
+@recipes.register("repa")
+class Repa:
+    """Denoiser and alignment heads on a frozen tokenizer (REPA); the second stage of the paper's best result."""
+
+    uses = frozenset({"tokenizer", "denoiser", "heads", "latent_norm", "encoders", "alignment"})
+    trains = {"denoiser": ("denoiser", "heads")}
+
+    def step(self, m: Modules, batch: Batch, draws: Draws, update: Update, step: int) -> None:
+        x, labels = batch
+        t = m.flow.times(draws.time)
+        with torch.no_grad():
+            z = m.tokenizer.encode(x).sample(draws.posterior)
+        path = m.flow.at(m.latent_norm(z), t, draws.noise)
+        labels = drop_labels(m, labels, draws.label)
+        update("denoiser", denoising(m, path, t, labels, encode_targets(m, x)))

@@ -1,0 +1,27 @@
+"""A tokenizer from scratch: reconstruction and GAN, no diffusion (arXiv 2112.10752)."""
+
+from __future__ import annotations
+
+from components.contracts import Batch, Modules, Update
+from components.draws import Draws
+from components.freeze import frozen
+from components.objectives import reconstruction
+from components.registry import recipes
+
+
+@recipes.register("tokenizer")
+class TokenizerOnly:
+    """Tokenizer and discriminator alone, for training a VAE from scratch."""
+
+    uses = frozenset({"tokenizer", "reconstruction", "discriminator"})
+    trains = {"tokenizer": ("tokenizer",), "discriminator": ("discriminator",)}
+
+    def step(self, m: Modules, batch: Batch, draws: Draws, update: Update, step: int) -> None:
+        x = batch.images
+        posterior = m.tokenizer.encode(x)
+        x_hat = m.tokenizer.decode(posterior.sample(draws.posterior))
+        with frozen(m.discriminator):
+            update("tokenizer", reconstruction(m, x, x_hat, posterior, step))
+        if m.discriminator is not None:
+            terms, report = m.discriminator.discriminator(x, x_hat.detach(), step)
+            update("discriminator", terms, **report)

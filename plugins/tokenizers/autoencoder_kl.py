@@ -1,0 +1,293 @@
+"""The convolutional KL autoencoder of latent diffusion (arXiv 2112.10752): SD-VAE, IN-VAE and VA-VAE are presets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from components.contracts import Posterior
+from components.registry import tokenizers
+from components.weights import load_strict, read_state
+
+# (latent channels, multipliers, levels with attention)
+PRESETS = {
+    "f8d4": (4, (1, 2, 4, 4), ()),
+    "f8d16": (16, (1, 2, 4, 4), ()),
+    "f16d32": (32, (1, 1, 2, 2, 4), (4,)),
+}
+
+
+@tokenizers.register("autoencoder_kl")
+class AutoencoderKL(nn.Module):
+    """Convolutional VAE with a Gaussian posterior: presets f8d4 (SD-VAE), f16d32 (IN-VAE, VA-VAE), f8d16, or free.
+
+    State-dict keys are those of the CompVis and REPA-E checkpoints.
+
+    Args:
+        preset: published architecture; the options below override parts of it.
+        latent_channels: channels C of the latent.
+        channels: channels at full resolution; a multiple of ``norm_groups``.
+        multipliers: channels of each level as a multiple of ``channels``; the factor is 2 ** (levels - 1).
+        attention_levels: levels (0 is full resolution) with attention behind each residual block.
+        res_blocks: residual blocks per encoder level; the decoder has one more.
+        mid_attention: attention between the two innermost residual blocks.
+        norm_groups: groups of every group norm.
+        quant_conv: 1 x 1 convolutions around the latent; SD3 and FLUX have none.
+        checkpoint: .safetensors or .pt file to start from; none: random weights.
+        trainable: false freezes the tokenizer; recipes that train it refuse that.
+
+    Raises:
+        ValueError: channels that the norm's groups do not divide; an attention level that does not exist.
+    """
+
+    def __init__(
+        self,
+        *,
+        preset: Literal["f8d4", "f16d32", "f8d16"] = "f8d4",
+        latent_channels: int | None = None,
+        channels: int = 128,
+        multipliers: list[int] | None = None,
+        attention_levels: list[int] | None = None,
+        res_blocks: int = 2,
+        mid_attention: bool = True,
+        norm_groups: int = 32,
+        quant_conv: bool = True,
+        checkpoint: str | None = None,
+        trainable: bool = True,
+    ) -> None:
+        super().__init__()
+        preset_channels, preset_multipliers, preset_attention = PRESETS[preset]
+        multipliers = list(preset_multipliers) if multipliers is None else multipliers
+        if attention_levels is None:
+            # The preset's levels belong to the preset's multipliers.
+            attention_levels = list(preset_attention) if multipliers == list(preset_multipliers) else []
+        self.channels = latent_channels or preset_channels
+        self.factor = 2 ** (len(multipliers) - 1)
+        self.checkpoint = checkpoint
+        self.trainable = trainable
+        _check(channels, multipliers, attention_levels, res_blocks, norm_groups)
+        widths = [channels * m for m in multipliers]
+        self.encoder = Encoder(widths, attention_levels, res_blocks, mid_attention, norm_groups, 2 * self.channels)
+        self.decoder = Decoder(widths, attention_levels, res_blocks + 1, mid_attention, norm_groups, self.channels)
+        wide = 2 * self.channels
+        self.quant_conv = nn.Conv2d(wide, wide, 1) if quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(self.channels, self.channels, 1) if quant_conv else nn.Identity()
+
+    def encode(self, x: Tensor) -> Posterior:
+        """(B, 3, R, R) in [-1, 1] -> posterior over (B, C, R / factor, R / factor); log-variance in [-30, 20]."""
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return Posterior(mean, logvar.clamp(-30.0, 20.0))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, 3, h * factor, w * factor), nominally in [-1, 1]."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def load_weights(self) -> None:
+        """Reads ``checkpoint``, if there is one; every key must fit.
+
+        Raises:
+            WeightsError: the file is missing, unreadable, or of another architecture.
+        """
+        if self.checkpoint is not None:
+            what = "[tokenizer] autoencoder_kl"
+            load_strict(self, read_state(self.checkpoint, what), what, self.checkpoint)
+
+    def init_weights(self) -> None:
+        """PyTorch's default initialisation, as the CompVis code leaves it."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.GroupNorm)):
+                module.reset_parameters()
+
+    def units(self) -> Sequence[nn.Module]:
+        """The stages, outermost first in the encoder and innermost first in the decoder."""
+        return [*self.encoder.down, self.encoder.mid, self.decoder.mid, *reversed(self.decoder.up)]
+
+
+class Encoder(nn.Module):
+    """Image -> moments (B, out_channels, h, w)."""
+
+    def __init__(
+        self,
+        widths: list[int],
+        attention_levels: Sequence[int],
+        res_blocks: int,
+        mid_attention: bool,
+        norm_groups: int,
+        out_channels: int,
+    ) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        for level, (width_in, width) in enumerate(zip([widths[0], *widths], widths)):
+            last = level == len(widths) - 1
+            attention = level in attention_levels
+            self.down.append(Stage(width_in, width, res_blocks, attention, norm_groups, None if last else Downsample))
+        self.mid = Middle(widths[-1], mid_attention, norm_groups)
+        self.norm_out = group_norm(widths[-1], norm_groups)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for stage in self.down:
+            x = stage(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latent -> image. ``up`` is indexed by level, so it runs backwards."""
+
+    def __init__(
+        self,
+        widths: list[int],
+        attention_levels: Sequence[int],
+        res_blocks: int,
+        mid_attention: bool,
+        norm_groups: int,
+        in_channels: int,
+    ) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], mid_attention, norm_groups)
+        self.up = nn.ModuleList()
+        for level, (width, width_in) in enumerate(zip(widths, [*widths[1:], widths[-1]])):
+            attention = level in attention_levels
+            resample = None if level == 0 else Upsample
+            self.up.append(Stage(width_in, width, res_blocks, attention, norm_groups, resample))
+        self.norm_out = group_norm(widths[0], norm_groups)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for stage in reversed(self.up):
+            x = stage(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Stage(nn.Module):
+    """One level: residual blocks, each with attention behind it if asked, then the change of resolution."""
+
+    def __init__(
+        self,
+        width_in: int,
+        width: int,
+        blocks: int,
+        attention: bool,
+        norm_groups: int,
+        resample: type[nn.Module] | None,
+    ) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(
+            ResidualBlock(width_in if i == 0 else width, width, norm_groups) for i in range(blocks)
+        )
+        self.attn = nn.ModuleList(SpatialAttention(width, norm_groups) for _ in range(blocks if attention else 0))
+        self.resample = "downsample" if resample is Downsample else "upsample"
+        if resample is not None:
+            self.add_module(self.resample, resample(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[i](x)
+        resample = self._modules.get(self.resample)
+        return x if resample is None else resample(x)
+
+
+class Middle(nn.Module):
+    def __init__(self, width: int, attention: bool, norm_groups: int) -> None:
+        super().__init__()
+        self.block_1 = ResidualBlock(width, width, norm_groups)
+        self.attn_1 = SpatialAttention(width, norm_groups) if attention else nn.Identity()
+        self.block_2 = ResidualBlock(width, width, norm_groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, convolution, twice; a 1 x 1 convolution on the shortcut where the width changes."""
+
+    def __init__(self, width_in: int, width: int, norm_groups: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(width_in, norm_groups)
+        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.norm2 = group_norm(width, norm_groups)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        if width_in != width:
+            self.nin_shortcut = nn.Conv2d(width_in, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        shortcut = self._modules.get("nin_shortcut")
+        return h + (x if shortcut is None else shortcut(x))
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over the positions of a feature map."""
+
+    def __init__(self, width: int, norm_groups: int) -> None:
+        super().__init__()
+        self.norm = group_norm(width, norm_groups)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        # (B, 1 head, positions, width)
+        q, k, v = (f(normed).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Strided convolution, padded at the right and the bottom only, as released weights expect."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def group_norm(width: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, width, eps=1e-6)
+
+
+def _check(
+    channels: int,
+    multipliers: Sequence[int],
+    attention_levels: Sequence[int],
+    res_blocks: int,
+    norm_groups: int,
+) -> None:
+    if not multipliers or min(multipliers) < 1:
+        raise ValueError(f"tokenizer.multipliers = {list(multipliers)}: expected one positive integer per level")
+    if norm_groups < 1 or channels < 1 or any(channels * m % norm_groups for m in multipliers):
+        raise ValueError(
+            f"tokenizer.channels = {channels}: every level's channels ({[channels * m for m in multipliers]}) "
+            f"must be a multiple of tokenizer.norm_groups = {norm_groups}"
+        )
+    wrong = [level for level in attention_levels if not 0 <= level < len(multipliers)]
+    if wrong:
+        raise ValueError(
+            f"tokenizer.attention_levels = {list(attention_levels)}: there is no level {wrong[0]}; "
+            f"allowed: 0 to {len(multipliers) - 1}"
+        )
+    if res_blocks < 1:
+        raise ValueError(f"tokenizer.res_blocks = {res_blocks}: expected at least 1")

@@ -1,0 +1,369 @@
+"""TOML and command-line overrides -> one typed, validated :class:`Config`; nothing is built here.
+
+Fields that are plain numbers and switches are typed below. A table that names a plugin keeps its options as they
+are; the plugin's own signature checks them (``components.registry``).
+"""
+
+from __future__ import annotations
+
+import sys
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from components import registry
+from components.registry import nearest, type_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message names the key, its value, and what is allowed."""
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class PluginTable(BaseModel):
+    """A plugin's name and its options."""
+
+    model_config = ConfigDict(extra="allow", strict=True, use_attribute_docstrings=True)
+
+    name: str
+    """Name of the plugin; `python -m trainer plugins` lists them."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Run(Table):
+    dir: str = ""
+    """Folder of the run: checkpoints, TensorBoard events, images, log. Empty: outputs/<name of the config file>."""
+    log_every: Positive = 100
+    """Steps between two log lines and TensorBoard points; each costs one device synchronisation."""
+    checkpoint_every: NotNegative = 10_000
+    """Steps between two checkpoints; 0: only at the end and on interruption."""
+    keep_checkpoints: Positive = 3
+    """Newest checkpoints that are kept."""
+
+
+class Training(Table):
+    steps: Positive = 400_000
+    """Optimizer steps of the whole run, resumed parts included."""
+    batch_size: Positive = 256
+    """Images per step over all ranks and micro-batches."""
+    accumulation: Positive = 1
+    """Micro-batches per step and rank; exact but for batch norms, which see one micro-batch at a time."""
+    resolution: Positive = 256
+    """Side of the square images in pixels."""
+    num_classes: NotNegative = 0
+    """Number of class labels; 0: as many as the dataset has."""
+    seed: NotNegative = 0
+    """Seed of the weights, the data order and every random draw."""
+    precision: Literal["bf16", "fp32", "fp64"] = "bf16"
+    """Arithmetic of the networks. bf16: autocast with fp32 weights, norms and losses; on a CPU it means fp32."""
+    tf32: bool = True
+    """TF32 in fp32 matrix products and convolutions on GPUs."""
+    compile: bool = False
+    """torch.compile each block, stage and encoder."""
+    deterministic: bool = False
+    """Deterministic kernels only; slower on GPUs. CPU runs repeat bit for bit without it."""
+    channels_last: bool = True
+    """Channels-last memory format for convolutional modules."""
+    threads: NotNegative = 0
+    """CPU threads per process; 0: PyTorch's choice."""
+
+
+class Loader(Table):
+    workers: NotNegative = 4
+    """Data-loading processes per rank; 0 loads in a thread of the trainer."""
+    prefetch: Positive = 2
+    """Batches that each worker holds ready."""
+    max_unreadable: Fraction = 0.01
+    """Fraction of unreadable images above which the run stops."""
+
+
+class FlowTable(Table):
+    path: Literal["linear", "cosine"] = "linear"
+    """Interpolant between latents and noise."""
+    time: Literal["uniform", "lognormal"] = "uniform"
+    """Distribution of the training times."""
+
+
+class LatentNormTable(Table):
+    momentum: Fraction = 0.1
+    """Weight of a batch in the running statistics."""
+    eps: Annotated[float, Field(gt=0)] = 1e-4
+    """Added to the variance."""
+    statistics: str = ""
+    """File with the tokenizer's latent mean and standard deviation; empty: measured before the first step."""
+    images: Positive = 2048
+    """Training images from which the statistics are measured when there is no file."""
+
+
+class OptimizerTable(Table):
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate."""
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """AdamW's two decay rates per step."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradient norm of the group above which it is scaled down; 0: never."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or down to final_lr_ratio at the last step."""
+    warmup_steps: NotNegative = 0
+    """Steps of linear warm-up from zero."""
+    final_lr_ratio: Fraction = 0.0
+    """Learning rate at the last step as a fraction of the peak, for linear and cosine."""
+
+
+class Optimizer(OptimizerTable):
+    """Settings of every parameter group; a sub-table ([optimizer.tokenizer]) overrides them for one group."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def group(self, name: str) -> OptimizerTable:
+        """The settings of one parameter group."""
+        base = {key: getattr(self, key) for key in OptimizerTable.model_fields}
+        return OptimizerTable(**(base | (self.model_extra or {}).get(name, {})))
+
+
+class Ema(Table):
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    """Decay per step of the averaged denoiser, heads and latent statistics."""
+    tokenizer: bool = False
+    """Average the tokenizer as well; the published runs pair the averaged denoiser with the raw tokenizer."""
+
+
+class Sampling(Table):
+    every: NotNegative = 10_000
+    """Steps between two grids of reconstructions and samples; 0: only at the end."""
+    images: Positive = 64
+    """Samples per grid, over all classes in turn."""
+    method: Literal["euler", "heun", "sde"] = "euler"
+    """Integrator: ODE of first or second order, or Euler-Maruyama on the SDE."""
+    steps: Annotated[int, Field(ge=2)] = 50
+    """Evaluations of the denoiser (twice as many for heun)."""
+    guidance: Annotated[float, Field(ge=1)] = 4.0
+    """Classifier-free guidance scale; 1: none."""
+    guidance_low: Fraction = 0.0
+    """Earliest time t with guidance, included (t = 0 is data)."""
+    guidance_high: Fraction = 1.0
+    """Latest time t with guidance, included (t = 1 is noise)."""
+
+
+class Config(Table):
+    """One run. Tables that name a plugin take its options beside ``name``."""
+
+    plugins: list[str] = []
+    """Modules ("my_lab.encoders") or files ("my_encoder.py") with plugins, besides those in plugins/."""
+    run: Run = Run()
+    training: Training = Training()
+    recipe: PluginTable
+    tokenizer: PluginTable
+    denoiser: PluginTable | None = None
+    encoders: dict[str, PluginTable] = {}
+    losses: dict[str, PluginTable] = {}
+    dataset: PluginTable
+    loader: Loader = Loader()
+    flow: FlowTable = FlowTable()
+    latent_norm: LatentNormTable = LatentNormTable()
+    optimizer: Optimizer = Optimizer()
+    ema: Ema = Ema()
+    sampling: Sampling = Sampling()
+
+    def to_toml(self) -> str:
+        """Every key with its value, as it can be read back."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+def load(path: str, overrides: list[str] = ()) -> Config:
+    """Reads a TOML file, applies overrides, imports the plugins it names, and validates all of it.
+
+    Args:
+        path: TOML file. File names inside it are relative to the current folder, but for ``plugins``, which are
+            looked up beside the TOML file, too.
+        overrides: ``--section.key=value`` or ``--section.key``, ``value``; values are TOML, or else plain strings.
+
+    Raises:
+        ConfigError: naming the file, the key, its value, what is allowed, and the nearest valid name.
+    """
+    data = read_toml(path)
+    for key, value in parse_overrides(overrides):
+        assign(data, key, value)
+    if isinstance(data.get("run", {}), dict):
+        run = data.setdefault("run", {})
+        run["dir"] = run.get("dir") or f"outputs/{Path(path).stem}"
+    return validate(data, path)
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    file = Path(path)
+    if not file.is_file():
+        there = sorted(file.parent.glob("*.toml")) or sorted(Path("train_configs").glob("*.toml"))
+        listed = "".join(f"\n  {p}" for p in there)
+        raise ConfigError(
+            f"config file '{path}' does not exist" + (f"; there are:{listed}" if listed else "; expected a .toml file")
+        )
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def validate(data: dict[str, Any], source: str) -> Config:
+    """Checks a parsed file against the tables above and against every named plugin's signature."""
+    data = dict(data)
+    for kind in ("encoders", "losses"):  # the label is the name, unless a name is given
+        tables = data.get(kind, {})
+        if isinstance(tables, dict):
+            data[kind] = {k: {"name": k, **t} if isinstance(t, dict) else t for k, t in tables.items()}
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{source}: {p}" for p in _problems(error, Config))) from None
+    beside = [
+        str(Path(source).parent / p) if p.endswith(".py") and not Path(p).is_file() else p for p in config.plugins
+    ]
+    try:
+        registry.discover("plugins", beside)
+    except registry.PluginError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    problems = [p for place, kind, table in plugin_tables(config) for p in _plugin_problems(place, kind, table)]
+    problems += _optimizer_problems(config)
+    if problems:
+        raise ConfigError("\n".join(f"{source}: {p}" for p in problems))
+    return config
+
+
+def plugin_tables(config: Config) -> list[tuple[str, str, PluginTable]]:
+    """Every table that names a plugin: (place in the file, kind, table)."""
+    found = [("recipe", "recipe", config.recipe), ("tokenizer", "tokenizer", config.tokenizer)]
+    if config.denoiser is not None:
+        found.append(("denoiser", "denoiser", config.denoiser))
+    found += [(f"encoders.{label}", "encoder", table) for label, table in config.encoders.items()]
+    found += [(f"losses.{label}", "loss", table) for label, table in config.losses.items()]
+    return [*found, ("dataset", "dataset", config.dataset)]
+
+
+def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
+    """``--a.b=1``, ``--a.b 1`` or ``--a.b`` (true) -> ("a.b", 1)."""
+    found: list[tuple[str, Any]] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or len(word) == 2:
+            raise ConfigError(f"'{word}' is not an override; expected --section.key=value, as --training.steps=100")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        found.append((key, _value(text)))
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare string: --dataset.path=data/train
+
+
+def assign(data: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key, making the tables on the way."""
+    *path, last = key.split(".")
+    for part in path:
+        data = data.setdefault(part, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--{key}: '{part}' is a value, not a table")
+    data[last] = value
+
+
+def _plugin_problems(place: str, kind: str, table: PluginTable) -> list[str]:
+    try:
+        schema = registry.KINDS[kind].get(table.name).schema()
+    except registry.PluginError as error:
+        return [f"{place}.name = {table.name!r}: {error}"]
+    try:
+        schema.model_validate(table.options)
+    except ValidationError as error:
+        return _problems(error, schema, place)
+    return []
+
+
+def _optimizer_problems(config: Config) -> list[str]:
+    problems = []
+    every = {name for recipe in registry.recipes for name in recipe.cls.trains}
+    for name, table in (config.optimizer.model_extra or {}).items():
+        if not isinstance(table, dict):
+            problems.append(f"optimizer.{name}: unknown key{nearest(name, [*OptimizerTable.model_fields, *every])}")
+        elif name not in every:
+            problems.append(f"optimizer.{name}: no recipe trains a group '{name}'{nearest(name, every)}")
+        else:
+            try:
+                OptimizerTable.model_validate(table)
+            except ValidationError as error:
+                problems += _problems(error, OptimizerTable, f"optimizer.{name}")
+    return problems
+
+
+def _problems(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """One line per error: the key, its value, what is expected, the nearest valid name."""
+    found: dict[str, str] = {}
+    for e in error.errors(include_url=False):
+        table, annotation = _locate(model, e["loc"])
+        key = ".".join(str(part) for part in (prefix, *e["loc"]) if part != "")
+        expected = type_name(annotation) if annotation is not None else ""
+        if e["type"] == "extra_forbidden":
+            line = f"{key}: unknown key{nearest(str(e['loc'][-1]), table.model_fields)}"
+        elif e["type"] == "missing":
+            line = f"{key}: missing; expected {'a table with a name' if _table_of(annotation) else expected}"
+        elif e["type"] == "literal_error":
+            allowed = [str(a) for a in typing.get_args(_without_none(annotation))]
+            line = f"{key} = {e['input']!r}: not allowed{nearest(str(e['input']), allowed)}"
+        elif e["type"].endswith("_type"):
+            line = f"{key} = {e['input']!r}: expected {expected or e['msg']}"
+        else:
+            line = f"{key} = {e['input']!r}: {e['msg'][0].lower()}{e['msg'][1:]}"
+        found.setdefault(key, line)
+    return list(found.values())
+
+
+def _locate(model: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[type[BaseModel], Any]:
+    """The table that holds a key, and the key's type (None for an unknown key)."""
+    table, annotation = model, model
+    for part in loc:
+        annotation = _without_none(annotation)
+        if inner := _table_of(annotation):
+            table = inner
+            field = table.model_fields.get(str(part))
+            annotation = field.annotation if field else None
+        else:  # a label of a dict, or an index of a list
+            args = typing.get_args(annotation)
+            annotation = args[-1] if args else None
+    return table, annotation
+
+
+def _table_of(annotation: Any) -> type[BaseModel] | None:
+    annotation = _without_none(annotation)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _without_none(annotation: Any) -> Any:
+    args = [a for a in typing.get_args(annotation) if a is not type(None)]
+    is_optional = type(None) in typing.get_args(annotation)
+    return args[0] if is_optional and len(args) == 1 else annotation
