@@ -1,0 +1,217 @@
+"""Ten coloured shapes, drawn rather than stored: a labelled dataset that needs no download."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+
+from components import registry
+from components.contracts import Sample
+
+SPLITS = ("train", "heldout", "judge")
+LUMA = (0.299, 0.587, 0.114)
+
+
+@registry.datasets.register("shapes")
+class Shapes:
+    """Ten coloured shapes on gradients, drawn on the fly: deterministic, any resolution, no download.
+
+    An image is a pure function of (seed, split, index); ``resolution`` only chooses how finely the same scene
+    is sampled, and ``size`` only how many indices there are. Index i has class i mod 10, so every class is
+    equally frequent. Colour, position, size and a small rotation vary; the shape's luma differs from that of
+    every background pixel by at least 0.2 (of 1), so it is always visible. All classes survive mirroring.
+
+    Args:
+        size: number of images, at least 10.
+        split: which of three streams of images, which share none; the judge was trained on "judge" alone.
+        seed: chooses another stream of images, at least 0.
+        flip: whether training may mirror the images left-right.
+
+    Raises:
+        ValueError: the resolution is below 16, ``size`` below 10, ``seed`` negative, or ``split`` unknown.
+    """
+
+    class_names = (
+        "disc",
+        "ring",
+        "square",
+        "diamond",
+        "triangle",
+        "cross",
+        "star",
+        "heart",
+        "moon",
+        "arrow",
+    )
+    num_classes = len(class_names)
+
+    def __init__(
+        self,
+        resolution: int,
+        *,
+        size: int = 50_000,
+        split: Literal["train", "heldout", "judge"] = "train",
+        seed: int = 0,
+        flip: bool = False,
+    ) -> None:
+        for allowed, key, value, bound in (
+            (resolution >= 16, "resolution", resolution, "at least 16, or the shapes cannot be told apart"),
+            (size >= self.num_classes, "size", size, f"at least {self.num_classes}, one image per class"),
+            (0 <= seed < 2**64, "seed", seed, "at least 0 and below 2**64"),
+            (split in SPLITS, "split", repr(split), f"one of {', '.join(SPLITS)}"),
+        ):
+            if not allowed:
+                raise ValueError(f"dataset shapes: {key} = {value} is not allowed; it must be {bound}")
+        self.resolution = resolution
+        self.size = size
+        self.split = split
+        self.seed = seed
+        self.flip = flip
+        centres = (np.arange(resolution, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / resolution) - 1
+        self._x, self._y = centres[None, :], -centres[:, None]  # x to the right, y up, both in (-1, 1)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Sample:
+        """The image (uint8, (3, R, R)) and its class; raises IndexError outside [-size, size)."""
+        if not -self.size <= index < self.size:
+            raise IndexError(f"dataset shapes: index {index} is outside its {self.size} images")
+        index %= self.size
+        label = index % self.num_classes
+        return Sample(torch.from_numpy(self._draw(index, label)), label)
+
+    def _draw(self, index: int, label: int) -> np.ndarray:
+        # Per pixel only + - * / sqrt and comparisons, which IEEE 754 rounds alike on every machine.
+        u = self._uniform(index)
+        radius = 0.5 + 0.27 * u[0]
+        room = 0.98 - 1.08 * radius
+        centre_x, centre_y = room * (2 * u[1] - 1), room * (2 * u[2] - 1)
+        angle = 0.26 * (2 * u[3] - 1)
+        cos, sin = math.cos(angle) / radius, math.sin(angle) / radius
+        x, y = self._x - np.float32(centre_x), self._y - np.float32(centre_y)
+        local_x = x * np.float32(cos) + y * np.float32(sin)
+        local_y = y * np.float32(cos) - x * np.float32(sin)
+        distance = SIGNED_DISTANCES[label](local_x, local_y)
+        distance *= np.float32(-0.5 * radius * self.resolution)  # in pixels, positive inside
+        distance += np.float32(0.5)
+        coverage = np.minimum(np.maximum(distance, 0, out=distance), 1, out=distance)
+
+        if u[4] < 0.5:  # dark on light, or light on dark
+            lumas = 0.14 + 0.24 * u[5], 0.62 + 0.32 * u[6], 0.62 + 0.32 * u[7]
+        else:
+            lumas = 0.66 + 0.26 * u[5], 0.10 + 0.32 * u[6], 0.10 + 0.32 * u[7]
+        shape = _colour(lumas[0], u[8], 0.7 + 0.3 * u[9])
+        start = _colour(lumas[1], u[10], 0.2 + 0.6 * u[11])
+        end = _colour(lumas[2], u[10] + 0.4 * (u[12] - 0.5), 0.2 + 0.6 * u[11])
+        direction = 2 * math.pi * u[13]
+        cos, sin = math.cos(direction), math.sin(direction)
+        scale = 0.5 / (abs(cos) + abs(sin))
+        ramp = self._x * np.float32(scale * cos) + (self._y * np.float32(scale * sin) + np.float32(0.5))
+
+        shape, start, end = np.array([shape, start, end], np.float32)[:, :, None, None] * np.float32(255)
+        image = ramp * (end - start)
+        image += start
+        image += (shape - image) * coverage
+        image += np.float32(0.5)
+        return image.astype(np.uint8)  # truncates: with the half above, rounds
+
+    def _uniform(self, index: int) -> list[float]:
+        """14 draws from U[0, 1) that belong to this index: a Philox counter of its own."""
+        key = np.array([self.seed, SPLITS.index(self.split)], dtype=np.uint64)
+        counter = np.array([0, 0, 0, index], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(14).tolist()
+
+
+def _colour(luma: float, hue: float, chroma: float) -> tuple[float, float, float]:
+    """RGB in [0, 1] of exactly this luma; hue in turns; chroma 1 is the most saturated such colour."""
+    red, green, blue = (min(max(abs((hue + turn) % 1.0 * 6 - 3) - 1, 0.0), 1.0) for turn in (0, 2 / 3, 1 / 3))
+    grey = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+    low, high = grey - min(red, green, blue), max(red, green, blue) - grey
+    reach = chroma * min(luma / low, (1 - luma) / high)
+    return luma + reach * (red - grey), luma + reach * (green - grey), luma + reach * (blue - grey)
+
+
+# Signed distances, negative inside, in units of the shape's radius; x to the right, y up.
+
+
+def _disc(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.sqrt(x * x + y * y) - np.float32(0.88)
+
+
+def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.abs(np.sqrt(x * x + y * y) - np.float32(0.72)) - np.float32(0.22)
+
+
+def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(np.abs(x), np.abs(y)) - np.float32(0.74)
+
+
+def _diamond(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    # Half-diagonals 0.64 and 1.
+    norm = math.hypot(1, 0.64)
+    return np.abs(x) * np.float32(1 / norm) + (np.abs(y) * np.float32(0.64 / norm) - np.float32(0.64 / norm))
+
+
+def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    # Equilateral, circumradius 1.05.
+    y = y + np.float32(0.1)
+    sides = np.abs(x) * np.float32(math.sqrt(0.75)) + y * np.float32(0.5)
+    return np.maximum(sides, -y) - np.float32(0.525)
+
+
+def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    x, y = np.abs(x), np.abs(y)
+    return np.maximum(np.maximum(x, y) - np.float32(0.92), np.minimum(x, y) - np.float32(0.3))
+
+
+def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    # Mirrored into the 36 degrees between an outer vertex (up) and the next inner one.
+    x = np.abs(x)
+    x, y = _mirror(x, y, math.radians(72))
+    x, y = _mirror(np.abs(x), y, math.radians(36))
+    outer, inner = 1.05, 0.5
+    edge_x, edge_y = inner * math.sin(math.radians(36)), inner * math.cos(math.radians(36)) - outer
+    norm = math.hypot(edge_x, edge_y)
+    return x * np.float32(-edge_y / norm) + (y - np.float32(outer)) * np.float32(edge_x / norm)
+
+
+def _mirror(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
+    """Folds what lies clockwise of the line at ``angle`` from "up" onto the other side."""
+    normal_x, normal_y = math.cos(angle), -math.sin(angle)
+    excess = np.maximum(x * np.float32(normal_x) + y * np.float32(normal_y), 0)
+    return x - excess * np.float32(2 * normal_x), y - excess * np.float32(2 * normal_y)
+
+
+def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    # A square on its corner, and a disc on each of its upper sides.
+    half = 0.56
+    x, y = np.abs(x), y + np.float32(0.1)
+    square = (x + np.abs(y)) * np.float32(math.sqrt(0.5)) - np.float32(half)
+    offset = np.float32(half * math.sqrt(0.5))
+    dx, dy = x - offset, y - offset
+    return np.minimum(square, np.sqrt(dx * dx + dy * dy) - np.float32(half))
+
+
+def _moon(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    # A disc less a smaller one to its right.
+    x = x - np.float32(0.1)
+    square = y * y
+    shifted = x - np.float32(0.48)
+    bite = np.float32(0.72) - np.sqrt(shifted * shifted + square)
+    return np.maximum(np.sqrt(x * x + square) - np.float32(0.95), bite)
+
+
+def _arrow(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    # Head: apex at y = 1, base at y = 0 of half-width 0.85; shaft down to y = -0.95.
+    x = np.abs(x)
+    norm = math.hypot(1, 0.85)
+    head = np.maximum(x * np.float32(1 / norm) + (y - 1) * np.float32(0.85 / norm), -y)
+    shaft = np.maximum(x - np.float32(0.27), np.abs(y + np.float32(0.4)) - np.float32(0.55))
+    return np.minimum(head, shaft)
+
+
+SIGNED_DISTANCES = (_disc, _ring, _square, _diamond, _triangle, _cross, _star, _heart, _moon, _arrow)
