@@ -168,8 +168,11 @@ class AdversarialLoss(Protocol):
     def generator(self, x_hat: Tensor, step: int) -> Tensor:
         """What the tokenizer minimises: a scalar, zero before the start step."""
 
-    def discriminator(self, x: Tensor, x_hat: Tensor, step: int) -> tuple[dict[str, Weighted], dict[str, Tensor]]:
-        """What the discriminator minimises, and scalars to report (mean logits); ``x_hat`` comes detached."""
+    def discriminator(self, x: Tensor, x_hat: Tensor, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the discriminator minimises, as named scalars that are summed, and scalars that are only reported.
+
+        ``x_hat`` comes detached.
+        """
 
 
 @runtime_checkable

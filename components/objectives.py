@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from components.contracts import Modules, Posterior, Weighted
+from components.contracts import Modules, Posterior, Update, Weighted
 from components.flow import PathPoint
 from components.precision import at_least_fp32
 
@@ -18,6 +18,13 @@ def reconstruction(m: Modules, x: Tensor, x_hat: Tensor, posterior: Posterior, s
     if m.discriminator is not None:
         terms["gan"] = Weighted(m.discriminator.weight, m.discriminator.generator(x_hat, step))
     return terms
+
+
+def discriminate(m: Modules, x: Tensor, x_hat: Tensor, step: int, update: Update) -> None:
+    """The discriminator's update, where there is one; the reconstruction's graph stays out of it."""
+    if m.discriminator is not None:
+        terms, report = m.discriminator.discriminator(x, x_hat.detach(), step)
+        update("discriminator", {name: Weighted(1.0, value) for name, value in terms.items()}, **report)
 
 
 def velocity_mse(predicted: Tensor, target: Tensor) -> Tensor:

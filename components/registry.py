@@ -72,12 +72,11 @@ class Plugin:
     @property
     def options(self) -> dict[str, Option]:
         """Keyword-only parameters of ``__init__``, in order, each with its line of the docstring's Args."""
-        init = inspect.unwrap(self.cls.__init__)
-        hints = typing.get_type_hints(init, include_extras=True)
+        hints = typing.get_type_hints(inspect.unwrap(self.cls.__init__), include_extras=True)
         docs = _docstring_args(self.cls)
         return {
             p.name: Option(p.name, hints.get(p.name, Any), p.default, docs.get(p.name, ""))
-            for p in inspect.signature(init).parameters.values()
+            for p in _parameters(self.cls)
             if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
 
@@ -117,11 +116,7 @@ class Registry:
                 raise PluginError(
                     f"two {self.kind} plugins are called '{name}': {other.where} and {plugin.where}; rename one"
                 )
-            var_kwargs = [
-                p.name
-                for p in inspect.signature(inspect.unwrap(cls.__init__)).parameters.values()
-                if p.kind is inspect.Parameter.VAR_KEYWORD
-            ]
+            var_kwargs = [p.name for p in _parameters(cls) if p.kind is inspect.Parameter.VAR_KEYWORD]
             if var_kwargs:
                 raise PluginError(
                     f"{self.kind} '{name}' ({plugin.where}): __init__ takes **{var_kwargs[0]}, "
@@ -264,6 +259,12 @@ def _failing_place(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     user = [f for f in frames if "importlib" not in f.filename and f.filename != __file__]
     return f" ({user[-1].filename}:{user[-1].lineno})" if user else ""
+
+
+def _parameters(cls: type) -> list[inspect.Parameter]:
+    if cls.__init__ is object.__init__:  # its signature is (*args, **kwargs)
+        return []
+    return list(inspect.signature(inspect.unwrap(cls.__init__)).parameters.values())
 
 
 def _definition_line(cls: type) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from components.contracts import Batch, Modules, Update
 from components.draws import Draws
 from components.freeze import frozen
-from components.objectives import denoising, drop_labels, reconstruction
+from components.objectives import denoising, discriminate, drop_labels, reconstruction
 from components.registry import recipes
 
 
@@ -33,9 +33,7 @@ class NaiveEndToEnd:
             terms = reconstruction(m, x, x_hat, posterior, step)
             update("tokenizer", terms | denoising(m, path, t, labels))
 
-        if m.discriminator is not None:
-            terms, report = m.discriminator.discriminator(x, x_hat.detach(), step)
-            update("discriminator", terms, **report)
+        discriminate(m, x, x_hat, step, update)
 
         path = m.flow.at(m.latent_norm.batch(z.detach()), t, draws.noise)
         update("denoiser", denoising(m, path, t, labels))

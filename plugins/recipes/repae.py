@@ -5,7 +5,7 @@ from __future__ import annotations
 from components.contracts import Batch, Modules, Update, Weighted
 from components.draws import Draws
 from components.freeze import frozen
-from components.objectives import alignment, denoising, drop_labels, encode_targets, reconstruction
+from components.objectives import alignment, denoising, discriminate, drop_labels, encode_targets, reconstruction
 from components.registry import recipes
 
 
@@ -49,9 +49,7 @@ class RepaE:
             terms = reconstruction(m, x, x_hat, posterior, step)
             update("tokenizer", terms | {"align": Weighted(m.alignment.tokenizer_weight, aligned)})
 
-        if m.discriminator is not None:
-            terms, report = m.discriminator.discriminator(x, x_hat.detach(), step)
-            update("discriminator", terms, **report)
+        discriminate(m, x, x_hat, step, update)
 
         # Stop-gradient: without it the diffusion loss flattens the latents (FID 444 in the paper's ablation).
         path = m.flow.at(m.latent_norm.batch(z.detach()), t, draws.noise)

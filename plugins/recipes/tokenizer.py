@@ -5,7 +5,7 @@ from __future__ import annotations
 from components.contracts import Batch, Modules, Update
 from components.draws import Draws
 from components.freeze import frozen
-from components.objectives import reconstruction
+from components.objectives import discriminate, reconstruction
 from components.registry import recipes
 
 
@@ -22,6 +22,4 @@ class TokenizerOnly:
         x_hat = m.tokenizer.decode(posterior.sample(draws.posterior))
         with frozen(m.discriminator):
             update("tokenizer", reconstruction(m, x, x_hat, posterior, step))
-        if m.discriminator is not None:
-            terms, report = m.discriminator.discriminator(x, x_hat.detach(), step)
-            update("discriminator", terms, **report)
+        discriminate(m, x, x_hat, step, update)
