@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,7 +47,7 @@ class ParameterGroup:
 
     Args:
         name: as in the recipe's ``trains``.
-        modules: their parameters with ``requires_grad`` are trained.
+        modules: by name; their parameters with ``requires_grad`` are trained.
         schedule: learning rate of every step.
         betas, eps, weight_decay: of AdamW.
         clip_norm: gradient norm above which the gradients are scaled down; 0 never scales.
@@ -56,7 +56,7 @@ class ParameterGroup:
     def __init__(
         self,
         name: str,
-        modules: Iterable[nn.Module],
+        modules: Mapping[str, nn.Module],
         *,
         schedule: Schedule,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -65,8 +65,8 @@ class ParameterGroup:
         clip_norm: float = 1.0,
     ) -> None:
         self.name = name
-        self.modules = list(modules)
-        self.parameters = [p for module in self.modules for p in module.parameters() if p.requires_grad]
+        self.modules = nn.ModuleDict(modules)
+        self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
         self.schedule = schedule
         self.clip_norm = clip_norm
         # Fused: one kernel per step, and the only AdamW that can be told on the device to skip a step.

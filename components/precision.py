@@ -13,4 +13,5 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 def no_autocast(x: Tensor) -> torch.autocast:
     """Context in which operations on x's device keep their inputs' dtype."""
-    return torch.autocast(x.device.type, enabled=False)
+    # Autocast does not know the meta device; the CPU's flag stands for it (components.estimate reads it).
+    return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)

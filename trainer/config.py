@@ -251,6 +251,31 @@ def validate(data: dict[str, Any], source: str) -> Config:
     return config
 
 
+def describe() -> str:
+    """Every key of the config with its type, default and meaning, for --help."""
+    lines = []
+    for name, field in Config.model_fields.items():
+        table = _table_of(field.annotation)
+        if table is None or table is PluginTable:
+            lines.append(f"[{name}]  {_PLUGIN_HELP.get(name, field.description)}")
+            continue
+        lines.append(f"[{name}]")
+        for key, inner in table.model_fields.items():
+            default = tomli_w.dumps({"x": inner.default})[4:].strip().replace("\n", "")
+            lines.append(f"  {key} = {default}  ({type_name(inner.annotation)})  {inner.description}")
+    return "\n".join(lines)
+
+
+_PLUGIN_HELP = {
+    "recipe": "name of a recipe and its options: python -m trainer plugins recipe",
+    "tokenizer": "name of a tokenizer and its options: python -m trainer plugins tokenizer",
+    "denoiser": "name of a denoiser and its options: python -m trainer plugins denoiser",
+    "encoders": "[encoders.LABEL] name (LABEL if missing) and options: python -m trainer plugins encoder",
+    "losses": "[losses.LABEL] name (LABEL if missing) and options: python -m trainer plugins loss",
+    "dataset": "name of a dataset and its options: python -m trainer plugins dataset",
+}
+
+
 def plugin_tables(config: Config) -> list[tuple[str, str, PluginTable]]:
     """Every table that names a plugin: (place in the file, kind, table)."""
     found = [("recipe", "recipe", config.recipe), ("tokenizer", "tokenizer", config.tokenizer)]

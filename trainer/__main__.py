@@ -1,0 +1,50 @@
+"""python -m trainer COMMAND: one thin module per command in trainer/commands."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = ("train", "check", "plugins")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; an error that the user can mend is one message and exit status 2, without a traceback."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer",
+        description="titanrepa: end-to-end training of latent diffusion models through representation alignment.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = importlib.import_module(f"trainer.commands.{name}")
+        sub = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.SUMMARY,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    arguments, rest = parser.parse_known_args(argv)
+    try:
+        return arguments.run(arguments, rest)
+    except user_errors() as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message says all that a user needs."""
+    from components.checkpoint import CheckpointError
+    from components.data import DataError
+    from components.registry import PluginError
+    from components.weights import WeightsError
+    from trainer.config import ConfigError
+
+    return (ConfigError, PluginError, WeightsError, DataError, CheckpointError)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""python -m trainer train: runs a config, or goes on with it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer import config as configs
+
+if TYPE_CHECKING:  # torch takes seconds to import; --help should not
+    from components.parallel import World
+
+SUMMARY = "train from a TOML config; the same command again goes on where it stopped"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="TOML file, as train_configs/quickstart.toml")
+    parser.epilog = "Any key of the config can be overridden: --section.key=value\n\n" + configs.describe()
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    config = configs.load(arguments.config, overrides)
+    from components import parallel
+
+    world = parallel.join_world()
+    try:
+        set_backends(config)
+        log_to(config, world)
+        from trainer.loop import Trainer
+
+        trainer = Trainer(config, world)
+        if world.is_main:
+            for place in trainer.parts.unused:
+                logging.getLogger("titanrepa").info(f"recipe '{config.recipe.name}' does not use [{place}]")
+        complete = trainer.run()
+        if world.is_main:
+            print(closing(config, trainer.step, complete, arguments.config), flush=True)
+        return 0
+    finally:
+        parallel.leave_world()
+
+
+def set_backends(config: configs.Config) -> None:
+    """Process-wide switches of PyTorch that the config names."""
+    import torch
+
+    t = config.training
+    torch.backends.cuda.matmul.allow_tf32 = t.tf32
+    torch.backends.cudnn.allow_tf32 = t.tf32
+    torch.backends.cudnn.benchmark = not t.deterministic
+    torch.use_deterministic_algorithms(t.deterministic)
+    if t.threads:
+        torch.set_num_threads(t.threads)
+
+
+def log_to(config: configs.Config, world: World) -> None:
+    """Log lines to the terminal, around the progress bar, and to log.txt of the run."""
+    from tqdm import tqdm
+
+    class Terminal(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tqdm.write(self.format(record))
+
+    handlers: list[logging.Handler] = [Terminal()]
+    if world.is_main:
+        Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(Path(config.run.dir) / "log.txt"))
+    line = "%(asctime)s %(message)s" if world.size == 1 else f"%(asctime)s [rank {world.rank}] %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=line, datefmt="%H:%M:%S", handlers=handlers, force=True)
+    logging.getLogger("titanrepa").setLevel(logging.INFO)
+
+
+def closing(config: configs.Config, step: int, complete: bool, path: str) -> str:
+    """The last lines of a run: what there is, where, and what to do next."""
+    folder = config.run.dir
+    if not complete:
+        return f"Stopped at step {step} of {config.training.steps}, saved in {folder}; run the same command to go on."
+    return (
+        f"Done: {step} steps. {folder}/ holds images/, checkpoints/, config.toml and log.txt; "
+        f"curves and pictures: tensorboard --logdir {folder}/tensorboard"
+    )

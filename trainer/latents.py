@@ -1,0 +1,81 @@
+"""Where the latent norm's first statistics come from: a file, or the first training images."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from components.contracts import Modules
+from components.data import make_loader
+from components.draws import draw
+from components.parallel import World
+from components.weights import WeightsError, read_state
+from trainer.assemble import Parts
+from trainer.config import Config, ConfigError
+
+
+def read_statistics(path: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per latent channel, (C,) each.
+
+    Args:
+        path: tensors ``mean`` and ``std``, or ``latents_bias`` and ``latents_scale`` = 1 / std, as published.
+
+    Raises:
+        ConfigError: the file is missing or holds neither pair.
+    """
+    try:
+        state = read_state(path, "latent_norm.statistics")
+    except WeightsError as error:
+        raise ConfigError(str(error)) from error
+    if {"latents_bias", "latents_scale"} <= state.keys():
+        return state["latents_bias"].flatten(), 1.0 / state["latents_scale"].flatten()
+    if {"mean", "std"} <= state.keys():
+        return state["mean"].flatten(), state["std"].flatten()
+    raise ConfigError(
+        f"latent_norm.statistics = '{path}': expected tensors mean and std, or latents_bias and latents_scale; "
+        f"found {', '.join(sorted(state))}"
+    )
+
+
+@torch.no_grad()
+def measure_statistics(config: Config, parts: Parts, world: World) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of z per channel over the first training images; the same for every world size.
+
+    Cost: one encoder pass over ``latent_norm.images`` images, shared among the ranks.
+    """
+    m: Modules = parts.modules
+    batch_size = config.training.batch_size
+    loader = make_loader(
+        parts.dataset, seed=config.training.seed, batch_size=batch_size, rank=world.rank, world=world.size
+    )
+    positions = loader.batch_sampler.positions()
+    total = torch.zeros(3, parts.latent.channels, dtype=torch.float64, device=world.device)
+    for loaded, position in zip(loader, positions):
+        if position >= max(config.latent_norm.images, batch_size):
+            break
+        x = loaded.images.to(world.device).float().div_(127.5).sub_(1)
+        x = x.to(next(m.tokenizer.parameters()).dtype)
+        step, first = divmod(position, batch_size)
+        here = range(first, first + len(x))
+        # A key of its own: training must not see these numbers again.
+        draws = draw(config.training.seed, -1 - step, here, batch_size, parts.latent)
+        z = m.tokenizer.encode(x).sample(draws.posterior.to(world.device)).double()
+        total += torch.stack([torch.ones_like(z), z, z.square()]).sum(dim=(1, 3, 4))
+    if world.size > 1:
+        dist.all_reduce(total)
+    count, first_moment, second_moment = total
+    mean = first_moment / count
+    return mean, (second_moment / count - mean.square()).clamp_min(1e-12).sqrt()
+
+
+def prepare_latent_norm(config: Config, parts: Parts, world: World) -> None:
+    """Sets the latent norm's running statistics before the first step of a new run."""
+    if parts.modules.latent_norm is None:
+        return
+    path = config.latent_norm.statistics
+    mean, std = read_statistics(path) if path else measure_statistics(config, parts, world)
+    try:
+        parts.modules.latent_norm.set_statistics(mean, std)
+    except ValueError as error:
+        raise ConfigError(f"latent_norm.statistics = '{path}': {error}") from error
