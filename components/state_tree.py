@@ -1,0 +1,144 @@
+"""A nested state as JSON beside a flat dict of tensors, and back into a template.
+
+The JSON mirrors the state. What JSON lacks (tensors, tuples, keys other than strings) is written as an object with
+one key: ``{"$tensor": [dtype, shape]}``, ``{"$tuple": [...]}``, ``{"$dict": [[key, value], ...]}``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+TENSOR, TUPLE, DICT = "$tensor", "$tuple", "$dict"
+
+
+def encode(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Dicts, lists and tuples of tensors and plain values -> what JSON can hold, and the tensors by dotted path.
+
+    Raises:
+        TypeError: a value is neither a tensor nor None, bool, int, float or str (no subclass: it would come back
+            as another type).
+        ValueError: two tensors have the same path.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def walk(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            if path in tensors:
+                raise ValueError(f"two tensors of the state are both called '{path}'; rename one")
+            tensors[path] = value
+            return {TENSOR: _facts(value)}
+        if isinstance(value, Mapping):
+            pairs = [(key, walk(child, _join(path, key))) for key, child in value.items()]
+            if all(type(key) is str and not key.startswith("$") for key, _ in pairs):
+                return dict(pairs)
+            return {DICT: [[walk(key, path), child] for key, child in pairs]}
+        if type(value) in (list, tuple):
+            items = [walk(child, _join(path, index)) for index, child in enumerate(value)]
+            return items if type(value) is list else {TUPLE: items}
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        raise TypeError(
+            f"'{path}' of the state is a {type(value).__name__}, which a checkpoint does not hold; give a tensor, or "
+            "None, bool, int, float, str, or dicts, lists and tuples of them"
+        )
+
+    return walk(state, ""), tensors
+
+
+def match(
+    template: Mapping[str, Any], saved: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, list[str]]]:
+    """Compares a template with an encoded state, of which top-level keys that the template lacks are ignored.
+
+    Where neither side holds a tensor, the saved value is taken as it is; elsewhere the keys must be the same.
+
+    Returns:
+        The state (the template's tensors, the saved plain values), the template's tensors by path, and what does
+        not match: the paths under a title each.
+    """
+    tensors: dict[str, Tensor] = {}
+    problems: dict[str, list[str]] = defaultdict(list)
+
+    def walk(template: Any, saved: Any, path: str) -> Any:
+        if isinstance(template, Tensor):
+            facts = saved.get(TENSOR) if isinstance(saved, dict) else None
+            if facts is None:
+                problems["a plain value in the checkpoint, a tensor here"].append(path)
+            elif facts != _facts(template):
+                problems["of another shape or dtype"].append(
+                    f"{path}: checkpoint {_show(facts)}, here {_show(_facts(template))}"
+                )
+            tensors[path] = template
+            return template
+        if not _has_tensors(template) and not _saved_has_tensors(saved):
+            return _decode(saved)
+        ours, theirs = _children(template), _saved_children(saved)
+        if theirs is None or ours is None:
+            problems["of another kind"].append(path)
+            return template
+        problems["missing in the checkpoint"] += [_join(path, key) for key in ours if key not in theirs]
+        if path:
+            problems["in the checkpoint but not here"] += [_join(path, key) for key in theirs if key not in ours]
+        result = {key: walk(ours[key], theirs[key], _join(path, key)) for key in ours if key in theirs}
+        return result if isinstance(template, Mapping) else type(template)(result.values())
+
+    state = {}
+    theirs = _saved_children(saved)
+    for key, value in template.items():
+        if key in theirs:
+            state[key] = walk(value, theirs[key], key)
+        else:
+            problems["missing in the checkpoint"].append(key)
+    return state, tensors, {title: paths for title, paths in problems.items() if paths}
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _facts(tensor: Tensor) -> list[Any]:
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+
+
+def _show(facts: list[Any]) -> str:
+    return f"{facts[0]} {tuple(facts[1])}"
+
+
+def _children(value: Any) -> dict[Any, Any] | None:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return dict(enumerate(value)) if type(value) in (list, tuple) else None
+
+
+def _saved_children(saved: Any) -> dict[Any, Any] | None:
+    if isinstance(saved, list):
+        return dict(enumerate(saved))
+    if not isinstance(saved, dict) or TENSOR in saved:
+        return None
+    if TUPLE in saved:
+        return dict(enumerate(saved[TUPLE]))
+    return {_decode(key): child for key, child in saved[DICT]} if DICT in saved else saved
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor) or any(map(_has_tensors, (_children(value) or {}).values()))
+
+
+def _saved_has_tensors(saved: Any) -> bool:
+    if isinstance(saved, dict) and TENSOR in saved:
+        return True
+    return any(map(_saved_has_tensors, (_saved_children(saved) or {}).values()))
+
+
+def _decode(saved: Any) -> Any:
+    if isinstance(saved, list):
+        return [_decode(child) for child in saved]
+    if not isinstance(saved, dict):
+        return saved
+    if TUPLE in saved:
+        return tuple(_decode(child) for child in saved[TUPLE])
+    return {key: _decode(child) for key, child in _saved_children(saved).items()}
