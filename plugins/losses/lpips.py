@@ -1,0 +1,177 @@
+"""LPIPS: distance between VGG16 features of two images (Zhang et al. 2018, arXiv 1801.03924)."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from components.contracts import Posterior
+from components.precision import at_least_fp32, no_autocast
+from components.registry import losses
+from components.weights import WeightsError, load_strict, read_state
+
+# ImageNet's mean and deviation for images in [-1, 1] instead of [0, 1].
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+TAPS = (3, 8, 15, 22, 29)  # relu1_2, 2_2, 3_3, 4_3, 5_3
+MIN_SIDE = 2 ** (len(STAGES) - 1)  # pixels that survive the four poolings
+EPS = 1e-10
+WHAT = "loss lpips"
+HUB_REPO = "timm/vgg16.tv_in1k"
+HUB_FILE = "model.safetensors"
+HUB_TIMEOUT = 10.0  # seconds
+
+
+@losses.register("lpips")
+class LPIPS(nn.Module):
+    """Perceptual distance of the reconstruction: LPIPS on VGG16 features, frozen.
+
+    State-dict keys: ``features.N.*`` as in torchvision's VGG16, and ``linear.K.weight`` for the K-th tapped
+    layer. The weights mean nothing before ``load_weights``. Cost: VGG16's convolutions, forward on both
+    images, backward on the reconstruction.
+
+    Args:
+        weight: factor in the tokenizer's loss.
+        input_range: "unit" shows LPIPS images in [-1, 1], as it was made for; "published" shows it 2x - 1 of
+            them, in [-3, 1], as the published REPA-E runs did.
+        vgg_checkpoint: file of VGG16 weights in torchvision's or timm's layout; none: timm's, from the
+            Hugging Face cache or downloaded.
+        linear_checkpoint: file of LPIPS's linear weights; none: those that come with torchmetrics.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        input_range: Literal["published", "unit"] = "published",
+        vgg_checkpoint: str | None = None,
+        linear_checkpoint: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.input_range = input_range
+        self.vgg_checkpoint = vgg_checkpoint
+        self.linear_checkpoint = linear_checkpoint
+        self.register_buffer("shift", torch.empty(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.empty(1, 3, 1, 1), persistent=False)
+        self.features = _vgg16_features()
+        self.linear = nn.ModuleList(nn.Conv2d(stage[-1], 1, 1, bias=False) for stage in STAGES)
+        self._fill_buffers()
+        self.requires_grad_(False).eval()
+
+    def load_weights(self) -> None:
+        """Reads VGG16's and the linear weights.
+
+        Raises:
+            WeightsError: a file is missing or does not fit, or the download fails.
+        """
+        path = self.vgg_checkpoint or _hub_file()
+        vgg = read_state(path, f"{WHAT} vgg_checkpoint")
+        load_strict(self.features, _only_features(vgg), f"{WHAT} vgg_checkpoint", path)
+        path = self.linear_checkpoint or _torchmetrics_linear()
+        linear = read_state(path, f"{WHAT} linear_checkpoint")
+        # lin0.model.1.weight (a dropout is model.0) or lin0.weight
+        linear = {re.sub(r"^lin(\d)(\.model\.1)?\.", r"\1.", key): value for key, value in linear.items()}
+        load_strict(self.linear, linear, f"{WHAT} linear_checkpoint", path)
+        self._fill_buffers()
+
+    def forward(self, x: Tensor, x_hat: Tensor, posterior: Posterior) -> Tensor:
+        """LPIPS(x, x_hat), a scalar; gradients reach ``x_hat`` only.
+
+        Args:
+            x: images (B, 3, R, R) in [-1, 1], R at least 16.
+            x_hat: reconstructions, likewise.
+            posterior: unused.
+
+        Raises:
+            ValueError: images with a side below 16 pixels.
+        """
+        if min(x.shape[-2:]) < MIN_SIDE:
+            raise ValueError(f"{WHAT}: images of {x.shape[-2]} x {x.shape[-1]} px; at least {MIN_SIDE} px per side")
+        with no_autocast(x_hat):
+            with torch.no_grad():
+                target = self._unit_features(x)
+            layers = zip(self.linear, target, self._unit_features(x_hat))
+            return torch.stack([linear((y - y_hat).square()).mean() for linear, y, y_hat in layers]).sum()
+
+    def _unit_features(self, images: Tensor) -> list[Tensor]:
+        """Five feature maps, each position's channel vector of length 1."""
+        h = at_least_fp32(images)
+        if self.input_range == "published":
+            h = 2 * h - 1
+        h = (h - self.shift) / self.scale
+        maps = []
+        for index, layer in enumerate(self.features):
+            h = layer(h)
+            if index in TAPS:
+                # vector_norm has gradient zero at zero; sqrt of a sum of squares would give NaN.
+                maps.append(h / (torch.linalg.vector_norm(h, dim=1, keepdim=True) + EPS))
+        return maps
+
+    @torch.no_grad()
+    def _fill_buffers(self) -> None:
+        self.shift.copy_(self.shift.new_tensor(SHIFT).view(1, 3, 1, 1))
+        self.scale.copy_(self.scale.new_tensor(SCALE).view(1, 3, 1, 1))
+
+
+def _vgg16_features() -> nn.Sequential:
+    """VGG16's convolutions up to relu5_3, indexed as in torchvision (the last pooling, 30, is left out)."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for stage in STAGES:
+        if layers:
+            layers.append(nn.MaxPool2d(2))
+        for width in stage:
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+            channels = width
+    return nn.Sequential(*layers)
+
+
+def _only_features(vgg: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The convolutions of a VGG16 state dict, named by their index; the classifier's keys are dropped."""
+    classifier = ("classifier.", "pre_logits.", "head.")
+    return {key.removeprefix("features."): value for key, value in vgg.items() if not key.startswith(classifier)}
+
+
+def _hub_file() -> Path:
+    """VGG16's weights as timm publishes them, in the Hugging Face cache; downloaded if need be."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.utils import LocalEntryNotFoundError
+
+    where = {"repo_id": HUB_REPO, "filename": HUB_FILE}
+    try:
+        try:
+            return Path(hf_hub_download(**where, local_files_only=True))
+        except LocalEntryNotFoundError:
+            # One request first: without a network, hf_hub_download retries for 25 s before it gives up.
+            get_hf_file_metadata(hf_hub_url(**where), timeout=HUB_TIMEOUT)
+            return Path(hf_hub_download(**where))
+    except Exception as error:
+        reason = str(error).split("\n", 1)[0]
+        raise WeightsError(
+            f"{WHAT}: VGG16's weights are not in the Hugging Face cache and could not be downloaded "
+            f"({type(error).__name__}: {reason}). Either run once with network access (or copy a filled cache "
+            "and point HF_HOME at it), or set\n"
+            '  [losses.lpips] vgg_checkpoint = "FILE"\n'
+            f"where FILE is torchvision's vgg16-397923af.pth, or {HUB_FILE} of the repository {HUB_REPO}"
+        ) from error
+
+
+def _torchmetrics_linear() -> Path:
+    # Located, not imported: importing torchmetrics takes seconds.
+    spec = importlib.util.find_spec("torchmetrics")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / "functional" / "image" / "lpips_models" / "vgg.pth"
+        if path.is_file():
+            return path
+    raise WeightsError(
+        f"{WHAT}: no torchmetrics with LPIPS's linear weights is installed. Either install it, or set\n"
+        '  [losses.lpips] linear_checkpoint = "FILE"\n'
+        "where FILE is weights/v0.1/vgg.pth of the LPIPS authors"
+    )

@@ -1,0 +1,57 @@
+"""Reconstruction terms without state: L1, L2, and the KL divergence of the posterior."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from components.contracts import Posterior
+from components.precision import at_least_fp32
+from components.registry import losses
+
+
+@losses.register("l1")
+class L1:
+    """Mean absolute error between image and reconstruction.
+
+    Args:
+        weight: factor in the tokenizer's loss.
+    """
+
+    def __init__(self, *, weight: float = 1.0) -> None:
+        self.weight = weight
+
+    def __call__(self, x: Tensor, x_hat: Tensor, posterior: Posterior) -> Tensor:
+        """(B, 3, R, R) twice -> mean over everything."""
+        return (at_least_fp32(x) - at_least_fp32(x_hat)).abs().mean()
+
+
+@losses.register("l2")
+class L2:
+    """Mean squared error between image and reconstruction.
+
+    Args:
+        weight: factor in the tokenizer's loss.
+    """
+
+    def __init__(self, *, weight: float = 1.0) -> None:
+        self.weight = weight
+
+    def __call__(self, x: Tensor, x_hat: Tensor, posterior: Posterior) -> Tensor:
+        """(B, 3, R, R) twice -> mean over everything."""
+        return (at_least_fp32(x) - at_least_fp32(x_hat)).square().mean()
+
+
+@losses.register("kl")
+class KL:
+    """KL divergence of the posterior from N(0, I), summed over the latent and averaged over the batch.
+
+    Args:
+        weight: factor in the tokenizer's loss.
+    """
+
+    def __init__(self, *, weight: float = 1e-6) -> None:
+        self.weight = weight
+
+    def __call__(self, x: Tensor, x_hat: Tensor, posterior: Posterior) -> Tensor:
+        """Posterior over (B, C, h, w) -> nats per image."""
+        return Posterior(at_least_fp32(posterior.mean), at_least_fp32(posterior.logvar)).kl()
