@@ -130,4 +130,7 @@ def _per_channel(value: Tensor, x: Tensor) -> Tensor:
 
 
 def _sum_over_ranks(value: Tensor) -> Tensor:
-    return collectives.all_reduce(value, "sum", dist.group.WORLD) if world_size() > 1 else value
+    if world_size() == 1:
+        return value
+    # The result waits lazily, and views of it stay lazy; a copy is an ordinary tensor.
+    return collectives.all_reduce(value, "sum", dist.group.WORLD).clone()

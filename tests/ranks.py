@@ -1,0 +1,60 @@
+"""Runs a function on several gloo ranks of this machine, for tests."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# The fork server imports these once, and forks ranks in milliseconds. The first functional collective, or the
+# first call of torch.compile, imports torch._dynamo: seconds.
+PRELOAD = ["torch", "torch.distributed", "torch._dynamo"]
+
+
+def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    """Calls ``fn(rank, world, *args)`` on every rank of a gloo process group, one thread each.
+
+    Args:
+        fn: a function of a module's top level (it is pickled by name).
+        world: number of ranks.
+        args: picklable arguments.
+        timeout_s: seconds after which the ranks are killed.
+
+    Returns:
+        What each rank returned, by rank; anything that ``torch.save`` takes.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: a rank raised; holds its traceback.
+        TimeoutError: the ranks did not end in time.
+    """
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    with tempfile.TemporaryDirectory() as folder:
+        context = torch.multiprocessing.start_processes(
+            _rank, args=(fn, world, folder, args), nprocs=world, join=False, start_method="forkserver"
+        )
+        deadline = time.monotonic() + timeout_s
+        while not context.join(timeout=max(0.0, deadline - time.monotonic())):
+            if time.monotonic() >= deadline:
+                for process in context.processes:
+                    process.kill()
+                raise TimeoutError(f"{fn.__qualname__} on {world} ranks: not done after {timeout_s} s")
+        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]
+
+
+def _rank(rank: int, fn: Callable[..., Any], world: int, folder: str, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    try:
+        torch.save(fn(rank, world, *args), Path(folder, f"{rank}.pt"))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
