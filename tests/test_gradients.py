@@ -1,0 +1,81 @@
+"""Which loss reaches which module: in every recipe each module learns from its own losses and from no other."""
+
+import pytest
+import torch
+
+from components.freeze import frozen
+from components.registry import discover, recipes
+from tests import toys
+
+discover("plugins")
+RECIPES = ["repae", "repa", "ldm", "naive_e2e", "tokenizer"]
+
+
+def gradients(recipe_name: str, only: str | None):
+    """Runs one step of a recipe and back-propagates the update of one group, or of all; gradients by module."""
+    recipe = recipes.get(recipe_name).cls()
+    m = toys.modules()
+    for name, module in m.named().items():
+        module.requires_grad_(any(name in members for members in recipe.trains.values()))
+
+    def update(group, terms, **extra):
+        if only in (None, group):
+            sum(weight * value for weight, value in terms.values()).backward()
+
+    recipe.step(m, *toys.batch(), update, step=0)
+    found = {name: [p.grad for p in module.parameters() if p.grad is not None] for name, module in m.named().items()}
+    return recipe, {name: grads for name, grads in found.items() if any(g.any() for g in grads)}
+
+
+def test_every_recipe_is_covered():
+    assert sorted(RECIPES) == [r.name for r in recipes if r.file.startswith(str(toys.__file__).rsplit("/tests", 1)[0])]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_update_reaches_its_own_group_only(name):
+    recipe, _ = gradients(name, only=None)
+    for group, members in recipe.trains.items():
+        _, reached = gradients(name, only=group)
+        assert set(reached) == set(members), f"the update of '{group}'"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_gradients_of_a_step_are_those_of_the_single_updates(name):
+    recipe, together = gradients(name, only=None)
+    for group, members in recipe.trains.items():
+        _, alone = gradients(name, only=group)
+        for member in members:
+            assert all(torch.equal(a, b) for a, b in zip(together[member], alone[member]))
+
+
+@pytest.mark.parametrize(("name", "reaches"), [("repae", False), ("naive_e2e", True)])
+def test_only_the_naive_recipe_sends_the_diffusion_loss_into_the_tokenizer(name, reaches):
+    recipe = recipes.get(name).cls()
+    m = toys.modules()
+    touched = []
+
+    def update(group, terms, **extra):
+        for term, (_, value) in terms.items():
+            if term == "velocity":
+                grads = torch.autograd.grad(value, list(m.tokenizer.parameters()), allow_unused=True, retain_graph=True)
+                touched.append(any(g is not None and g.any() for g in grads))
+
+    recipe.step(m, *toys.batch(), update, step=0)
+    assert any(touched) == reaches
+
+
+def test_the_alignment_pass_leaves_the_latent_statistics_alone():
+    """REPA-E: the tokenizer's pass normalises with running statistics; the denoiser's pass moves them, once."""
+    m = toys.modules()
+    recipes.get("repae").cls().step(m, *toys.batch(), lambda *a, **k: None, step=0)
+    assert m.latent_norm.num_batches_tracked.item() == 1
+
+
+def test_frozen_restores_what_it_found_after_an_error():
+    m = toys.modules()
+    m.denoiser.blocks[0].requires_grad_(False)
+    before = [p.requires_grad for p in m.denoiser.parameters()]
+    with pytest.raises(RuntimeError), frozen(m.denoiser, None):
+        assert not any(p.requires_grad for p in m.denoiser.parameters())
+        raise RuntimeError
+    assert [p.requires_grad for p in m.denoiser.parameters()] == before
