@@ -1,0 +1,219 @@
+"""Images in one sub-folder per class, as ImageNet comes."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import os
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from components import registry
+from components.contracts import Sample
+from components.data import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
+PATIENCE = 100
+"""Unreadable files in a row after which the folder, and not a file, is at fault."""
+
+HELP = """\
+Set [dataset] path to a folder with one sub-folder per class, for ImageNet PATH/n01440764/*.JPEG to
+PATH/n15075141/*.JPEG (1000 folders). ImageNet is free for research after registration: the training images of
+ILSVRC2012 (task 1 and 2) from https://image-net.org/download-images, where each class is a .tar to extract into a
+folder of its name, or the data set ILSVRC/imagenet-1k on Hugging Face."""
+
+
+@registry.datasets.register("image_folder")
+class ImageFolder:
+    """Image files in one sub-folder per class (ImageNet's layout), centre-cropped.
+
+    Classes are the sub-folders in sorted order; their files may be nested. JPEG, PNG, WebP, BMP and GIF (first
+    frame) of every mode become 8-bit RGB: grey is repeated, a palette looked up, CMYK converted, 16 bits are
+    scaled, transparency is dropped as in ADM (the colour stored below it shows). EXIF rotation is applied. The crop
+    is ADM's (arXiv 2105.05233): halved by box filters while the shorter side is at least 2R, then resized by a
+    bicubic filter to make it R, then cut from the centre.
+
+    A file that cannot be read is replaced by the next one that can, which the sample says.
+
+    Args:
+        path: folder with one sub-folder per class.
+        flip: whether training may mirror the images left-right.
+
+    Raises:
+        DataError: the folder is missing, or holds no class folders or no images.
+    """
+
+    def __init__(self, resolution: int, *, path: str, flip: bool = True) -> None:
+        self.resolution = resolution
+        self.path = os.path.abspath(os.path.expanduser(path))
+        self.flip = flip
+        self.class_names = _class_folders(path, self.path)
+        self.num_classes = len(self.class_names)
+        # One string and two arrays: a list of a million names would be copied into every worker, page by page, as
+        # reference counts change.
+        names, lengths, counts = [], [], []
+        for folder in self.class_names:
+            found = [os.fsencode(name) for name in _images(self.path, folder)]
+            names.append(b"".join(found))
+            lengths += map(len, found)
+            counts.append(len(found))
+        self._names = b"".join(names)
+        self._ends = np.cumsum(lengths, dtype=np.int64)
+        self._labels = np.repeat(np.arange(self.num_classes, dtype=np.int32), counts)
+        if not len(self):
+            raise DataError(
+                f"dataset image_folder: '{path}' has {self.num_classes} sub-folders ({', '.join(self.class_names[:3])}"
+                f"{', ...' if self.num_classes > 3 else ''}) but no images ({' '.join(EXTENSIONS)})"
+                f"{_contents(self.path)}.\n{HELP}"
+            )
+        empty = [folder for folder, count in zip(self.class_names, counts) if not count]
+        if empty:
+            more = ", ..." if len(empty) > 5 else ""
+            logger.warning(
+                "dataset image_folder: %d of %d classes in %s have no images and are kept: %s%s",
+                *(len(empty), self.num_classes, path, ", ".join(empty[:5]), more),
+            )
+        _silence_pil()
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        _silence_pil()
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def file(self, index: int) -> str:
+        """Path of image ``index`` in [0, len)."""
+        start = self._ends[index - 1] if index else 0
+        return os.path.join(self.path, os.fsdecode(self._names[start : self._ends[index]]))
+
+    def __getitem__(self, index: int) -> Sample:
+        """The image (uint8, (3, R, R)), its class, and the path of ``index`` if another image had to replace it.
+
+        Raises:
+            IndexError: outside [0, len).
+            DataError: none of the next 100 files can be read.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"dataset image_folder: index {index} is outside its {len(self)} images")
+        unreadable = None
+        for other in range(index, index + min(PATIENCE, len(self))):
+            other %= len(self)
+            try:
+                image = _read(self.file(other), self.resolution)
+            except Exception as error:
+                # Whatever a decoder throws at a broken file: one file must not end a run.
+                unreadable = unreadable or self.file(index)
+                reason = f"{self.file(other)}: {type(error).__name__}: {error}"
+                continue
+            return Sample(image, int(self._labels[other]), unreadable)
+        raise DataError(
+            f"dataset image_folder: {min(PATIENCE, len(self))} images in a row cannot be read, beginning with "
+            f"{unreadable}; the last: {reason}. Is {self.path} still there and readable?"
+        )
+
+
+def adm_crop(image: Image, resolution: int) -> Image:
+    """The central square, scaled to ``resolution`` (R) pixels per side, as ADM prepares ImageNet."""
+    from PIL.Image import Resampling
+
+    # The only departure: a strip is cut to 16 : 1 first, else one of 1 x 60000 would take 16 GB at R = 256.
+    width, height = image.size
+    longest = 16 * min(image.size)
+    if max(image.size) > longest:
+        left, top = max(width - longest, 0) // 2, max(height - longest, 0) // 2
+        image = image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
+    scale = resolution / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Resampling.BICUBIC)
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    return image.crop((left, top, left + resolution, top + resolution))
+
+
+def _read(file: str, resolution: int) -> torch.Tensor:
+    """(3, R, R) uint8; raises whatever the decoder raises."""
+    import PIL.Image
+    from PIL.ImageOps import exif_transpose
+
+    with PIL.Image.open(file) as image:
+        image.load()
+        with contextlib.suppress(Exception):  # broken EXIF beside sound pixels
+            exif_transpose(image, in_place=True)
+        square = adm_crop(_to_rgb(image), resolution)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+def _to_rgb(image: Image) -> Image:
+    import PIL.Image
+
+    if image.mode.startswith("I"):
+        # 16-bit grey, which convert() would clip at 255. The high byte, as PIL itself reads 16-bit RGB.
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        image = PIL.Image.fromarray(grey.astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _silence_pil() -> None:
+    # Remarks on palettes, EXIF and large files, in each worker anew; what is unreadable is reported by the sample.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _class_folders(path: str, root: str) -> list[str]:
+    """Names of the sub-folders of ``root``, sorted; messages show ``path``, as the user wrote it."""
+    if not path or not os.path.isdir(root):
+        raise DataError(f"dataset image_folder: '{path}' is not a folder (looked at {root}).\n{HELP}")
+    folders = _subfolders(root)
+    if not folders:
+        raise DataError(f"dataset image_folder: '{path}' has no sub-folders, one per class{_contents(root)}.\n{HELP}")
+    if SPLITS.issuperset(name.lower() for name in folders):
+        inner = [name for name in folders if _subfolders(os.path.join(root, name))]
+        if inner:
+            best = min(inner, key=lambda name: (not name.lower().startswith("train"), name))
+            raise DataError(
+                f"dataset image_folder: the sub-folders of '{path}' ({', '.join(folders)}) are splits, not classes; "
+                f"set [dataset] path to '{os.path.join(path, best)}'"
+            )
+    return folders
+
+
+def _subfolders(folder: str) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+
+def _images(root: str, folder: str) -> list[str]:
+    """Image files below ``root``/``folder``, relative to ``root``, sorted. One directory read each, no stat."""
+    found, pending = [], [folder]
+    while pending:
+        here = pending.pop()
+        with os.scandir(os.path.join(root, here)) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.name.lower().endswith(EXTENSIONS):
+                    found.append(f"{here}/{entry.name}")
+                elif entry.is_dir():
+                    pending.append(f"{here}/{entry.name}")
+    return sorted(found)
+
+
+def _contents(root: str) -> str:
+    """'; it holds 1000 .tar, 3 .txt', or nothing."""
+    kinds = collections.Counter(
+        os.path.splitext(name)[1].lower() or "files without extension"
+        for _, _, files in os.walk(root)
+        for name in files
+    )
+    return "; it holds " + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5)) if kinds else ""
