@@ -58,8 +58,11 @@ def check(config: Config, world_size: int) -> Parts:
         return _build(config, dataset=None, prepare=lambda place, module: None)
 
 
-def build(config: Config, device: torch.device) -> Parts:
+def build(config: Config, device: torch.device, files: bool = True) -> Parts:
     """Builds the dataset and every module on ``device``, initialised from the seed or from the named weights.
+
+    Args:
+        files: False builds no dataset and reads no weights: frozen parts are random, for timing.
 
     Raises:
         ConfigError: every file that is missing at once (data, checkpoints, encoder weights), with how to get it.
@@ -67,7 +70,10 @@ def build(config: Config, device: torch.device) -> Parts:
     missing: list[str] = []
 
     def prepare(place: str, module: nn.Module) -> None:
-        if hasattr(module, "load_weights"):
+        if not files:
+            for p in module.parameters():
+                nn.init.normal_(p, std=0.02)
+        elif hasattr(module, "load_weights"):
             try:
                 module.load_weights()
             except WeightsError as error:
@@ -75,7 +81,8 @@ def build(config: Config, device: torch.device) -> Parts:
 
     dataset = None
     try:
-        dataset = _plugin("dataset", "dataset", config.dataset, config.training.resolution)
+        if files:
+            dataset = _plugin("dataset", "dataset", config.dataset, config.training.resolution)
     except (DataError, OSError) as error:
         missing.append(f"dataset: {error}")
     # Frozen and pretrained parts first: a missing file shows before the large denoiser is made.

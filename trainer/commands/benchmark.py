@@ -1,0 +1,203 @@
+"""python -m trainer benchmark: how fast is a config here, where does the time go, and does compiling pay?"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from statistics import median
+
+from trainer import config as configs
+
+SUMMARY = "time a config's training step, eager and compiled, with its phases and peak memory"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="TOML file")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of each variant (default: 10)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts (default: 3)")
+    parser.add_argument("--only", choices=["eager", "compiled"], help="time one variant (default: both)")
+    parser.add_argument("--data", action="store_true", help="read the config's dataset (default: random images)")
+    parser.epilog = (
+        "Weights are random and no file is read, unless --data is given: speed does not depend on them.\n"
+        "Times are medians over the timed steps. Any key of the config can be overridden: --section.key=value"
+    )
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    config = configs.load(arguments.config, overrides)
+    if arguments.steps < 1 or arguments.warmup < 0:
+        raise configs.ConfigError("--steps: expected at least 1; --warmup: expected at least 0")
+    from components import parallel
+    from trainer.assemble import check
+    from trainer.commands.train import set_backends
+
+    world = parallel.join_world()
+    try:
+        set_backends(config)
+        check(config, world.size)
+        results = {}
+        for variant in ["eager", "compiled"] if arguments.only is None else [arguments.only]:
+            settings = config.training.model_copy(update={"compile": variant == "compiled"})
+            variant_config = config.model_copy(update={"training": settings})
+            results[variant] = measure(variant_config, world, arguments)
+        if world.is_main:
+            print(table(config, results, world))
+        return 0
+    finally:
+        parallel.leave_world()
+
+
+def measure(config: configs.Config, world, arguments: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a step and of each phase (medians), images/s, peak memory in GiB."""
+    import torch
+
+    from components.metrics import Metrics
+    from trainer.assemble import build, make_ema, parameter_groups
+    from trainer.step import Step
+
+    device = world.device
+    torch.manual_seed(config.training.seed)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    parts = build(config, device, files=arguments.data)
+    bf16 = config.training.precision == "bf16" and device.type == "cuda"
+    step = Step(
+        parts.recipe,
+        parts.modules,
+        parameter_groups(config, parts),
+        ema=make_ema(config, parts),
+        accumulation=config.training.accumulation,
+        autocast_dtype=torch.bfloat16 if bf16 else None,
+        metrics=Metrics(),
+        device=device,
+    )
+    with _micro_batches(config, parts, world, arguments.data) as micro_batches:
+        clock = Clock(device)
+        clock.watch(step)
+        whole, phases = [], []
+        for k in range(arguments.warmup + 2 * arguments.steps):
+            # First half: whole steps, undisturbed. Second half: a synchronisation at every phase.
+            clock.start(detailed=k >= arguments.warmup + arguments.steps)
+            step(k, clock.timed("data", micro_batches, config.training.accumulation))
+            found = clock.stop()
+            if k >= arguments.warmup:
+                (phases if clock.detailed else whole).append(found)
+    seconds = median([f["step"] for f in whole])
+    result = {"step": seconds, "images_per_s": config.training.batch_size / seconds}
+    names = dict.fromkeys(name for f in phases for name in f if name != "step")
+    result |= {f"phase {name}": median([f.get(name, 0.0) for f in phases]) for name in names}
+    if device.type == "cuda":
+        result["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        import resource
+
+        result["peak GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return result
+
+
+class Clock:
+    """Cuts a step into phases at the recipe's own boundaries: data, encoders, each update, optimizers."""
+
+    def __init__(self, device) -> None:
+        self.device, self.detailed, self.phases = device, False, {}
+
+    def watch(self, step) -> None:
+        """Marks the end of every encoder and of every update of ``step``."""
+        for encoder in step.modules.encoders.values():
+            encoder.register_forward_pre_hook(lambda *_: self.mark("data"))
+            encoder.register_forward_hook(lambda *_: self.mark("encoders"))
+        update = step._update
+
+        def timed(group: str, terms: dict, **extra) -> None:
+            update(group, terms, **extra)
+            self.mark(f"{group} forward and backward")
+
+        step._update = timed
+
+    def start(self, detailed: bool) -> None:
+        self.detailed, self.phases = detailed, {}
+        self._synchronise(always=True)
+        self.begin = self.last = time.perf_counter()
+
+    def mark(self, phase: str) -> None:
+        if self.detailed:
+            self._synchronise()
+            now = time.perf_counter()
+            self.phases[phase] = self.phases.get(phase, 0.0) + now - self.last
+            self.last = now
+
+    def stop(self) -> dict[str, float]:
+        self.mark("optimizers and EMA")
+        self._synchronise(always=True)
+        return self.phases | {"step": time.perf_counter() - self.begin}
+
+    def timed(self, phase: str, batches, count: int):
+        for _ in range(count):
+            item = next(batches)
+            self.mark(phase)
+            yield item
+
+    def _synchronise(self, always: bool = False) -> None:
+        if self.device.type == "cuda" and (always or self.detailed):
+            import torch
+
+            torch.cuda.synchronize()
+
+
+def _micro_batches(config: configs.Config, parts, world, real: bool):
+    """A context with an endless iterator of (batch, draws) on the device."""
+    import contextlib
+    import itertools
+
+    import torch
+
+    from components.contracts import Batch
+    from components.data import make_loader
+    from components.draws import draw
+    from components.prefetch import Prefetcher
+
+    t = config.training
+    size = t.batch_size // (world.size * t.accumulation)
+    dtype = torch.float64 if t.precision == "fp64" else torch.float32
+
+    def draws(position: int):
+        return draw(t.seed, 0, range(size), size, parts.latent).to(world.device)
+
+    if not real:
+        images = torch.rand(size, 3, t.resolution, t.resolution, device=world.device, dtype=dtype) * 2 - 1
+        labels = torch.arange(size, device=world.device) % parts.num_classes
+        return contextlib.nullcontext(itertools.repeat((Batch(images, labels), draws(0))))
+
+    @contextlib.contextmanager
+    def loading():
+        options = {"rank": world.rank, "world": world.size, "accumulation": t.accumulation}
+        loader = make_loader(
+            parts.dataset, seed=t.seed, batch_size=t.batch_size, workers=config.loader.workers,
+            prefetch=config.loader.prefetch, pin_memory=world.device.type == "cuda", **options,
+        )  # fmt: skip
+        with Prefetcher(loader, world.device, extra=draws) as batches:
+            yield ((batch._replace(images=batch.images.to(dtype)), drawn) for batch, drawn, _ in batches)
+
+    return loading()
+
+
+def table(config: configs.Config, results: dict[str, dict[str, float]], world) -> str:
+    """One column per variant; phases in milliseconds."""
+    import torch
+
+    name = torch.cuda.get_device_name() if world.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    lines = [f"{world.size} x {name}, torch {torch.__version__}, batch {config.training.batch_size}", ""]
+    lines.append(f"{'':<36}" + "".join(f"{variant:>12}" for variant in results))
+    rows = dict.fromkeys(key for found in results.values() for key in found)
+    for row in rows:
+        scale, unit = {"images_per_s": (1, "images/s"), "peak GiB": (1, "GiB peak memory")}.get(row, (1e3, "ms"))
+        title = unit if scale == 1 else f"{row.removeprefix('phase ')} ({unit})"
+        cells = "".join(f"{found.get(row, 0.0) * scale:>12.1f}" for found in results.values())
+        lines.append(
+            f"{'  ' if row.startswith('phase') else ''}{title:<{34 if row.startswith('phase') else 36}}{cells}"
+        )
+    if len(results) == 2:
+        lines.append(f"compiled is {results['eager']['step'] / results['compiled']['step']:.2f} x as fast as eager")
+    if world.device.type == "cpu" and len(results) == 2:
+        lines.append("(on a CPU peak memory is the process's, so far: the second column includes the first)")
+    return "\n".join(lines)
