@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
 from torch import nn
 
 from components.batch_norm import SyncBatchNorm2d, batch_norm, batch_stats
 from components.latent_norm import LatentNorm
+from tests.ranks import run_ranks
 
 SHAPE = (8, 5, 6, 3)
 
