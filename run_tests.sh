@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Usage: run_tests.sh [pytest arguments]
+# Installs what is missing into .venv, checks the style with ruff, then runs the tests (all, unless told otherwise).
+set -euo pipefail
+
+root=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+
+# shellcheck source=trainer/setup_env.sh
+source "$root/trainer/setup_env.sh"
+setup_python test
+
+cd "$root"
+style=0
+"$PYTHON" -m ruff check . || style=$?
+"$PYTHON" -m ruff format --check . || style=$?
+"$PYTHON" -m pytest "$@"
+exit "$style"
