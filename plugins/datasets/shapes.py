@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from components import registry
 from components.contracts import Sample
+from components.weights import load_strict, read_state
 
 SPLITS = ("train", "heldout", "judge")
 LUMA = (0.299, 0.587, 0.114)
@@ -81,12 +86,41 @@ class Shapes:
         if not -self.size <= index < self.size:
             raise IndexError(f"dataset shapes: index {index} is outside its {self.size} images")
         index %= self.size
-        label = index % self.num_classes
-        return Sample(torch.from_numpy(self._draw(index, label)), label)
-
-    def _draw(self, index: int, label: int) -> np.ndarray:
-        # Per pixel only + - * / sqrt and comparisons, which IEEE 754 rounds alike on every machine.
         u = self._uniform(index)
+        label = index % self.num_classes
+        return Sample(torch.from_numpy(self._paint(u, self._coverage(u, label))), label)
+
+    def mask(self, index: int) -> Tensor:
+        """How much of each pixel of image ``index`` in [0, size) the shape covers: float (R, R) in [0, 1]."""
+        return torch.from_numpy(self._coverage(self._uniform(index), index % self.num_classes))
+
+    @torch.no_grad()
+    def judge(self, images: Tensor) -> Tensor:
+        """Names the shapes in generated images: the class that a held-out classifier sees in each.
+
+        The classifier saw split "judge" alone, which is reserved for it, blurred and noisy copies included; a
+        training run sees none of that. It names all of the first 5000 images of split "heldout" rightly:
+        ``python -m plugins.datasets.train_shapes_nets accuracy``.
+
+        Args:
+            images: (B, 3, R, R) float in [-1, 1] of any R (judged at 32), on any device.
+
+        Returns:
+            (B,) int64 labels in [0, 10).
+
+        Raises:
+            WeightsError: shapes_judge.safetensors, next to this file, is missing or unreadable.
+        """
+        return _load_judge(images.device)(images.float()).argmax(1)
+
+    @staticmethod
+    def untrained_judge() -> nn.Module:
+        """The judge's network with random weights: (B, 3, R, R) in [-1, 1] -> (B, 10) logits."""
+        return Judge()
+
+    # Both draw with + - * / sqrt and comparisons alone, which IEEE 754 rounds alike on every machine.
+
+    def _coverage(self, u: list[float], label: int) -> np.ndarray:
         radius = 0.5 + 0.27 * u[0]
         room = 0.98 - 1.08 * radius
         centre_x, centre_y = room * (2 * u[1] - 1), room * (2 * u[2] - 1)
@@ -98,8 +132,9 @@ class Shapes:
         distance = SIGNED_DISTANCES[label](local_x, local_y)
         distance *= np.float32(-0.5 * radius * self.resolution)  # in pixels, positive inside
         distance += np.float32(0.5)
-        coverage = np.minimum(np.maximum(distance, 0, out=distance), 1, out=distance)
+        return np.minimum(np.maximum(distance, 0, out=distance), 1, out=distance)
 
+    def _paint(self, u: list[float], coverage: np.ndarray) -> np.ndarray:
         if u[4] < 0.5:  # dark on light, or light on dark
             lumas = 0.14 + 0.24 * u[5], 0.62 + 0.32 * u[6], 0.62 + 0.32 * u[7]
         else:
@@ -215,3 +250,32 @@ def _arrow(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 SIGNED_DISTANCES = (_disc, _ring, _square, _diamond, _triangle, _cross, _star, _heart, _moon, _arrow)
+
+
+class Judge(nn.Module):
+    """Classifier of shapes: (B, 3, R, R) in [-1, 1] -> (B, 10) logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs, stride in ((3, 24, 1), (24, 48, 2), (48, 96, 2), (96, 96, 2)):
+            conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Linear(96, Shapes.num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.clamp(-1, 1)
+        if images.shape[-1] != 32:
+            images = F.interpolate(images, (32, 32), mode="bilinear", antialias=True)
+        return self.head(self.layers(images).mean((2, 3)))
+
+
+@functools.cache
+def _load_judge(device: torch.device) -> Judge:
+    what, file = "judge of dataset shapes", Path(__file__).with_name("shapes_judge.safetensors")
+    with torch.device("meta"):  # draws no random numbers: a first call in mid-training changes nothing
+        judge = Judge()
+    judge.to_empty(device="cpu").requires_grad_(False).eval()
+    load_strict(judge, read_state(file, what), what, file)
+    return judge.to(device)
