@@ -1,0 +1,185 @@
+"""A run as a user lives it: train, stop, resume, start again; all numbers as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from components.parallel import World
+from tests import toys
+from trainer import config
+from trainer.loop import Trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def toml(tmp_path):
+    path = tmp_path / "toy.toml"
+    path.write_text(toys.TOML)
+    return str(path)
+
+
+def train(toml: str, folder: Path, *overrides: str) -> Trainer:
+    trainer = Trainer(config.load(toml, [f"--run.dir={folder}", *overrides]), World())
+    trainer.run()
+    return trainer
+
+
+def numbers(folder: Path) -> dict[int, dict[str, float]]:
+    """Every metric of every step, but for those that measure the machine; a repeated step counts last."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: {k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    first, second = numbers(a), numbers(b)
+    assert first.keys() == second.keys()
+    for step in first:
+        assert first[step] == second[step], f"step {step}"
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(toml, tmp_path):
+    train(toml, tmp_path / "whole")
+    train(toml, tmp_path / "parts", "--training.steps=3")
+    train(toml, tmp_path / "parts", "--training.steps=5")
+    resumed = train(toml, tmp_path / "parts")
+    assert resumed.step == 6
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+    def final(folder):
+        other = Trainer(config.load(toml, [f"--run.dir={folder}"]), World())
+        other.resume()
+        return other.state()
+
+    a, b = final(tmp_path / "whole"), final(tmp_path / "parts")
+    assert a["progress"] == b["progress"]
+    for kind in ("modules", "ema", "optimizers"):
+        for name in a[kind]:
+            for key, value in a[kind][name].items():
+                same = value.equal(b[kind][name][key]) if hasattr(value, "equal") else value == b[kind][name][key]
+                assert same, f"{kind} {name} {key}"
+
+
+@pytest.mark.parametrize("recipe", ["repa", "ldm", "naive_e2e", "tokenizer"])
+def test_every_recipe_trains_and_resumes(toml, tmp_path, recipe):
+    options = [f"--recipe.name={recipe}", "--training.steps=2"]
+    train(toml, tmp_path / "whole", *options)
+    train(toml, tmp_path / "parts", *options, "--training.steps=1")
+    train(toml, tmp_path / "parts", *options)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_accumulation_sees_the_same_images_and_draws(toml, tmp_path):
+    """`ldm` has no batch norm that depends on the micro-batch: two micro-batches of 4 equal one batch of 8."""
+    options = ["--recipe.name=ldm", "--training.precision=fp64", "--training.steps=3"]
+    train(toml, tmp_path / "one", *options)
+    train(toml, tmp_path / "two", *options, "--training.accumulation=2")
+    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
+    for step in one:
+        for name in ("denoiser/velocity", "grad_norm/denoiser"):
+            assert one[step][name] == pytest.approx(two[step][name], rel=1e-9)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(toml, tmp_path, caplog):
+    train(toml, tmp_path / "run", "--training.steps=2")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").rglob("*")}
+    with caplog.at_level("INFO", logger="titanrepa"):
+        train(toml, tmp_path / "run", "--training.steps=2")
+    assert "already complete: step 2 of 2" in caplog.text
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").rglob("*")}
+
+
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(toml, tmp_path, caplog):
+    train(toml, tmp_path / "whole")
+    train(toml, tmp_path / "run", "--training.steps=4")
+    damaged = next((tmp_path / "run" / "checkpoints" / "step_00000004").glob("*.distcp"))
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    train(toml, tmp_path / "run")
+    assert "step_00000004 is skipped" in caplog.text and damaged.name in caplog.text
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(toml, tmp_path):
+    from components.checkpoint import CheckpointError
+
+    train(toml, tmp_path / "run", "--training.steps=2")
+    with pytest.raises(CheckpointError, match=r"modules\.denoiser"):
+        train(toml, tmp_path / "run", "--denoiser.width=64")
+
+
+def test_what_a_run_folder_holds(toml, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "run"
+    train(toml, folder, "--run.keep_checkpoints=2")
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
+    assert {p.name for p in (folder / "images").iterdir()} == {
+        "reconstructions_00000006.png",
+        "samples_00000006.png",
+    }
+    assert config.load(str(folder / "config.toml")).training.steps == 6
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = events.Tags()
+    for name in ("l1", "kl", "gan", "align", "loss"):
+        assert f"tokenizer/{name}" in tags["scalars"]
+    for name in ("discriminator/hinge", "denoiser/velocity", "denoiser/align", "grad_norm/denoiser", "lr/tokenizer",
+                 "speed/images_per_s", "samples/judged_right", "data/unreadable"):  # fmt: skip
+        assert name in tags["scalars"]
+    assert set(tags["images"]) == {"reconstructions", "samples"} and "config/text_summary" in tags["tensors"]
+    assert [e.step for e in events.Scalars("tokenizer/l1")] == [1, 2, 3, 4, 5, 6]
+
+
+def start(toml: str, folder: Path, *overrides: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer", "train", toml, f"--run.dir={folder}", *overrides],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        path = folder / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    raise AssertionError("the run did not get there")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_command_goes_on(toml, tmp_path, number):
+    options = ["--training.steps=200", "--run.checkpoint_every=0", "--training.threads=1"]
+    process = start(toml, tmp_path / "run", *options)
+    wait_for_step(tmp_path / "run", 3, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "run the same command to go on" in output and "Traceback" not in output
+    stopped = len(numbers(tmp_path / "run"))
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_{stopped:08d}"]
+
+    again = [o.replace("=200", f"={stopped + 1}") for o in options]
+    process = start(toml, tmp_path / "run", *again)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and f"at step {stopped}" in output, output
+    assert "tensorboard --logdir" in output.strip().splitlines()[-1]
+
+
+def test_kill_9_loses_no_complete_checkpoint(toml, tmp_path):
+    options = ["--training.steps=500", "--run.checkpoint_every=1", "--training.threads=1"]
+    process = start(toml, tmp_path / "run", *options)
+    wait_for_step(tmp_path / "run", 4, process)
+    process.kill()
+    process.communicate()
+    reached = len(numbers(tmp_path / "run"))
+    trainer = Trainer(config.load(toml, [f"--run.dir={tmp_path / 'run'}"]), World())
+    assert trainer.resume() and trainer.step >= reached - 2
