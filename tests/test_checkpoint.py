@@ -30,6 +30,7 @@ from components.checkpoint import (
     module_state,
     optimizer_state,
 )
+from tests.ranks import PRELOAD, run_ranks
 
 torch.set_num_threads(1)
 
@@ -180,6 +181,30 @@ def test_training_goes_on_bit_for_bit(tmp_path, make):
     load_module_state(other, state["net"])
     load_optimizer_state(other, other_optimizer, state["opt"])
     train(other, other_optimizer, 5, 10)
+    for name, value in net.state_dict().items():
+        assert same_bits(value, other.state_dict()[name]), name
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_training_on_a_gpu_goes_on_bit_for_bit(tmp_path):
+    def train_on_gpu(net, optimizer, first, last):
+        for step in range(first, last):
+            net(torch.randn(16, 8, generator=torch.Generator().manual_seed(step)).cuda()).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    net, other = Net(0).cuda(), Net(1).cuda()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, fused=True)
+    other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2, fused=True)
+    train_on_gpu(net, optimizer, 0, 5)
+    CheckpointManager(tmp_path).save(5, {"net": module_state(net), "opt": optimizer_state(net, optimizer)})
+    train_on_gpu(net, optimizer, 5, 10)
+    template = {"net": module_state(other), "opt": optimizer_state(other, other_optimizer)}
+    state = CheckpointManager(tmp_path).load(5, template)
+    load_module_state(other, state["net"])
+    load_optimizer_state(other, other_optimizer, state["opt"])
+    train_on_gpu(other, other_optimizer, 5, 10)
     for name, value in net.state_dict().items():
         assert same_bits(value, other.state_dict()[name]), name
 
@@ -397,15 +422,12 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 
 def _context():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["pytest", "torch.distributed.fsdp", "torch.distributed.tensor", "components.checkpoint"]
-    )
+    context.set_forkserver_preload(PRELOAD)
     return context
 
 
 def _die_at_event(folder: Path, fatal: int) -> None:
     """Replaces step 2, then saves step 3, which retires step 1; dies by SIGKILL before the given file operation."""
-    torch.set_num_threads(1)
     count = 0
 
     def audit(event, arguments):
@@ -424,34 +446,44 @@ def _die_at_event(folder: Path, fatal: int) -> None:
     manager.save(3, state_at(3))
 
 
-def test_a_kill_before_any_file_operation_loses_nothing(tmp_path):
-    """Every moment at which a save can be killed, one after the other."""
-    start = tmp_path / "start"
+def _die_at_every_event(folder: Path) -> None:
+    torch.set_num_threads(1)
+    start = folder / "start"
     two_checkpoints(start)
-    context, fatal, newest = _context(), 0, 2
-    while True:
+    fatal, newest, exit_code = 0, 2, None
+    while exit_code != 0:
         fatal += 1
-        folder = tmp_path / str(fatal)
-        shutil.copytree(start, folder)
-        child = context.Process(target=_die_at_event, args=(folder, fatal))
-        child.start()
-        child.join()
-        manager = CheckpointManager(folder, keep=2)
+        run = folder / str(fatal)
+        shutil.copytree(start, run)
+        child = os.fork()
+        if child == 0:
+            _die_at_event(run, fatal)
+            os._exit(0)
+        exit_code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert exit_code in (0, -signal.SIGKILL)
+        manager = CheckpointManager(run, keep=2)
         found = list(manager.candidates())
         assert len(found) >= 2
         for path in found:
             assert_holds(manager, path, int(path.name[5:13]))
         assert int(found[0].name[5:13]) in (newest, newest + 1)
         newest = int(found[0].name[5:13])
-        if child.exitcode == 0:
-            break
-        assert child.exitcode == -signal.SIGKILL
         manager.save(4, state_at(4))
-        assert steps(folder) == [f"step_{newest:08d}", "step_00000004"]
-        assert_holds(CheckpointManager(folder), manager.latest(), 4)
-        shutil.rmtree(folder)
+        assert steps(run) == [f"step_{newest:08d}", "step_00000004"]
+        assert_holds(CheckpointManager(run), manager.latest(), 4)
+        shutil.rmtree(run)
     assert newest == 3
     assert fatal > 20  # the hook sees the operations
+
+
+def test_a_kill_before_any_file_operation_loses_nothing(tmp_path):
+    """Every moment at which a save can be killed, one after the other."""
+    child = _context().Process(
+        target=_die_at_every_event, args=(tmp_path,)
+    )  # forks, which pytest's process had better not
+    child.start()
+    child.join()
+    assert child.exitcode == 0
 
 
 def _save_for_ever(folder: Path) -> None:
@@ -470,7 +502,7 @@ def test_a_run_that_is_killed_again_and_again_moves_on(tmp_path):
     for _ in range(5):
         child = context.Process(target=_save_for_ever, args=(tmp_path,))
         child.start()
-        until = time.monotonic() + 30
+        until = time.monotonic() + 60
         while not (tmp_path / f"step_{reached + 2:08d}").exists() and time.monotonic() < until:
             time.sleep(0.001)
         time.sleep(rng.random() * 0.03)
@@ -559,32 +591,6 @@ def test_ctrl_c_during_a_save_is_still_ctrl_c(tmp_path, monkeypatch):
 # -- several ranks --------------------------------------------------------------------------------------------------
 
 
-def _worker(rank: int, world: int, rendezvous: Path, function, arguments) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-    try:
-        function(rank, *arguments)
-    finally:
-        dist.destroy_process_group()
-
-
-def run_ranks(folder: Path, world: int, function, *arguments) -> None:
-    """Runs ``function(rank, *arguments)`` in ``world`` processes of one gloo group; fails if one of them does."""
-    rendezvous = folder / f"rendezvous_{time.monotonic_ns()}"
-    context = _context()
-    workers = [
-        context.Process(target=_worker, args=(rank, world, rendezvous, function, arguments)) for rank in range(world)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    codes = [worker.exitcode for worker in workers]
-    for worker in workers:
-        worker.kill()
-    assert codes == [0] * world
-
-
 def _sharded() -> tuple[nn.Module, torch.optim.Optimizer]:
     net = Net(0)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -593,7 +599,7 @@ def _sharded() -> tuple[nn.Module, torch.optim.Optimizer]:
     return net, torch.optim.AdamW(net.parameters(), lr=1e-2)
 
 
-def _train_sharded_and_save(rank: int, folder: Path) -> None:
+def _train_sharded_and_save(rank: int, world: int, folder: Path) -> None:
     net, optimizer = _sharded()
     train(net, optimizer, 0, 3)
     state = {"net": module_state(net), "opt": optimizer_state(net, optimizer), "seen": 48 + rank}
@@ -602,7 +608,7 @@ def _train_sharded_and_save(rank: int, folder: Path) -> None:
     CheckpointManager(folder).save(6, {"net": module_state(net), "opt": optimizer_state(net, optimizer), "seen": 96})
 
 
-def _load_sharded_and_compare(rank: int, folder: Path) -> None:
+def _load_sharded_and_compare(rank: int, world: int, folder: Path) -> None:
     net, optimizer = _sharded()
     manager = CheckpointManager(folder)
     state = manager.load(3, {"net": module_state(net), "opt": optimizer_state(net, optimizer), "seen": 0})
@@ -621,10 +627,10 @@ def _load_sharded_and_compare(rank: int, folder: Path) -> None:
 
 def test_two_sharded_ranks_save_and_any_number_loads(tmp_path):
     folder = tmp_path / "checkpoints"
-    run_ranks(tmp_path, 2, _train_sharded_and_save, folder)
+    run_ranks(_train_sharded_and_save, 2, folder)
     assert steps(folder) == ["step_00000003", "step_00000006"]
     assert {"__0_0.distcp", "__1_0.distcp"} <= set(steps(folder / "step_00000003"))
-    run_ranks(tmp_path, 2, _load_sharded_and_compare, folder)
+    run_ranks(_load_sharded_and_compare, 2, folder)
 
     net = Net(1)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
@@ -641,7 +647,7 @@ def test_two_sharded_ranks_save_and_any_number_loads(tmp_path):
         assert torch.allclose(value, net.state_dict()[name], rtol=0, atol=1e-6), name
 
 
-def _meet_damage(rank: int, folder: Path) -> None:
+def _meet_damage(rank: int, world: int, folder: Path) -> None:
     manager = CheckpointManager(folder)
     path = manager.latest()
     assert path == folder / "step_00000001"
@@ -659,5 +665,5 @@ def _meet_damage(rank: int, folder: Path) -> None:
 def test_ranks_agree_about_damage_and_failures(tmp_path):
     folder = tmp_path / "checkpoints"
     os.truncate(two_checkpoints(folder) / "__0_0.distcp", 10)
-    run_ranks(tmp_path, 2, _meet_damage, folder)
+    run_ranks(_meet_damage, 2, folder)
     assert steps(folder) == ["step_00000001", "step_00000002"]
