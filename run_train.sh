@@ -23,7 +23,7 @@ Environment:
 
 Examples:
   ./run_train.sh train_configs/quickstart.toml
-  ./run_train.sh train_configs/quickstart.toml --run.steps=100 --run.seed=1
+  ./run_train.sh train_configs/quickstart.toml --training.steps=100 --training.seed=1
   NGPU=4 ./run_train.sh train_configs/repae_sit_xl.toml
   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 ./run_train.sh train_configs/repae_sit_xl.toml   # NODE_RANK=1 on the other
 EOF
@@ -156,6 +156,16 @@ do :; done
 if ((status == 0)); then
   rm -rf "$logs"
 else
-  printf 'run_train.sh: ended with status %s; what each process printed is in %s\n' "$status" "$logs" >&2
+  {
+    # The process that failed first is often not one whose output was shown, and torchrun's own report is long.
+    words=
+    for file in "$logs"/*/attempt_*/*/stderr.log; do
+      [[ -s $file ]] || continue
+      before=$words
+      words=$(tail -c 2000 "$file" | tr '\r' '\n' | tail -n 5)
+      [[ $words == "$before" ]] || printf '\nLast words of process %s:\n%s\n' "$(basename "${file%/*}")" "$words"
+    done
+    printf 'run_train.sh: ended with status %s; all that each process printed is in %s\n' "$status" "$logs"
+  } >&2
 fi
 exit "$status"

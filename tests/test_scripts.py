@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # All that the scripts may call; nvidia-smi and real Pythons stay out of sight.
 TOOLS = (
     *("basename", "bash", "cat", "chmod", "cksum", "cp", "dirname", "env", "flock", "getconf", "grep", "head"),
-    *("mkdir", "mktemp", "nproc", "pgrep", "readlink", "rm", "sleep"),
+    *("mkdir", "mktemp", "nproc", "pgrep", "readlink", "rm", "sleep", "tail", "tr"),
 )
 
 # Every call goes into the log, named after the stub's file. What it answers lies in files beside the log.
@@ -321,12 +321,21 @@ def test_a_signal_lets_the_workers_save_and_spares_torchrun(repo, launch, how, t
     assert not list(tmp_path.glob("titanrepa.*"))
 
 
-def test_the_status_of_torchrun_is_passed_on_and_the_output_kept(repo, launch, tmp_path):
+def test_a_failure_shows_the_last_words_of_every_process_and_keeps_the_rest(repo, launch, tmp_path):
     process, terminal = launch(status=3)
+    (kept,) = tmp_path.glob("titanrepa.*")
+    for rank, words in enumerate(["no such file\n", "no such file\n", "10%\r20%\rout of memory\n", ""]):
+        log = kept / "job" / "attempt_0" / str(rank) / "stderr.log"
+        log.parent.mkdir(parents=True)
+        log.write_text(words and "line\n" * 20 + words)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 3
-    (kept,) = tmp_path.glob("titanrepa.*")
-    assert f"status 3; what each process printed is in {kept}" in os.read(terminal, 10_000).decode()
+    said = os.read(terminal, 10_000).decode().replace("\r", "")
+    assert f"status 3; all that each process printed is in {kept}" in said
+    lines = "line\n" * 4
+    assert f"Last words of process 0:\n{lines}no such file\n" in said
+    assert "process 2:\nline\nline\n10%\n20%\nout of memory\n" in said
+    assert "process 1" not in said and "process 3" not in said
 
 
 def test_a_second_signal_does_not_disturb_the_saving(repo, launch):
