@@ -81,7 +81,7 @@ def barrier() -> None:
 
 
 def compile_units(module: nn.Module) -> None:
-    """Compiles each repeated part of a module on its own: compile time does not grow with depth."""
+    """Compiles each part of ``module.units()``, or the module itself; compile time does not grow with depth."""
     for unit in module.units() if hasattr(module, "units") else [module]:
         unit.compile(fullgraph=True)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,3 +125,13 @@ def test_the_other_plugins_take_a_step(lab, recipe):
     else:
         assert set(seen["denoiser"]) == {"velocity_l1"}
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in parts.modules.denoiser.parameters())
+
+
+def test_the_run_of_the_page_trains_in_the_readers_own_folder(lab, monkeypatch):
+    monkeypatch.chdir(lab)
+    command = [sys.executable, "-m", "trainer", "train", "my_run.toml", "--training.steps=2"]
+    environment = os.environ | {"PYTHONPATH": str(PAGE.parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Done: 2 steps" in done.stdout
+    assert any(path.name.startswith("samples_") for path in lab.rglob("*.png"))

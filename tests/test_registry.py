@@ -1,6 +1,6 @@
 """The registry: schemas from signatures, duplicates, discovery, broken plugins."""
 
-import importlib.metadata
+import importlib
 import textwrap
 
 import pytest
@@ -14,6 +14,7 @@ from trainer.__main__ import main
 @pytest.fixture(autouse=True)
 def restored():
     """Plugins that a test registers are gone after it."""
+    registry.discover("plugins")
     before = {kind: dict(r._plugins) for kind, r in registry.KINDS.items()}
     yield
     for kind, r in registry.KINDS.items():
@@ -127,7 +128,7 @@ def test_entry_points_of_installed_packages(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[titanrepa.plugins]\nthird = third_party\n")
     monkeypatch.syspath_prepend(tmp_path)
-    importlib.metadata.MetadataPathFinder.invalidate_caches()
+    importlib.invalidate_caches()
     registry.discover("plugins")
     assert registry.losses.get("third").summary == "Third."
 

@@ -96,8 +96,7 @@ def build(config: Config, device: torch.device, files: bool = True) -> Parts:
         module.to(device=device, dtype=dtype, memory_format=memory_format)
     _set_trainable(parts)
     if config.training.compile:
-        for module in parts.modules.named().values():
-            parallel.compile_units(module)
+        _compile(parts.modules)
     return parts
 
 
@@ -235,6 +234,13 @@ def _num_classes(config: Config, dataset: Dataset | None, needed: bool) -> int:
             "take the dataset's number"
         )
     return wanted or found
+
+
+def _compile(m: Modules) -> None:
+    heads = list(m.heads) if m.heads is not None else []
+    for module in (m.tokenizer, m.denoiser, m.discriminator, *heads, *m.encoders.values(), *m.reconstruction.values()):
+        if isinstance(module, nn.Module):
+            parallel.compile_units(module)
 
 
 def _set_trainable(parts: Parts) -> None:

@@ -196,8 +196,7 @@ def load(path: str, overrides: list[str] = ()) -> Config:
     """Reads a TOML file, applies overrides, imports the plugins it names, and validates all of it.
 
     Args:
-        path: TOML file. File names inside it are relative to the current folder, but for ``plugins``, which are
-            looked up beside the TOML file, too.
+        path: TOML file. A file that it names is looked for in the current folder, then beside the TOML file.
         overrides: ``--section.key=value`` or ``--section.key``, ``value``; values are TOML, or else plain strings.
 
     Raises:
@@ -237,11 +236,15 @@ def validate(data: dict[str, Any], source: str) -> Config:
         config = Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError("\n".join(f"{source}: {p}" for p in _problems(error, Config))) from None
-    beside = [
-        str(Path(source).parent / p) if p.endswith(".py") and not Path(p).is_file() else p for p in config.plugins
-    ]
+    folder = Path(source).parent
+    config.plugins = [_find(p, folder) if p.endswith(".py") else p for p in config.plugins]
+    config.latent_norm.statistics = _find(config.latent_norm.statistics, folder)
+    for _, _, table in plugin_tables(config):
+        for key, value in table.options.items():
+            if isinstance(value, str) and key.endswith(("checkpoint", "path")):
+                table.model_extra[key] = _find(value, folder)
     try:
-        registry.discover("plugins", beside)
+        registry.discover("plugins", config.plugins)
     except registry.PluginError as error:
         raise ConfigError(f"{source}: {error}") from error
     problems = [p for place, kind, table in plugin_tables(config) for p in _plugin_problems(place, kind, table)]
@@ -249,6 +252,24 @@ def validate(data: dict[str, Any], source: str) -> Config:
     if problems:
         raise ConfigError("\n".join(f"{source}: {p}" for p in problems))
     return config
+
+
+def _find(name: str, folder: Path) -> str:
+    """A file beside the config, if there is one and none in the current folder."""
+    beside = folder / name
+    return str(beside) if name and not Path(name).exists() and beside.exists() else name
+
+
+def flatten(toml: str) -> dict[str, Any]:
+    """Every value of a TOML text by its dotted key."""
+
+    def walk(table: dict[str, Any], prefix: str) -> dict[str, Any]:
+        found = {}
+        for key, value in table.items():
+            found |= walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return found
+
+    return walk(tomllib.loads(toml), "")
 
 
 def describe() -> str:

@@ -27,7 +27,7 @@ from components.parallel import World
 from components.prefetch import Prefetcher
 from trainer import pictures
 from trainer.assemble import build, check, make_ema, parameter_groups
-from trainer.config import Config
+from trainer.config import Config, flatten
 from trainer.latents import prepare_latent_norm
 from trainer.step import Step
 
@@ -101,6 +101,8 @@ class Trainer:
         self.step, self.consumed = progress["step"], progress["consumed"]
         self.unreadable.load_state_dict(progress["unreadable"])
         self._log(f"resumed from {path} at step {self.step}")
+        for change in changes(state["config"], self.config.to_toml()):
+            self._log(f"changed since that checkpoint: {change}")
         return True
 
     def save(self) -> None:
@@ -223,6 +225,9 @@ class Trainer:
         writer.flush()
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": self.step, **values}) + "\n")
+        if values.get("skipped_steps"):
+            share = values["skipped_steps"]
+            logger.warning(f"step {self.step}: {share:.0%} of the last {steps} steps skipped: not finite")
         bar.set_postfix({name: f"{values[f'{name}/loss']:.3f}" for name in self.groups if f"{name}/loss" in values})
 
     def _draw(self, writer) -> None:
@@ -254,6 +259,13 @@ class Trainer:
     def _log(self, message: str) -> None:
         if self.world.is_main:
             logger.info(message)
+
+
+def changes(old: str, new: str) -> list[str]:
+    """Keys that differ between two resolved configs, as "training.steps: 3 -> 6"."""
+    before, after = flatten(old), flatten(new)
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}" for key in keys]
 
 
 class _signals:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,8 @@ def set_backends(config: configs.Config) -> None:
     import torch
 
     t = config.training
+    if t.deterministic:  # read when cuBLAS starts; without it deterministic matrix products raise
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_tf32 = t.tf32
     torch.backends.cudnn.allow_tf32 = t.tf32
     torch.backends.cudnn.benchmark = not t.deterministic
