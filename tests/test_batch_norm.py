@@ -49,6 +49,19 @@ def sync_norm_rank(rank: int, world: int, sizes: list[int], mean: float, dtype: 
     return {"y": y.detach(), "dx": x.grad, "dw": norm.weight.grad, "db": norm.bias.grad, **norm.state_dict()}
 
 
+def compiled_rank(rank: int, world: int) -> list[list[torch.Tensor]]:
+    results = []
+    for compiled in (False, True):
+        x, grad = (t.chunk(world)[rank].clone() for t in data())
+        norm = affine(SyncBatchNorm2d(5))
+        x.requires_grad_()
+        call = torch.compile(norm, backend="aot_eager", fullgraph=True) if compiled else norm
+        y = call(x)
+        y.backward(grad)
+        results.append([y.detach(), x.grad, norm.weight.grad, norm.running_mean, norm.running_var])
+    return results
+
+
 def latent_norm_rank(rank: int, world: int) -> dict:
     x, grad = (split(t, [SHAPE[0] // world] * world, rank) for t in data())
     norm = LatentNorm(5)
@@ -121,6 +134,11 @@ def test_latent_norm_over_ranks(world):
         torch.testing.assert_close(torch.cat([r[key] for r in results]), expected, rtol=1e-6, atol=1e-6)
     for key, expected in norm.state_dict().items():
         torch.testing.assert_close(results[0][key], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_compiles_whole_on_two_ranks():
+    for eager, compiled in run_ranks(compiled_rank, 2):
+        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
 
 
 def test_batch_stats():

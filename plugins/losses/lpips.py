@@ -110,7 +110,7 @@ class LPIPS(nn.Module):
         for index, layer in enumerate(self.features):
             h = layer(h)
             if index in TAPS:
-                # vector_norm has gradient zero at zero; sqrt of a sum of squares would give NaN.
+                # vector_norm's gradient is zero at zero, where that of a square root is infinite.
                 maps.append(h / (torch.linalg.vector_norm(h, dim=1, keepdim=True) + EPS))
         return maps
 
