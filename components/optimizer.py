@@ -70,9 +70,8 @@ class ParameterGroup:
         self.schedule = schedule
         self.clip_norm = clip_norm
         # Fused: one kernel per step, and the only AdamW that can be told on the device to skip a step.
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=schedule.lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
-        )
+        self.settings = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=schedule.lr, fused=True, **self.settings)
 
     def gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters if p.grad is not None]
@@ -93,7 +92,8 @@ class ParameterGroup:
             clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
         lr = self.schedule.at(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            # A loaded optimizer brings the settings it was saved with; this run's count.
+            group.update(self.settings, lr=lr)
         self.optimizer.found_inf = (~finite).float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

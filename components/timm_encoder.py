@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from components.precision import at_least_fp32
 from components.registry import encoders
-from components.weights import WeightsError, load_strict, read_state
+from components.weights import WeightsError, hub_file, load_strict, read_state
 
 HUB_FILE = "model.safetensors"  # unless timm names another
-HUB_TIMEOUT = 10.0  # seconds
 
 
 class TimmEncoder(nn.Module):
@@ -141,40 +140,18 @@ class TimmEncoder(nn.Module):
 
     def _hub_file(self) -> Path:
         """The pretrained weights' file in the Hugging Face cache, downloaded if need be."""
-        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-        from huggingface_hub.utils import LocalEntryNotFoundError
-
         config = self.model.pretrained_cfg
-        architecture, tag = config["architecture"], config.get("tag")
+        option = f"[encoders.{self._name}] checkpoint"
         if not config.get("hf_hub_id"):
             raise WeightsError(
-                f"{self._what}: timm publishes no weights for '{architecture}'; set\n"
-                f'  [encoders.{self._name}] checkpoint = "FILE"\n'
-                "or pretrained = false for random weights"
+                f"{self._what}: timm publishes no weights for '{config['architecture']}'; set\n"
+                f'  {option} = "FILE"\nor pretrained = false for random weights'
             )
         repo, _, revision = config["hf_hub_id"].partition("@")
-        where = {
-            "repo_id": repo,
-            "filename": config.get("hf_hub_filename") or HUB_FILE,
-            "revision": revision or None,
-        }
-        try:
-            try:
-                return Path(hf_hub_download(**where, local_files_only=True))
-            except LocalEntryNotFoundError:
-                # One request first: without a network, hf_hub_download retries for 25 s before it gives up.
-                get_hf_file_metadata(hf_hub_url(**where), timeout=HUB_TIMEOUT)
-                return Path(hf_hub_download(**where))
-        except Exception as error:
-            reason = str(error).split("\n", 1)[0]
-            original = f", or the original {config['url']}" if config.get("url") else ""
-            raise WeightsError(
-                f"{self._what}: the weights {architecture}.{tag} are not in the Hugging Face cache and could not be "
-                f"downloaded ({type(error).__name__}: {reason}). Either run once with network access (or copy a "
-                "filled cache and point HF_HOME at it), or set\n"
-                f'  [encoders.{self._name}] checkpoint = "FILE"\n'
-                f"where FILE is {where['filename']} of the Hugging Face repository {repo}{original}"
-            ) from error
+        filename = config.get("hf_hub_filename") or HUB_FILE
+        original = f", or the original {config['url']}" if config.get("url") else ""
+        file = f"{filename} of the Hugging Face repository {repo}{original}"
+        return hub_file(self._what, repo, filename, revision=revision or None, option=option, file=file)
 
     @property
     def _name(self) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+HUB_TIMEOUT_S = 10
+
 
 class WeightsError(Exception):
     """Weights are missing, unreadable, or do not fit the module."""
@@ -46,6 +48,40 @@ def read_state(path: str | Path, what: str) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
         raise WeightsError(f"{what}: checkpoint '{path}' holds no named tensors")
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def hub_file(what: str, repo: str, filename: str, *, revision: str | None = None, option: str, file: str) -> Path:
+    """A file of a Hugging Face repository: from the local cache, or downloaded into it.
+
+    Args:
+        what: whose weights they are, for messages.
+        repo: "organisation/name".
+        filename: within the repository.
+        revision: branch, tag or commit; none: the main branch.
+        option: the key that names a local file instead, as ``[losses.lpips] vgg_checkpoint``.
+        file: which file that may be.
+
+    Raises:
+        WeightsError: neither cached nor to be had; says both ways to provide it.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.utils import LocalEntryNotFoundError
+
+    where = {"repo_id": repo, "filename": filename, "revision": revision}
+    try:
+        try:
+            return Path(hf_hub_download(**where, local_files_only=True))
+        except LocalEntryNotFoundError:
+            # One request first: without a network, hf_hub_download retries for 25 s before it gives up.
+            get_hf_file_metadata(hf_hub_url(**where), timeout=HUB_TIMEOUT_S)
+            return Path(hf_hub_download(**where))
+    except Exception as error:
+        reason = str(error).split("\n", 1)[0]
+        raise WeightsError(
+            f"{what}: the weights {repo} are not in the Hugging Face cache and could not be downloaded "
+            f"({type(error).__name__}: {reason}). Either run once with network access (or copy a filled cache and "
+            f'point HF_HOME at it), or set\n  {option} = "FILE"\nwhere FILE is {file}'
+        ) from error
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], what: str, source: str | Path) -> None:

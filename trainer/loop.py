@@ -192,8 +192,10 @@ class Trainer:
         (self.folder / "config.toml").write_text(self.config.to_toml())
 
     def _progress_bar(self) -> tqdm:
+        # None: only on a terminal. Elsewhere a bar is noise, and _report writes lines.
+        disable = None if self.world.is_main else True
         total = self.config.training.steps
-        return tqdm(total=total, initial=self.step, unit="step", disable=not self.world.is_main, dynamic_ncols=True)
+        return tqdm(total=total, initial=self.step, unit="step", disable=disable, dynamic_ncols=True)
 
     def _writer(self):
         if not self.world.is_main:
@@ -228,7 +230,12 @@ class Trainer:
         if values.get("skipped_steps"):
             share = values["skipped_steps"]
             logger.warning(f"step {self.step}: {share:.0%} of the last {steps} steps skipped: not finite")
-        bar.set_postfix({name: f"{values[f'{name}/loss']:.3f}" for name in self.groups if f"{name}/loss" in values})
+        losses = {name: f"{values[f'{name}/loss']:.3f}" for name in self.groups if f"{name}/loss" in values}
+        bar.set_postfix(losses)
+        if bar.disable:
+            speed = f"{values['speed/images_per_s']:.0f} images/s"
+            shown = ", ".join(f"{name} {value}" for name, value in losses.items())
+            self._log(f"step {self.step} of {self.config.training.steps}: {shown}, {speed}")
 
     def _draw(self, writer) -> None:
         """Grids of reconstructions and samples, and how many samples the dataset's own judge recognises."""

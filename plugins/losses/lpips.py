@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from components.contracts import Posterior
 from components.precision import at_least_fp32, no_autocast
 from components.registry import losses
-from components.weights import WeightsError, load_strict, read_state
+from components.weights import WeightsError, hub_file, load_strict, read_state
 
 # ImageNet's mean and deviation for images in [-1, 1] instead of [0, 1].
 SHIFT = (-0.030, -0.088, -0.188)
@@ -25,7 +25,6 @@ EPS = 1e-10
 WHAT = "loss lpips"
 HUB_REPO = "timm/vgg16.tv_in1k"
 HUB_FILE = "model.safetensors"
-HUB_TIMEOUT = 10.0  # seconds
 
 
 @losses.register("lpips")
@@ -140,27 +139,8 @@ def _only_features(vgg: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _hub_file() -> Path:
-    """VGG16's weights as timm publishes them, in the Hugging Face cache; downloaded if need be."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.utils import LocalEntryNotFoundError
-
-    where = {"repo_id": HUB_REPO, "filename": HUB_FILE}
-    try:
-        try:
-            return Path(hf_hub_download(**where, local_files_only=True))
-        except LocalEntryNotFoundError:
-            # One request first: without a network, hf_hub_download retries for 25 s before it gives up.
-            get_hf_file_metadata(hf_hub_url(**where), timeout=HUB_TIMEOUT)
-            return Path(hf_hub_download(**where))
-    except Exception as error:
-        reason = str(error).split("\n", 1)[0]
-        raise WeightsError(
-            f"{WHAT}: VGG16's weights are not in the Hugging Face cache and could not be downloaded "
-            f"({type(error).__name__}: {reason}). Either run once with network access (or copy a filled cache "
-            "and point HF_HOME at it), or set\n"
-            '  [losses.lpips] vgg_checkpoint = "FILE"\n'
-            f"where FILE is torchvision's vgg16-397923af.pth, or {HUB_FILE} of the repository {HUB_REPO}"
-        ) from error
+    file = f"torchvision's vgg16-397923af.pth, or {HUB_FILE} of the repository {HUB_REPO}"
+    return hub_file(WHAT, HUB_REPO, HUB_FILE, option="[losses.lpips] vgg_checkpoint", file=file)
 
 
 def _torchmetrics_linear() -> Path:

@@ -91,7 +91,7 @@ class AutoencoderKL(nn.Module):
         Raises:
             WeightsError: the file is missing, unreadable, or of another architecture.
         """
-        if self.checkpoint is not None:
+        if self.checkpoint:
             what = "[tokenizer] autoencoder_kl"
             load_strict(self, read_state(self.checkpoint, what), what, self.checkpoint)
 
