@@ -85,6 +85,8 @@ class Prefetcher:
                 if tensor.is_cuda:
                     # It belongs to the side stream, which would reuse the memory before this stream is done with it.
                     tensor.record_stream(current)
+        if not self._cuda:
+            batch = _to_float(batch)
         return batch, extra, unreadable
 
     def __enter__(self) -> Prefetcher:
@@ -122,10 +124,17 @@ class Prefetcher:
     def _prepare(self, loaded: Loaded, position: int) -> tuple[Batch, Any, list[str], torch.cuda.Event | None]:
         with torch.cuda.stream(self._stream) if self._cuda else contextlib.nullcontext():
             images = loaded.images.to(self.device, non_blocking=True)
-            labels = loaded.labels.to(self.device, non_blocking=True)
-            batch = Batch(images.float().div_(127.5).sub_(1), labels)
+            batch = Batch(images, loaded.labels.to(self.device, non_blocking=True))
+            # On a CPU the consumer does it: a parallel operation in this thread would bring up a second team of OpenMP
+            # threads, whose busy waiting takes the cores from the training.
+            batch = _to_float(batch) if self._cuda else batch
             extra = None if self._extra is None else self._extra(position)
             return batch, extra, loaded.unreadable, self._stream.record_event() if self._cuda else None
+
+
+def _to_float(batch: Batch) -> Batch:
+    """uint8 images -> float in [-1, 1]."""
+    return batch._replace(images=batch.images.float().div_(127.5).sub_(1))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -44,6 +44,15 @@ def test_pictures_equal_the_recorded_ones(resolution, options, expected):
     assert digest(Shapes(resolution, **options)) == expected
 
 
+def test_variety_moves_shapes_towards_the_centre_and_keeps_their_class():
+    """At 0 every mask of a class is the same; the judge, trained at 1, still knows all of them in between."""
+    still = Shapes(32, variety=0.0)
+    assert torch.equal(still.mask(3), still.mask(13)) and not torch.equal(still.mask(3), still.mask(4))
+    assert not torch.equal(still[3].image, still[13].image)  # colours go on varying
+    some = Shapes(32, variety=0.3, split="heldout")
+    assert (some.judge(as_input(some, range(200))) == torch.arange(200) % 10).float().mean() >= 0.97
+
+
 def test_an_image_depends_on_nothing_but_its_index():
     data = Shapes(32)
     forwards = [data[i].image for i in range(20)]
@@ -99,6 +108,7 @@ def test_indices_outside_are_refused_and_negative_ones_count_from_the_end():
         (32, {"size": 9}, "size = 9 is not allowed; it must be at least 10"),
         (32, {"seed": -1}, "seed = -1 is not allowed; it must be at least 0"),
         (32, {"split": "test"}, "split = 'test' is not allowed; it must be one of train, heldout, judge"),
+        (32, {"variety": 1.5}, "variety = 1.5 is not allowed; it must be between 0 and 1"),
     ],
 )
 def test_a_wrong_option_is_named_with_what_is_allowed(resolution, options, message):

@@ -34,9 +34,11 @@ class Shapes:
         split: which of three streams of images, which share none; the judge was trained on "judge" alone.
         seed: chooses another stream of images, at least 0.
         flip: whether training may mirror the images left-right.
+        variety: how much position, size and rotation vary: 1 is all of it, 0 large, centred and upright.
 
     Raises:
-        ValueError: the resolution is below 16, ``size`` below 10, ``seed`` negative, or ``split`` unknown.
+        ValueError: the resolution is below 16, ``size`` below 10, ``seed`` negative, ``split`` unknown, or
+            ``variety`` outside [0, 1].
     """
 
     class_names = (
@@ -61,12 +63,14 @@ class Shapes:
         split: Literal["train", "heldout", "judge"] = "train",
         seed: int = 0,
         flip: bool = False,
+        variety: float = 1.0,
     ) -> None:
         for allowed, key, value, bound in (
             (resolution >= 16, "resolution", resolution, "at least 16, or the shapes cannot be told apart"),
             (size >= self.num_classes, "size", size, f"at least {self.num_classes}, one image per class"),
             (0 <= seed < 2**64, "seed", seed, "at least 0 and below 2**64"),
             (split in SPLITS, "split", repr(split), f"one of {', '.join(SPLITS)}"),
+            (0 <= variety <= 1, "variety", variety, "between 0 and 1"),
         ):
             if not allowed:
                 raise ValueError(f"dataset shapes: {key} = {value} is not allowed; it must be {bound}")
@@ -75,6 +79,7 @@ class Shapes:
         self.split = split
         self.seed = seed
         self.flip = flip
+        self.variety = variety
         centres = (np.arange(resolution, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / resolution) - 1
         self._x, self._y = centres[None, :], -centres[:, None]  # x to the right, y up, both in (-1, 1)
 
@@ -121,10 +126,10 @@ class Shapes:
     # Both draw with + - * / sqrt and comparisons alone, which IEEE 754 rounds alike on every machine.
 
     def _coverage(self, u: list[float], label: int) -> np.ndarray:
-        radius = 0.5 + 0.27 * u[0]
-        room = 0.98 - 1.08 * radius
+        radius = 0.5 + 0.27 * (u[0] + (1 - self.variety) * (1 - u[0]))
+        room = self.variety * (0.98 - 1.08 * radius)
         centre_x, centre_y = room * (2 * u[1] - 1), room * (2 * u[2] - 1)
-        angle = 0.26 * (2 * u[3] - 1)
+        angle = self.variety * 0.26 * (2 * u[3] - 1)
         cos, sin = math.cos(angle) / radius, math.sin(angle) / radius
         x, y = self._x - np.float32(centre_x), self._y - np.float32(centre_y)
         local_x = x * np.float32(cos) + y * np.float32(sin)
