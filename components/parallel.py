@@ -80,10 +80,10 @@ def barrier() -> None:
     any_rank(False)
 
 
-def compile_units(module: nn.Module) -> None:
+def compile_units(module: nn.Module, backend: str = "inductor") -> None:
     """Compiles each part of ``module.units()``, or the module itself; compile time does not grow with depth."""
     for unit in module.units() if hasattr(module, "units") else [module]:
-        unit.compile(fullgraph=True)
+        unit.compile(fullgraph=True, backend=backend)
 
 
 def _buckets(tensors: Iterable[Tensor], limit: int) -> Iterable[list[Tensor]]:

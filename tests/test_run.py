@@ -157,7 +157,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_same_command_goes_on(toml, tmp_path, number):
-    options = ["--training.steps=200", "--run.checkpoint_every=0", "--training.threads=1"]
+    options = ["--training.steps=200", "--run.checkpoint_every=0", "--training.threads=1", "--training.deterministic"]
     process = start(toml, tmp_path / "run", *options)
     wait_for_step(tmp_path / "run", 3, process)
     process.send_signal(number)

@@ -96,7 +96,7 @@ def build(config: Config, device: torch.device, files: bool = True) -> Parts:
         module.to(device=device, dtype=dtype, memory_format=memory_format)
     _set_trainable(parts)
     if config.training.compile:
-        _compile(parts.modules)
+        compile_modules(parts.modules)
     return parts
 
 
@@ -236,11 +236,12 @@ def _num_classes(config: Config, dataset: Dataset | None, needed: bool) -> int:
     return wanted or found
 
 
-def _compile(m: Modules) -> None:
+def compile_modules(m: Modules, backend: str = "inductor") -> None:
+    """Compiles every network, part by part, without graph breaks."""
     heads = list(m.heads) if m.heads is not None else []
     for module in (m.tokenizer, m.denoiser, m.discriminator, *heads, *m.encoders.values(), *m.reconstruction.values()):
         if isinstance(module, nn.Module):
-            parallel.compile_units(module)
+            parallel.compile_units(module, backend)
 
 
 def _set_trainable(parts: Parts) -> None:
