@@ -78,7 +78,15 @@ def test_missing_imagenet_says_what_to_get(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["train", str(ROOT / "train_configs/repae_sit_xl.toml")]) == 2
     err = capsys.readouterr().err
-    for text in ("data/imagenet/train", "n01440764", "sdvae-f8d4.pt", "discriminator", "encoders.dinov2", "checkpoint"):
+    for text in (
+        "data/imagenet/train",
+        "n01440764",
+        "sdvae-f8d4.pt",
+        "latents-stats.pt",
+        "discriminator",
+        "encoders.dinov2",
+        "checkpoint",
+    ):
         assert text in err, f"{text} in:\n{err}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,6 +86,12 @@ def build(config: Config, device: torch.device, files: bool = True) -> Parts:
             dataset = _plugin("dataset", "dataset", config.dataset, config.training.resolution)
     except (DataError, OSError) as error:
         missing.append(f"dataset: {error}")
+    statistics = config.latent_norm.statistics
+    if files and statistics and not Path(statistics).is_file():
+        missing.append(
+            f"latent_norm.statistics = '{statistics}' does not exist; get the file that belongs to the tokenizer, or "
+            'set it to "" to measure the statistics before the first step'
+        )
     # Frozen and pretrained parts first: a missing file shows before the large denoiser is made.
     parts = _build(config, dataset, prepare, stop=lambda: bool(missing))
     if missing:
