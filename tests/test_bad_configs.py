@@ -5,51 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import assemble, config
+from tests import toys
+from trainer import assemble, config, schema
 
 ROOT = Path(__file__).resolve().parents[1]
 
-GOOD = """
-[training]
-steps = 4
-batch_size = 8
-resolution = 32
-precision = "fp32"
-
-[recipe]
-name = "repae"
-
-[tokenizer]
-name = "autoencoder_kl"
-latent_channels = 4
-channels = 8
-multipliers = [1, 2, 2]
-norm_groups = 4
-res_blocks = 1
-
-[denoiser]
-name = "sit"
-width = 32
-depth = 2
-heads = 2
-align_depth = 1
-
-[encoders.tiny_vit]
-
-[losses.l1]
-[losses.kl]
-[losses.patchgan]
-channels = 8
-layers = 2
-[losses.cosine]
-head_width = 32
-
-[dataset]
-name = "shapes"
-
-[loader]
-workers = 0
-"""
+GOOD = toys.TOML
 
 # (what to override, what the message must say)
 BAD = [
@@ -174,9 +135,11 @@ def test_fewer_classes_than_the_dataset_has(good):
         assemble.build(config.load(good, ["--training.num_classes=3"]), torch.device("cpu"))
 
 
-def test_every_missing_file_is_named_at_once(good, tmp_path):
+def test_every_missing_file_is_named_at_once(tmp_path):
+    path = tmp_path / "folder.toml"
+    path.write_text(GOOD.replace("size = 40", ""))
     loaded = config.load(
-        good,
+        str(path),
         [
             "--dataset.name=image_folder",
             f"--dataset.path={tmp_path}/imagenet",
@@ -207,7 +170,7 @@ def test_overrides_and_resolved_file_round_trip(good, tmp_path):
 
 
 def test_every_field_is_documented():
-    for table in (c for c in vars(config).values() if isinstance(c, type) and issubclass(c, config.Table)):
+    for table in (c for c in vars(schema).values() if isinstance(c, type) and issubclass(c, schema.Table)):
         for name, field in table.model_fields.items():
             if config._table_of(field.annotation) is None and "dict" not in str(field.annotation):
                 assert field.description, f"{table.__name__}.{name} has no docstring"

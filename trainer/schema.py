@@ -1,0 +1,177 @@
+"""The tables of a config and their fields, each with its type, default, unit and meaning.
+
+A table that names a plugin keeps its options as they are; the plugin's own signature is their schema
+(``components.registry``).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class PluginTable(BaseModel):
+    """A plugin's name and its options."""
+
+    model_config = ConfigDict(extra="allow", strict=True, use_attribute_docstrings=True)
+
+    name: str
+    """Name of the plugin; `python -m trainer plugins` lists them."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Run(Table):
+    dir: str = ""
+    """Folder of the run: checkpoints, TensorBoard events, images, log. Empty: outputs/<name of the config file>."""
+    log_every: Positive = 100
+    """Steps between two log lines and TensorBoard points; each costs one device synchronisation."""
+    checkpoint_every: NotNegative = 10_000
+    """Steps between two checkpoints; 0: only at the end and on interruption."""
+    keep_checkpoints: Positive = 3
+    """Newest checkpoints that are kept."""
+
+
+class Training(Table):
+    steps: Positive = 400_000
+    """Optimizer steps of the whole run, resumed parts included."""
+    batch_size: Positive = 256
+    """Images per step over all ranks and micro-batches."""
+    accumulation: Positive = 1
+    """Micro-batches per step and rank; exact but for batch norms, which see one micro-batch at a time."""
+    resolution: Positive = 256
+    """Side of the square images in pixels."""
+    num_classes: NotNegative = 0
+    """Number of class labels; 0: as many as the dataset has."""
+    seed: NotNegative = 0
+    """Seed of the weights, the data order and every random draw."""
+    precision: Literal["bf16", "fp32", "fp64"] = "bf16"
+    """Arithmetic of the networks. bf16: autocast with fp32 weights, norms and losses; on a CPU it means fp32."""
+    tf32: bool = True
+    """TF32 in fp32 matrix products and convolutions on GPUs."""
+    compile: bool = False
+    """torch.compile each block, stage and encoder."""
+    deterministic: bool = False
+    """Deterministic kernels only; slower on GPUs. CPU runs repeat bit for bit without it."""
+    channels_last: bool = True
+    """Channels-last memory format for convolutional modules."""
+    threads: NotNegative = 0
+    """CPU threads per process; 0: PyTorch's choice."""
+
+
+class Loader(Table):
+    workers: NotNegative = 4
+    """Data-loading processes per rank; 0 loads in a thread of the trainer."""
+    prefetch: Positive = 2
+    """Batches that each worker holds ready."""
+    max_unreadable: Fraction = 0.01
+    """Fraction of unreadable images above which the run stops."""
+
+
+class FlowTable(Table):
+    path: Literal["linear", "cosine"] = "linear"
+    """Interpolant between latents and noise."""
+    time: Literal["uniform", "lognormal"] = "uniform"
+    """Distribution of the training times."""
+
+
+class LatentNormTable(Table):
+    momentum: Fraction = 0.1
+    """Weight of a batch in the running statistics."""
+    eps: Annotated[float, Field(gt=0)] = 1e-4
+    """Added to the variance."""
+    statistics: str = ""
+    """File with the tokenizer's latent mean and standard deviation; empty: measured before the first step."""
+    images: Positive = 2048
+    """Training images from which the statistics are measured when there is no file."""
+
+
+class OptimizerTable(Table):
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate."""
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """AdamW's two decay rates per step."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradient norm of the group above which it is scaled down; 0: never."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or down to final_lr_ratio at the last step."""
+    warmup_steps: NotNegative = 0
+    """Steps of linear warm-up from zero."""
+    final_lr_ratio: Fraction = 0.0
+    """Learning rate at the last step as a fraction of the peak, for linear and cosine."""
+
+
+class Optimizer(OptimizerTable):
+    """Settings of every parameter group; a sub-table ([optimizer.tokenizer]) overrides them for one group."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def group(self, name: str) -> OptimizerTable:
+        """The settings of one parameter group."""
+        base = {key: getattr(self, key) for key in OptimizerTable.model_fields}
+        return OptimizerTable(**(base | (self.model_extra or {}).get(name, {})))
+
+
+class Ema(Table):
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    """Decay per step of the averaged denoiser, heads and latent statistics."""
+    tokenizer: bool = False
+    """Average the tokenizer as well; the published runs pair the averaged denoiser with the raw tokenizer."""
+
+
+class Sampling(Table):
+    every: NotNegative = 10_000
+    """Steps between two grids of reconstructions and samples; 0: only at the end."""
+    images: Positive = 64
+    """Samples per grid, over all classes in turn."""
+    method: Literal["euler", "heun", "sde"] = "euler"
+    """Integrator: ODE of first or second order, or Euler-Maruyama on the SDE."""
+    steps: Annotated[int, Field(ge=2)] = 50
+    """Evaluations of the denoiser (twice as many for heun)."""
+    guidance: Annotated[float, Field(ge=1)] = 4.0
+    """Classifier-free guidance scale; 1: none."""
+    guidance_low: Fraction = 0.0
+    """Earliest time t with guidance, included (t = 0 is data)."""
+    guidance_high: Fraction = 1.0
+    """Latest time t with guidance, included (t = 1 is noise)."""
+
+
+class Config(Table):
+    """One run. Tables that name a plugin take its options beside ``name``."""
+
+    plugins: list[str] = []
+    """Modules ("my_lab.encoders") or files ("my_encoder.py") with plugins, besides those in plugins/."""
+    run: Run = Run()
+    training: Training = Training()
+    recipe: PluginTable
+    tokenizer: PluginTable
+    denoiser: PluginTable | None = None
+    encoders: dict[str, PluginTable] = {}
+    losses: dict[str, PluginTable] = {}
+    dataset: PluginTable
+    loader: Loader = Loader()
+    flow: FlowTable = FlowTable()
+    latent_norm: LatentNormTable = LatentNormTable()
+    optimizer: Optimizer = Optimizer()
+    ema: Ema = Ema()
+    sampling: Sampling = Sampling()
+
+    def to_toml(self) -> str:
+        """Every key with its value, as it can be read back."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
