@@ -75,6 +75,15 @@ def test_every_recipe_trains_and_resumes(toml, tmp_path, recipe):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_several_encoders_have_a_head_each(toml, tmp_path):
+    """A label names a table; `name` says which plugin, so one plugin may be used twice."""
+    options = ["--training.steps=1", "--encoders.second.name=tiny_vit"]
+    trainer = train(toml, tmp_path / "run", *options)
+    assert list(trainer.parts.modules.encoders) == ["tiny_vit", "second"] and len(trainer.parts.modules.heads) == 2
+    grads = [sum(p.abs().sum() for p in head.parameters()) for head in trainer.parts.modules.heads]
+    assert grads[0] != grads[1]
+
+
 def test_accumulation_sees_the_same_images_and_draws(toml, tmp_path):
     """`ldm` has no batch norm that depends on the micro-batch: two micro-batches of 4 equal one batch of 8."""
     options = ["--recipe.name=ldm", "--training.precision=fp64", "--training.steps=3"]
