@@ -25,7 +25,9 @@ class Metrics:
         if not self._sums:
             return {}
         names = list(self._sums)
-        means = torch.stack([self._sums[name] / self._counts[name] for name in names])
+        # Some values (learning rates) come from the host.
+        device = next((value.device for value in self._sums.values() if value.device.type != "cpu"), None)
+        means = torch.stack([(self._sums[name] / self._counts[name]).to(device) for name in names])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(means)
             means /= dist.get_world_size()

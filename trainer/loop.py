@@ -145,10 +145,11 @@ class Trainer:
         run, every = self.config.run, self.config.sampling.every
         if last or self.stopping or self.step % run.log_every == 0 or self.step == 1:
             self._report(writer, bar, batches)
-        if last or (every and self.step % every == 0):
-            self._draw(writer)
+        # Saved first: pictures take memory, and must not cost the step if they fail.
         if last or self.stopping or (run.checkpoint_every and self.step % run.checkpoint_every == 0):
             self.save()
+        if last or (every and self.step % every == 0):
+            self._draw(writer)
 
     def _batches(self) -> Prefetcher:
         c = self.config

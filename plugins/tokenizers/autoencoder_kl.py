@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.contracts import Posterior
+from components.precision import at_least_fp32
 from components.registry import tokenizers
 from components.weights import load_strict, read_state
 
@@ -78,7 +79,8 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x: Tensor) -> Posterior:
         """(B, 3, R, R) in [-1, 1] -> posterior over (B, C, R / factor, R / factor); log-variance in [-30, 20]."""
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        # The posterior is an fp32 island: its KL sums thousands of terms.
+        mean, logvar = at_least_fp32(self.quant_conv(self.encoder(x))).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, z: Tensor) -> Tensor:

@@ -1,0 +1,54 @@
+"""bf16 autocast with fp32 islands: weights, gradients, statistics, posterior and losses stay fp32."""
+
+import pytest
+import torch
+
+from components.metrics import Metrics
+from components.optimizer import ParameterGroup, Schedule
+from components.registry import discover, recipes
+from plugins.denoisers.sit import TimeEmbedding
+from tests import toys
+from trainer.step import Step
+
+discover("plugins")
+
+
+def run(autocast_dtype: torch.dtype | None):
+    recipe = recipes.get("repae").cls()
+    m = toys.modules(dtype=torch.float32)
+    for name, module in m.named().items():
+        module.requires_grad_(any(name in members for members in recipe.trains.values()))
+    groups = {
+        name: ParameterGroup(name, {part: getattr(m, part) for part in parts}, schedule=Schedule(1e-4))
+        for name, parts in recipe.trains.items()
+    }
+    dtypes, metrics = {}, Metrics()
+    add = metrics.add
+    metrics.add = lambda name, value: (dtypes.setdefault(name, value.dtype), add(name, value))
+    step = Step(recipe, m, groups, ema=None, accumulation=1, autocast_dtype=autocast_dtype, metrics=metrics,
+                device=torch.device("cpu"))  # fmt: skip
+    assert step(0, [toys.batch(dtype=torch.float32)]).item()
+    return m, metrics.read(), dtypes
+
+
+def test_bf16_step_is_close_to_fp32_and_keeps_its_islands():
+    _, exact, _ = run(None)
+    m, rounded, dtypes = run(torch.bfloat16)
+    for name in exact:
+        assert rounded[name] == pytest.approx(exact[name], rel=0.1, abs=0.05), name
+    assert rounded["tokenizer/l1"] != exact["tokenizer/l1"], "nothing was computed in bf16"
+    low = {name: dtype for name, dtype in dtypes.items() if dtype in (torch.bfloat16, torch.float16)}
+    assert not low, f"losses and norms in low precision: {low}"
+    assert all(p.dtype == torch.float32 for module in m.named().values() for p in module.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        posterior = m.tokenizer.encode(toys.batch(dtype=torch.float32)[0].images)
+    assert posterior.mean.dtype == posterior.logvar.dtype == torch.float32
+
+
+def test_times_near_one_stay_apart_in_bf16():
+    """bf16 itself cannot tell 0.9991 from 1."""
+    embed = TimeEmbedding(16)
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = embed(torch.tensor([0.9991, 1.0]), torch.float32)
+    assert not torch.equal(a, b)
+    assert torch.tensor(0.9991).bfloat16() == 1
