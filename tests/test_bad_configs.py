@@ -153,6 +153,12 @@ def test_every_missing_file_is_named_at_once(tmp_path):
         assert text in str(error.value)
 
 
+def test_weights_of_parts_that_the_recipe_leaves_out_may_be_missing(good, tmp_path):
+    absent = [f"--losses.patchgan.checkpoint={tmp_path}/gan.pt", f"--losses.lpips.vgg_checkpoint={tmp_path}/vgg.pt"]
+    parts = assemble.build(config.load(good, ["--recipe.name=repa", *absent]), torch.device("cpu"))
+    assert parts.modules.discriminator is None and not parts.modules.reconstruction
+
+
 def test_a_checkpoint_of_another_architecture_names_the_keys(good, tmp_path):
     torch.save({"encoder.conv_in.weight": torch.zeros(1), "surplus": torch.zeros(1)}, tmp_path / "vae.pt")
     with pytest.raises(config.ConfigError) as error:

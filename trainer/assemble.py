@@ -172,7 +172,11 @@ def _build(
     latent = LatentShape(m.tokenizer.channels, side, side)
 
     for label, table in config.losses.items():
-        _sort_loss(m, label, make(f"losses.{label}", "loss", table), recipe)
+        with _seeded(config.training.seed, f"losses.{label}"):
+            loss = _plugin(f"losses.{label}", "loss", table)
+        # The weights of a loss that the recipe leaves out may be missing.
+        if _sort_loss(m, label, loss, recipe) and isinstance(loss, nn.Module):
+            prepare(f"losses.{label}", loss)
     num_classes = _num_classes(config, dataset, needed="denoiser" in uses)
     if "denoiser" in uses:
         if config.denoiser is None:
@@ -211,8 +215,8 @@ def _plugin(place: str, kind: str, table: PluginTable, *given: Any) -> Any:
         raise ConfigError(message if place.split(".")[0] in message else f"[{place}] {message}") from error
 
 
-def _sort_loss(m: Modules, label: str, loss: Any, recipe: Recipe) -> None:
-    """Puts a loss where its contract says; what the recipe does not use is dropped."""
+def _sort_loss(m: Modules, label: str, loss: Any, recipe: Recipe) -> bool:
+    """Puts a loss where its contract says, and tells whether the recipe uses it; else it is dropped."""
     if isinstance(loss, AlignmentLoss):
         place = "alignment"
     elif isinstance(loss, AdversarialLoss):
@@ -220,11 +224,12 @@ def _sort_loss(m: Modules, label: str, loss: Any, recipe: Recipe) -> None:
     else:
         if "reconstruction" in recipe.uses:
             m.reconstruction[label] = loss
-        return
+        return "reconstruction" in recipe.uses
     if getattr(m, place) is not None:
         raise ConfigError(f"[losses.{label}]: a run has one {place} loss, and there is another; remove one")
     if place in recipe.uses:
         setattr(m, place, loss)
+    return place in recipe.uses
 
 
 def _num_classes(config: Config, dataset: Dataset | None, needed: bool) -> int:

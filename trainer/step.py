@@ -65,7 +65,8 @@ class Step:
 
         gradients = [g for group in self.groups.values() for g in group.gradients()]
         parallel.average([*gradients, self._loss_sum])
-        norms = {name: group.norm() for name, group in self.groups.items()}
+        # A group without gradients (a discriminator before its start step) has its zero on the CPU.
+        norms = {name: group.norm().to(self.device) for name, group in self.groups.items()}
         finite = torch.isfinite(torch.stack([self._loss_sum.double(), *(n.double() for n in norms.values())])).all()
 
         for name, group in self.groups.items():
