@@ -582,7 +582,7 @@ def test_ctrl_c_during_a_save_is_still_ctrl_c(tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint._Writer, "write_data", interrupt)
+    monkeypatch.setattr(checkpoint.Writer, "write_data", interrupt)
     with pytest.raises(KeyboardInterrupt):
         CheckpointManager(tmp_path).save(1, state_at(1))
     assert steps(tmp_path) == []
