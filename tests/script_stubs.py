@@ -1,0 +1,108 @@
+"""A copy of the shell scripts with stubs in place of Python, pip and torchrun."""
+
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# All that the scripts may call; nvidia-smi and real Pythons stay out of sight.
+TOOLS = (
+    *("basename", "bash", "cat", "chmod", "cksum", "cp", "dirname", "env", "flock", "getconf", "grep", "head"),
+    *("mkdir", "mktemp", "nproc", "pgrep", "readlink", "rm", "sleep", "tail", "tr"),
+)
+
+# Every call goes into the log, named after the stub's file. What it answers lies in files beside the log.
+FAKE_PYTHON = """#!/usr/bin/env bash
+name=$(basename "$0")
+[[ $0 != */.venv/* ]] || name=.venv
+answer() { cat "$LOG.$name.$1" 2>/dev/null || echo "$2"; }
+case $1 in
+  -) cat >/dev/null; echo "$name check ${*:3}" >>"$LOG"; exit "$(answer check 0)" ;;
+  --version) echo "Python $(answer version 3.12.1)" ;;
+  -c)
+    case $2 in
+      *version_info*) answer version 3.12 ;;
+      *ensurepip*) exit "$(answer ensurepip 0)" ;;
+      *device_count*) answer devices 0 ;;
+      *torch.distributed.run*)
+        echo "$name torchrun ${*:3}" >>"$LOG"
+        env >"$LOG.env"
+        [[ -z ${LAUNCHER:-} ]] || exec "$LAUNCHER"
+        ;;
+    esac
+    ;;
+  -m)
+    echo "$name $*" >>"$LOG"
+    case $2 in
+      venv) mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python" ;;
+      pip) sleep "$(answer slow 0)"; exit "$(answer pip 0)" ;;
+      trainer) env >"$LOG.env" ;;
+      ruff | pytest) exit "$(answer "$2${3:+-$3}" 0)" ;;
+    esac
+    ;;
+esac
+"""
+
+
+class Repository:
+    """A copy of the scripts in a folder of their own, and a PATH of stubs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "re po"
+        self.bin = folder / "bin"
+        self.log = folder / "log"
+        for file in ("run_train.sh", "run_tests.sh", ".ci/run", "trainer/setup_env.sh", "pyproject.toml"):
+            (self.root / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, self.root / file)
+        (self.root / "train_configs").mkdir()
+        (self.root / "train_configs" / "a.toml").touch()
+        self.bin.mkdir()
+        for tool in TOOLS:
+            found = shutil.which(tool)
+            if found:
+                (self.bin / tool).symlink_to(found)
+        self.python("python3")
+
+    def python(self, name: str, **answers: object) -> None:
+        """A stub of this name; ``check`` is the exit status of the check for packages (3 too old, 4 lacks some)."""
+        if name != ".venv":
+            (self.bin / name).write_text(FAKE_PYTHON)
+            (self.bin / name).chmod(0o755)
+        for key, value in answers.items():
+            Path(f"{self.log}.{name}.{key.replace('_', '-')}").write_text(f"{value}\n")
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        return {"PATH": str(self.bin), "LOG": str(self.log), "HOME": str(self.bin)} | extra
+
+    def run(self, script: str | Path, *arguments: str, cwd: Path | None = None, **env: str):
+        return subprocess.run(
+            [self.root / script, *arguments],
+            cwd=cwd or self.root,
+            env=self.environment(**env),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def train(self, *arguments: str, **env: str):
+        result = self.run("run_train.sh", "train_configs/a.toml", *arguments, **env)
+        assert result.returncode == 0, result.stderr
+        return result
+
+    @property
+    def calls(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+    @property
+    def seen(self) -> dict[str, str]:
+        """Environment of the launched program."""
+        lines = Path(f"{self.log}.env").read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def wait_for(repo: Repository, *lines: str) -> None:
+    until = time.monotonic() + 20
+    while not set(lines) <= set(repo.calls):
+        assert time.monotonic() < until, repo.calls
+        time.sleep(0.01)

@@ -1,0 +1,266 @@
+"""run_train.sh at a signal: the workers finish the step, save and end; torchrun is spared."""
+
+import contextlib
+import fcntl
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.script_stubs import Repository, wait_for
+
+
+@pytest.fixture
+def repo(tmp_path):
+    return Repository(tmp_path)
+
+
+# As torchrun does: workers in sessions of their own, and death by any signal. Python, since a shell that is started
+# in the background cannot trap SIGINT.
+LAUNCHER = f"""#!{sys.executable}
+import os, signal, subprocess, sys
+
+def die(*_):
+    with open(os.environ["LOG"], "a") as log:
+        log.write("launcher signalled\\n")
+    os._exit(9)
+
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, die)
+worker = ["bash", __file__ + ".worker"]
+for attempt in range(1 + int(os.environ["RESTARTS"])):
+    workers = [subprocess.Popen([*worker, str(i)], start_new_session=True) for i in range(2)]
+    status = max(abs(w.wait()) for w in workers)
+    if status == 0:
+        break
+sys.exit(status)
+"""
+WORKER = """
+echo $$ >>"$LOG.pids"
+trap 'echo "worker $1 saves" >>"$LOG"; sleep "$SAVING"; echo "worker $1 saved" >>"$LOG"; exit "$STATUS"' TERM
+echo "worker $1 ready" >>"$LOG"
+while :; do sleep 0.02; done
+"""
+
+
+@pytest.fixture
+def launch(repo, tmp_path):
+    """Starts run_train.sh on a terminal of its own, with torchrun's stub and two workers; kills what is left."""
+    (tmp_path / "launcher").write_text(LAUNCHER)
+    (tmp_path / "launcher").chmod(0o755)
+    (tmp_path / "launcher.worker").write_text(WORKER)
+    started = []
+
+    def start(saving: float = 0.1, status: int = 0, restarts: int = 0, **extra) -> tuple[subprocess.Popen, int]:
+        terminal, inside = pty.openpty()
+
+        def own_terminal():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)  # what pytest was started with ignored, bash cannot trap
+            os.setsid()
+            fcntl.ioctl(inside, termios.TIOCSCTTY, 0)
+
+        env = repo.environment(
+            NGPU="2",
+            LAUNCHER=str(tmp_path / "launcher"),
+            TMPDIR=str(tmp_path),
+            SAVING=str(saving),
+            STATUS=str(status),
+            RESTARTS=str(restarts),
+            **extra,
+        )
+        process = subprocess.Popen(
+            [repo.root / "run_train.sh", "train_configs/a.toml"],
+            cwd=repo.root,
+            env=env,
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+            preexec_fn=own_terminal,
+        )
+        os.close(inside)
+        started.append((process, terminal))
+        wait_for(repo, "worker 0 ready", "worker 1 ready")
+        return process, terminal
+
+    yield start
+    pids = Path(f"{repo.log}.pids")
+    for pid in pids.read_text().split() if pids.exists() else ():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    for process, terminal in started:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+
+
+def report(repo: Repository) -> list[str]:
+    return sorted(line for line in repo.calls if line.startswith(("worker", "launcher")) and "ready" not in line)
+
+
+SAVED = ["worker 0 saved", "worker 0 saves", "worker 1 saved", "worker 1 saves"]
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_lets_the_workers_save_and_spares_torchrun(repo, launch, how, tmp_path):
+    process, terminal = launch()
+    if how == "ctrl-c":
+        os.write(terminal, b"\x03")
+    else:
+        process.send_signal(how)
+    assert process.wait(20) == 0
+    assert report(repo) == SAVED
+    assert not list(tmp_path.glob("titanrepa.*"))
+
+
+def test_a_failure_shows_the_last_words_of_every_process_and_keeps_the_rest(repo, launch, tmp_path):
+    process, terminal = launch(status=3)
+    (kept,) = tmp_path.glob("titanrepa.*")
+    for rank, words in enumerate(["no such file\n", "no such file\n", "10%\r20%\rout of memory\n", ""]):
+        log = kept / "job" / "attempt_0" / str(rank) / "stderr.log"
+        log.parent.mkdir(parents=True)
+        log.write_text(words and "line\n" * 20 + words)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 3
+    said = os.read(terminal, 10_000).decode().replace("\r", "")
+    assert f"status 3; all that each process printed is in {kept}" in said
+    lines = "line\n" * 4
+    assert f"Last words of process 0:\n{lines}no such file\n" in said
+    assert "process 2:\nline\nline\n10%\n20%\nout of memory\n" in said
+    assert "process 1" not in said and "process 3" not in said
+
+
+def test_a_second_signal_does_not_disturb_the_saving(repo, launch):
+    process, _ = launch(saving=0.5)
+    process.send_signal(signal.SIGTERM)
+    wait_for(repo, "worker 0 saves", "worker 1 saves")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    assert report(repo) == SAVED
+
+
+def test_workers_that_fail_while_stopping_are_not_started_again(repo, launch):
+    process, _ = launch(status=3, restarts=5, MAX_RESTARTS="5")
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(20) == 9
+    assert report(repo) == ["launcher signalled", *SAVED]
+    assert repo.calls.count("worker 0 ready") == 2
+
+
+def test_the_stop_file_tells_a_stopped_run_from_a_complete_one(repo, launch, tmp_path):
+    file = tmp_path / "stop"
+    file.write_text("of an earlier run\n")
+    process, _ = launch(STOP_FILE=str(file))
+    process.send_signal(signal.SIGUSR1)
+    wait_for(repo, "worker 0 saves")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 75
+    assert report(repo) == SAVED
+    old, new = file.read_text().splitlines()
+    assert old == "of an earlier run" and new.endswith(": SIGUSR1")
+
+
+def test_the_stop_file_speaks_for_machines_that_got_no_signal(repo, launch, tmp_path):
+    file = tmp_path / "stop"
+    process, _ = launch(STOP_FILE=str(file))
+    file.write_text("another machine: SIGTERM\n")
+    for pid in Path(f"{repo.log}.pids").read_text().split():  # as they do when another rank tells them
+        os.kill(int(pid), signal.SIGTERM)
+    assert process.wait(20) == 75
+
+
+def test_without_a_signal_the_stop_file_changes_nothing(repo, launch, tmp_path):
+    file = tmp_path / "stop"
+    file.write_text("of an earlier run\n")
+    process, _ = launch(STOP_FILE=str(file))
+    for pid in Path(f"{repo.log}.pids").read_text().split():
+        os.kill(int(pid), signal.SIGTERM)
+    assert process.wait(20) == 0
+    assert file.read_text() == "of an earlier run\n"
+
+
+def test_a_second_ctrl_c_ends_at_once(repo, launch):
+    process, terminal = launch(saving=60)
+    os.write(terminal, b"\x03")
+    wait_for(repo, "worker 0 saves", "worker 1 saves")
+    os.write(terminal, b"\x03")
+    assert process.wait(20) == signal.SIGKILL
+    assert report(repo) == ["worker 0 saves", "worker 1 saves"]
+
+
+def test_workers_are_found_without_pgrep(repo, launch):
+    (repo.bin / "pgrep").unlink(missing_ok=True)
+    process, _ = launch()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    assert report(repo) == SAVED
+
+
+# -- with torchrun itself -------------------------------------------------------------------------------------------
+
+# In place of the trainer: "trains" until it is told to stop, or dies in its first life if it is told to.
+TRAINER = """
+import os, signal, time
+life = os.environ["TORCHELASTIC_RESTART_COUNT"]
+stopping = []
+for name in ("SIGTERM", "SIGUSR1"):
+    signal.signal(getattr(signal, name), lambda number, _: stopping.append(number))
+with open(os.environ["LOG"], "a") as log:
+    log.write(f"rank {os.environ['RANK']} life {life} pid {os.getpid()}\\n")
+while not stopping and not (life == "1" and os.environ.get("END_IN_SECOND_LIFE")):
+    time.sleep(0.05)
+with open(os.environ["LOG"], "a") as log:
+    log.write(f"rank {os.environ['RANK']} saved\\n")
+"""
+
+
+def start_torchrun(repo: Repository, **env: str) -> tuple[subprocess.Popen, list[int]]:
+    """run_train.sh with two real processes; returns it and their pids, once they run."""
+    (repo.root / "trainer" / "__init__.py").touch()
+    (repo.root / "trainer" / "__main__.py").write_text(TRAINER)
+    process = subprocess.Popen(
+        [repo.root / "run_train.sh", "train_configs/a.toml"],
+        cwd=repo.root,
+        env=repo.environment(PYTHON=sys.executable, NGPU="2", TMPDIR=str(repo.log.parent), **env),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 60
+    while len(pids := [int(line.split()[-1]) for line in repo.calls if "life 0" in line]) < 2:
+        assert process.poll() is None and time.monotonic() < until, repo.calls
+        time.sleep(0.05)
+    return process, pids
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_every_process_of_the_job_is_survived(repo, number):
+    """Slurm signals all processes of a step, torchrun among them."""
+    process, workers = start_torchrun(repo)
+    for pid in (parent(workers[0]), process.pid, *workers):
+        os.kill(pid, number)
+    assert process.wait(60) == 0, process.stderr.read()
+    assert {"rank 0 saved", "rank 1 saved"} <= set(repo.calls)
+
+
+def test_a_killed_process_is_restarted_with_the_others(repo):
+    process, workers = start_torchrun(repo, MAX_RESTARTS="1", END_IN_SECOND_LIFE="1")
+    os.kill(workers[1], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert sorted(line.split(" pid")[0] for line in repo.calls if "life 1" in line) == [
+        "rank 0 life 1",
+        "rank 1 life 1",
+    ]
+    assert "processes died and were restarted; all that each printed is in" in said
