@@ -30,6 +30,7 @@ from components.checkpoint import (
     module_state,
     optimizer_state,
 )
+from components.checkpoint_folder import MARGIN_BYTES
 from tests.ranks import PRELOAD, run_ranks
 
 torch.set_num_threads(1)
@@ -400,6 +401,16 @@ def test_exactly_the_newest_are_kept(tmp_path, keep):
     assert [p.name for p in manager.candidates()] == steps(tmp_path)[::-1]
 
 
+@pytest.mark.parametrize("keep_every, kept", [(3, [3, 6, 7, 8]), (4, [4, 7, 8]), (1, [1, 2, 3, 4, 5, 6, 7, 8])])
+def test_multiples_are_kept_for_ever_besides_the_newest(tmp_path, keep_every, kept):
+    manager = CheckpointManager(tmp_path, keep=2, keep_every=keep_every)
+    for step in range(1, 9):
+        manager.save(step, state_at(step))
+    assert steps(tmp_path) == [f"step_{s:08d}" for s in kept]
+    with pytest.raises(ValueError, match="keep_every must be 0"):
+        CheckpointManager(tmp_path, keep_every=-1)
+
+
 def test_what_was_just_saved_stays_and_the_damaged_do_not_count(tmp_path):
     manager = CheckpointManager(tmp_path, keep=2)
     for step in (1, 8, 9):
@@ -427,7 +438,7 @@ def _context():
 
 
 def _die_at_event(folder: Path, fatal: int) -> None:
-    """Replaces step 2, then saves step 3, which retires step 1; dies by SIGKILL before the given file operation."""
+    """Replaces step 2, then saves step 3 in the background, which retires step 1; dies before the given operation."""
     count = 0
 
     def audit(event, arguments):
@@ -443,7 +454,8 @@ def _die_at_event(folder: Path, fatal: int) -> None:
     sys.addaudithook(audit)
     manager = CheckpointManager(folder, keep=2)
     manager.save(2, state_at(2))
-    manager.save(3, state_at(3))
+    manager.save_async(3, state_at(3))
+    manager.wait()
 
 
 def _die_at_every_event(folder: Path) -> None:
@@ -560,6 +572,41 @@ def test_a_full_disk_removes_the_partial_and_names_the_reason(tmp_path):
     assert steps(tmp_path) == ["step_00000001"]
     manager = CheckpointManager(tmp_path)
     assert_holds(manager, manager.latest(), 1)
+
+
+def test_a_checkpoint_without_room_is_not_begun(tmp_path, monkeypatch):
+    folder, asked, free = tmp_path / "a" / "b", [], 3 << 30
+
+    def disk_usage(path):
+        asked.append(Path(path))
+        return shutil._ntuple_diskusage(100 << 30, 90 << 30, free)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(checkpoint, "disk_bytes", lambda tensors: 5 << 30)
+    with pytest.raises(CheckpointError, match=r"it needs 5\.06 GiB, of which 3\.00 GiB are free\. .*Make room"):
+        CheckpointManager(folder).save(1, state_at(1))
+    assert asked == [tmp_path] and steps(tmp_path) == []
+    free = 6 << 30
+    CheckpointManager(folder).save(1, state_at(1))
+    free = 3 << 30
+    with pytest.raises(CheckpointError, match=r"GiB are free"):
+        CheckpointManager(folder).save(2, state_at(2))
+    assert asked[-1] == folder and steps(folder) == ["step_00000001"]
+
+
+def test_the_room_asked_for_is_enough_and_counts_what_killed_runs_left(tmp_path, monkeypatch):
+    state = {"module": {f"blocks.{i}.attention.projection.weight.exp_avg_sq": torch.ones(50) for i in range(300)}}
+    need = checkpoint.disk_bytes(state["module"])
+    left = tmp_path / "step_00000001.partial"
+    left.mkdir()
+
+    def disk_usage(path):
+        assert not left.exists()
+        return shutil._ntuple_diskusage(0, 0, need + MARGIN_BYTES)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    path = CheckpointManager(tmp_path).save(2, state)
+    assert 0.3 * need < sum(file.stat().st_size for file in path.iterdir()) <= need
 
 
 @pytest.mark.parametrize("where", ["write", "checksum", "sync_folder"])
