@@ -215,13 +215,30 @@ with open(os.environ["LOG"], "a") as log:
     log.write(f"rank {os.environ['RANK']} life {life} pid {os.getpid()}\\n")
 while not stopping and not (life == "1" and os.environ.get("END_IN_SECOND_LIFE")):
     time.sleep(0.05)
+time.sleep(1)  # saving takes longer than a signal by way of run_train.sh
 with open(os.environ["LOG"], "a") as log:
     log.write(f"rank {os.environ['RANK']} saved\\n")
 """
 
 
+@pytest.fixture
+def torchrun(repo):
+    """Starts run_train.sh with two real processes; returns it and their pids, once they run. Kills what is left."""
+    started = []
+
+    def start(**env: str) -> tuple[subprocess.Popen, list[int]]:
+        started.append(start_torchrun(repo, **env))
+        return started[-1]
+
+    yield start
+    left = [process.pid for process, _ in started if process.poll() is None]
+    left += [int(line.split()[-1]) for line in repo.calls if " life " in line]
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def start_torchrun(repo: Repository, **env: str) -> tuple[subprocess.Popen, list[int]]:
-    """run_train.sh with two real processes; returns it and their pids, once they run."""
     (repo.root / "trainer" / "__init__.py").touch()
     (repo.root / "trainer" / "__main__.py").write_text(TRAINER)
     process = subprocess.Popen(
@@ -245,17 +262,17 @@ def parent(pid: int) -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_to_every_process_of_the_job_is_survived(repo, number):
+def test_a_signal_to_every_process_of_the_job_is_survived(repo, torchrun, number):
     """Slurm signals all processes of a step, torchrun among them."""
-    process, workers = start_torchrun(repo)
+    process, workers = torchrun()
     for pid in (parent(workers[0]), process.pid, *workers):
         os.kill(pid, number)
     assert process.wait(60) == 0, process.stderr.read()
     assert {"rank 0 saved", "rank 1 saved"} <= set(repo.calls)
 
 
-def test_a_killed_process_is_restarted_with_the_others(repo):
-    process, workers = start_torchrun(repo, MAX_RESTARTS="1", END_IN_SECOND_LIFE="1")
+def test_a_killed_process_is_restarted_with_the_others(repo, torchrun):
+    process, workers = torchrun(MAX_RESTARTS="1", END_IN_SECOND_LIFE="1")
     os.kill(workers[1], signal.SIGKILL)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
