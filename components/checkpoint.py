@@ -143,20 +143,28 @@ class CheckpointManager:
         """The newest sound checkpoint, or None; see :meth:`candidates`."""
         return next(self.candidates(), None)
 
-    def candidates(self) -> Iterator[Path]:
+    def candidates(self, up_to: int | None = None) -> Iterator[Path]:
         """Sound checkpoints, newest first, each read through and compared with its manifest when its turn comes.
+
+        Args:
+            up_to: leave out those of later steps.
 
         A damaged or unfinished one is skipped with a warning that names the file and what is wrong with it. A
         pending save is awaited first; if it failed, that is left for :meth:`wait` to tell.
         """
         self._join()
         ranks = Ranks(self.group)
-        for path in ranks.first(lambda: [p for _, p in self._folder.list()]):
+        for path in ranks.first(lambda: [p for s, p in self._folder.list() if up_to is None or s <= up_to]):
             problem = self._verify(path, ranks)
             if problem is None:
                 yield path
             elif ranks.rank == 0:
                 logger.warning("checkpoint %s is skipped: %s", path, problem)
+
+    def discard(self, beyond: int) -> None:
+        """Removes the checkpoints of steps later than ``beyond``: nobody is to go on from them."""
+        self._join()
+        Ranks(self.group).first(lambda: self._folder.discard(beyond))
 
     def load(self, step_or_path: int | str | Path, template: Mapping[str, Any]) -> dict[str, Any]:
         """Reads a checkpoint into ``template``: tensors in place, plain values into the returned state.

@@ -102,14 +102,23 @@ class CheckpointFolder:
         for step, path in others[self.keep - 1 :] if self.keep else ():
             if self.keep_every and step % self.keep_every == 0:
                 continue
-            # Renamed first: a kill in the middle leaves nothing that bears a checkpoint's name.
-            doomed = path.with_name(path.name + REMOVING)
-            try:
-                path.rename(doomed)
-            except OSError as error:
-                logger.warning("old checkpoint %s cannot be removed: %s", path, error.strerror)
-            else:
-                _remove(doomed)
+            self._drop(path)
+
+    def discard(self, beyond: int) -> None:
+        """Removes the checkpoints of later steps, sound or not."""
+        for step, path in self.list():
+            if step > beyond:
+                self._drop(path)
+
+    def _drop(self, path: Path) -> None:
+        # Renamed first: a kill in the middle leaves nothing that bears a checkpoint's name.
+        doomed = path.with_name(path.name + REMOVING)
+        try:
+            path.rename(doomed)
+        except OSError as error:
+            logger.warning("checkpoint %s cannot be removed: %s", path, error.strerror)
+        else:
+            _remove(doomed)
 
 
 def _remove(path: Path) -> None:
