@@ -2,6 +2,14 @@
 
 Shapes: B images per micro-batch, R pixels per side, C latent channels of h x w, N = n x n tokens on the
 denoiser's grid, D_k features of encoder k. Images that reach a model are float in [-1, 1].
+
+What a part that is an ``nn.Module`` may offer besides its protocol:
+
+- ``init_weights()``: fills every parameter and every buffer, from torch's global generator. Then the part is made on
+  the meta device, and no process ever holds a large one whole; without it, the part is made on the CPU as it is.
+- ``units()``: sub-modules that are compiled, recomputed and sharded one by one; without it, the part as a whole.
+  A unit is used through its ``forward`` alone.
+- ``keep_fp32 = True`` (on the part or on a unit): it computes in fp32 whatever the precision of the run.
 """
 
 from __future__ import annotations
@@ -161,7 +169,7 @@ class ReconstructionLoss(Protocol):
 
 @runtime_checkable
 class AdversarialLoss(Protocol):
-    """A discriminator and its two losses; ``parameters()`` are the discriminator's."""
+    """A discriminator and its two losses; ``parameters()`` are the discriminator's, all of them within ``units()``."""
 
     weight: float
 

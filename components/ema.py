@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+
+from components.parallel import local
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A copy to average into: frozen, in eval mode. Comes before sharding, which forbids copies."""
+    return copy.deepcopy(module).eval().requires_grad_(False)
 
 
 class Ema:
     """Averaged copies of some modules.
 
     Args:
-        modules: by name; the copies start equal to them.
+        modules: by name; with ``copies``, sharded alike.
         decay: per step, in [0, 1).
+        copies: what to average into (:func:`frozen_copy`), by name; none: made here. They start equal to ``modules``.
 
     Attributes:
         modules: the copies, by name; frozen and in eval mode.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], decay: float) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], decay: float, copies: Mapping[str, nn.Module] | None = None
+    ) -> None:
         self.decay = decay
         self._sources = dict(modules)
-        self.modules = {name: copy.deepcopy(module).eval().requires_grad_(False) for name, module in modules.items()}
+        self.modules = dict(copies) if copies else {name: frozen_copy(module) for name, module in modules.items()}
+        self.reset()
 
     @torch.no_grad()
     def reset(self) -> None:
         """Makes the copies equal to their sources."""
-        for name, module in self.modules.items():
-            module.load_state_dict(self._sources[name].state_dict())
+        for average, value in self._pairs():
+            average.copy_(value)
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
@@ -37,14 +48,20 @@ class Ema:
 
         Integer buffers are copied.
         """
-        amount: dict[torch.dtype, Tensor] = {}
+        amount: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        for average, value in self._pairs():
+            if not average.is_floating_point():
+                average.copy_(value)
+                continue
+            kind = average.dtype, average.device
+            if kind not in amount:
+                amount[kind] = torch.where(finite, 1.0 - self.decay, 0.0).to(average.device, average.dtype)
+            average.lerp_(value, amount[kind])
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each tensor of the copies with its source; of sharded ones this rank's parts."""
         for name, module in self.modules.items():
             source = self._sources[name]
             pairs = [*zip(module.parameters(), source.parameters()), *zip(module.buffers(), source.buffers())]
             for average, value in pairs:
-                if not average.is_floating_point():
-                    average.copy_(value)
-                    continue
-                if average.dtype not in amount:
-                    amount[average.dtype] = torch.where(finite, 1.0 - self.decay, 0.0).to(average.dtype)
-                average.lerp_(value, amount[average.dtype])
+                yield local(average), local(value)

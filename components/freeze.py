@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from components.parallel import reshard
+
 
 @contextmanager
 def frozen(*modules: nn.Module | None) -> Iterator[None]:
@@ -15,12 +17,16 @@ def frozen(*modules: nn.Module | None) -> Iterator[None]:
     Both the forward and the backward pass belong inside: activation checkpointing runs the forward again during
     the backward, and must meet the same flags.
     """
-    parameters = [p for module in modules if module is not None for p in module.parameters()]
-    flags = [p.requires_grad for p in parameters]
-    for p in parameters:
+    present = [module for module in modules if module is not None]
+    # FSDP2 copies a flag from the part to the whole weight when it gathers, and leaves a root gathered behind its
+    # forward pass: a flag set on what is whole then is lost, and gradients leak or vanish without an error.
+    reshard(*present)
+    flags = [(p, p.requires_grad) for module in present for p in module.parameters()]
+    for p, _ in flags:
         p.requires_grad_(False)
     try:
         yield
     finally:
-        for p, flag in zip(parameters, flags):
+        reshard(*present)
+        for p, flag in flags:
             p.requires_grad_(flag)

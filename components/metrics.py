@@ -1,35 +1,64 @@
-"""Scalars reported anywhere during a step, summed on the device, read and averaged over ranks when they are logged."""
+"""What a step measured: gathered on the device, read by the host one step later, averaged until it is logged."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 
-class Metrics:
-    """Running means by name. :meth:`add` costs no synchronisation; :meth:`read` costs one."""
+@dataclass
+class StepRecord:
+    """One step's scalars, the same on every rank, on their way from the device to the host.
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+    Making one starts the copy; :meth:`read` waits for it. Read a step later, it costs the device no wait.
 
-    def add(self, name: str, value: Tensor) -> None:
-        """Adds one scalar, already on the device it was computed on."""
-        value = value.detach().double()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._counts[name] = self._counts.get(name, 0) + 1
+    Attributes:
+        step: counted from 0.
+        names: of the scalars.
+        values: (n,) float64 on the device.
+        host: more scalars, which the host knows.
+        layers: by parameter group: names of its parameters, and the norms of their gradients (k,) on the device.
+    """
+
+    step: int
+    names: Sequence[str]
+    values: Tensor
+    host: Mapping[str, float] = field(default_factory=dict)
+    layers: Mapping[str, tuple[Sequence[str], Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._copied = None
+        self._host_values = self.values
+        if self.values.is_cuda:
+            self._host_values = torch.empty_like(self.values, device="cpu", pin_memory=True)
+            self._host_values.copy_(self.values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading over all ranks, and a new start. Every rank must call it."""
-        if not self._sums:
-            return {}
-        names = list(self._sums)
-        # Some values (learning rates) come from the host.
-        device = next((value.device for value in self._sums.values() if value.device.type != "cpu"), None)
-        means = torch.stack([(self._sums[name] / self._counts[name]).to(device) for name in names])
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(means)
-            means /= dist.get_world_size()
+        """The scalars by name."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return dict(zip(self.names, self._host_values.tolist())) | dict(self.host)
+
+
+class Metrics:
+    """Means of host values by name, from one reading to the next."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reading, and a new start."""
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
-        return dict(zip(names, means.tolist()))
+        return means

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_
+
+from components.parallel import local
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,9 @@ class ParameterGroup:
         schedule: learning rate of every step.
         betas, eps, weight_decay: of AdamW.
         clip_norm: gradient norm above which the gradients are scaled down; 0 never scales.
+
+    Attributes:
+        parameters, names: what is trained, and its names, which begin with the module's.
     """
 
     def __init__(
@@ -66,35 +73,55 @@ class ParameterGroup:
     ) -> None:
         self.name = name
         self.modules = nn.ModuleDict(modules)
-        self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
+        named = [(name, p) for name, p in self.modules.named_parameters() if p.requires_grad]
+        self.names = [name.replace("_checkpoint_wrapped_module.", "") for name, _ in named]
+        self.parameters = [p for _, p in named]
         self.schedule = schedule
         self.clip_norm = clip_norm
         # Fused: one kernel per step, and the only AdamW that can be told on the device to skip a step.
         self.settings = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         self.optimizer = torch.optim.AdamW(self.parameters, lr=schedule.lr, fused=True, **self.settings)
 
-    def gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.parameters if p.grad is not None]
+    def has_gradients(self) -> bool:
+        """Whether a backward pass has reached the group; false for a discriminator before its start step."""
+        return any(p.grad is not None for p in self.parameters)
 
-    def norm(self) -> Tensor:
-        """L2 norm of all gradients, a scalar on their device."""
-        return get_total_norm(self.gradients())
+    def norms(self) -> Tensor:
+        """L2 norms of the whole gradients, (n,) in the order of ``names``, in float64; 0 for a missing one.
 
-    def apply(self, step: int, norm: Tensor, finite: Tensor) -> float:
+        Every rank must call it: the parts of sharded gradients are summed in one reduction. Needs
+        :meth:`has_gradients`.
+        """
+        grads = [p.grad for p in self.parameters]
+        parts = [local(g) for g in grads if g is not None]
+        norms = iter(torch._foreach_norm(parts))
+        zero = parts[0].new_zeros(())
+        # float64: squares of large norms would overflow.
+        squares = torch.stack([zero if g is None else next(norms) for g in grads]).double().square()
+        sharded = next((g for g in grads if isinstance(g, DTensor)), None)
+        if sharded is not None:
+            mesh = sharded.device_mesh
+            squares = squares.to(mesh.device_type)
+            dist.all_reduce(squares, group=mesh.get_group("shard"))
+        return squares.sqrt()
+
+    def apply(self, step: int, norm: Tensor | None, finite: Tensor) -> float:
         """Clips, steps where ``finite``, and forgets the gradients; returns the learning rate.
 
         Args:
             step: counted from 0.
-            norm: what :meth:`norm` returned.
+            norm: of all gradients together, a scalar; None where there are none, and nothing to do.
             finite: bool scalar on the device; where false nothing changes, without a synchronisation.
         """
-        if self.clip_norm > 0:
-            clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
         lr = self.schedule.at(step)
         for group in self.optimizer.param_groups:
             # A loaded optimizer brings the settings it was saved with; this run's count.
             group.update(self.settings, lr=lr)
-        self.optimizer.found_inf = (~finite).float()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if norm is not None:
+            device = self.parameters[0].device
+            if self.clip_norm > 0:
+                clip_grads_with_norm_(self.parameters, self.clip_norm, norm.to(device, self.parameters[0].dtype))
+            self.optimizer.found_inf = (~finite).float().to(device)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         return lr

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from components.materialise import fill
 
 HUB_TIMEOUT_S = 10
 
@@ -85,7 +88,7 @@ def hub_file(what: str, repo: str, filename: str, *, revision: str | None = None
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], what: str, source: str | Path) -> None:
-    """Loads ``state`` into ``module`` in place, all of it or nothing.
+    """Loads ``state`` into ``module`` in place, all of it or nothing; a sharded module's ranks take their parts.
 
     Raises:
         WeightsError: missing, unexpected or mis-shaped keys, each named (the first eight of a kind).
@@ -105,4 +108,8 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], what: str, source: 
     ]
     if problems:
         raise WeightsError(f"{what}: '{source}' does not fit the module:\n" + "\n".join(problems))
-    module.load_state_dict(state)
+    if any(isinstance(value, DTensor) for value in own.values()):
+        for key, value in own.items():
+            fill(value, state[key])
+    else:
+        module.load_state_dict(state)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from components.parallel import World
 from tests import toys
 from trainer import assemble, config, schema
 
@@ -132,7 +133,7 @@ def test_missing_file_lists_the_configs_that_exist():
 
 def test_fewer_classes_than_the_dataset_has(good):
     with pytest.raises(config.ConfigError, match=r"training.num_classes = 3, but the dataset has 10 classes"):
-        assemble.build(config.load(good, ["--training.num_classes=3"]), torch.device("cpu"))
+        assemble.build(config.load(good, ["--training.num_classes=3"]), World())
 
 
 def test_every_missing_file_is_named_at_once(tmp_path):
@@ -148,21 +149,21 @@ def test_every_missing_file_is_named_at_once(tmp_path):
         ],
     )
     with pytest.raises(config.ConfigError) as error:
-        assemble.build(loaded, torch.device("cpu"))
+        assemble.build(loaded, World())
     for text in ("imagenet", "vae.pt", "gan.pt"):
         assert text in str(error.value)
 
 
 def test_weights_of_parts_that_the_recipe_leaves_out_may_be_missing(good, tmp_path):
     absent = [f"--losses.patchgan.checkpoint={tmp_path}/gan.pt", f"--losses.lpips.vgg_checkpoint={tmp_path}/vgg.pt"]
-    parts = assemble.build(config.load(good, ["--recipe.name=repa", *absent]), torch.device("cpu"))
+    parts = assemble.build(config.load(good, ["--recipe.name=repa", *absent]), World())
     assert parts.modules.discriminator is None and not parts.modules.reconstruction
 
 
 def test_a_checkpoint_of_another_architecture_names_the_keys(good, tmp_path):
     torch.save({"encoder.conv_in.weight": torch.zeros(1), "surplus": torch.zeros(1)}, tmp_path / "vae.pt")
     with pytest.raises(config.ConfigError) as error:
-        assemble.build(config.load(good, [f"--tokenizer.checkpoint={tmp_path}/vae.pt"]), torch.device("cpu"))
+        assemble.build(config.load(good, [f"--tokenizer.checkpoint={tmp_path}/vae.pt"]), World())
     for text in ("missing: encoder.conv_in.bias", "unexpected: surplus", "of another shape: encoder.conv_in.weight"):
         assert text in str(error.value)
 

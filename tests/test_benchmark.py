@@ -1,20 +1,20 @@
 """python -m trainer benchmark: both variants in one run, every phase named, nothing read from files."""
 
-import functools
 import re
 
 import pytest
 import torch
 
+from components import parallel
 from tests import toys
-from trainer import assemble
 from trainer.__main__ import main
 
 
 @pytest.fixture
 def toml(tmp_path, monkeypatch):
     # aot_eager traces as inductor does, in a fraction of its time.
-    monkeypatch.setattr(assemble, "compile_modules", functools.partial(assemble.compile_modules, backend="aot_eager"))
+    compile_units = parallel.compile_units
+    monkeypatch.setattr(parallel, "compile_units", lambda module, backend: compile_units(module, "aot_eager"))
     path = tmp_path / "toy.toml"
     path.write_text(toys.TOML)
     yield str(path)

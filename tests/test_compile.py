@@ -8,11 +8,10 @@ import torch
 from torch._dynamo.utils import counters
 
 from components.ema import Ema
-from components.metrics import Metrics
 from components.optimizer import ParameterGroup, Schedule
+from components.parallel import compile_units
 from components.registry import discover, recipes
 from tests import toys
-from trainer.assemble import compile_modules
 from trainer.step import Step
 
 discover("plugins")
@@ -32,19 +31,19 @@ def losses(recipe_name: str, compiled: bool, steps: int) -> tuple[list[dict[str,
     for name, module in m.named().items():
         module.requires_grad_(any(name in members for members in recipe.trains.values()))
     if compiled:
-        compile_modules(m, backend="aot_eager")
+        networks = [m.tokenizer, m.denoiser, m.discriminator, *m.heads, *m.encoders.values()]
+        for module in networks:
+            compile_units(module, backend="aot_eager")
     groups = {
         name: ParameterGroup(name, {part: getattr(m, part) for part in parts}, schedule=Schedule(1e-4))
         for name, parts in recipe.trains.items()
     }
-    metrics = Metrics()
     ema = Ema({"latent_norm": m.latent_norm}, 0.9)
-    step = Step(recipe, m, groups, ema=ema, accumulation=1, autocast_dtype=None, metrics=metrics,
+    step = Step(recipe, m, groups, ema=ema, accumulation=1, autocast_dtype=None,
                 device=torch.device("cpu"))  # fmt: skip
     found, graphs = [], []
     for k in range(steps):
-        step(k, [toys.batch(k, dtype=torch.float32)])
-        found.append(metrics.read())
+        found.append(step(k, [toys.batch(k, dtype=torch.float32)]).read())
         graphs.append(counters["stats"]["unique_graphs"])
     return found, graphs
 

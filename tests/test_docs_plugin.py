@@ -14,6 +14,7 @@ import torch
 from components import registry
 from components.contracts import Batch, Dataset, Encoder, ReconstructionLoss
 from components.draws import draw
+from components.parallel import World
 from trainer import assemble, config
 from trainer.commands import plugins as plugins_command
 
@@ -103,7 +104,7 @@ def test_the_other_plugins_take_a_step(lab, recipe):
         f"--recipe.name={recipe}",
     ]
     loaded = config.load(str(lab / "my_run.toml"), overrides)
-    parts = assemble.build(loaded, torch.device("cpu"))
+    parts = assemble.build(loaded, World())
     assert isinstance(parts.dataset, Dataset) and len(parts.dataset) == 1000
     samples = [parts.dataset[i] for i in range(8)]
     assert all(s.image.shape == (3, 32, 32) and s.image.dtype == torch.uint8 for s in samples)

@@ -16,7 +16,6 @@ from components.draws import Draws
 from components.ema import Ema
 from components.flow import Flow
 from components.latent_norm import LatentNorm
-from components.metrics import Metrics
 from components.optimizer import ParameterGroup, Schedule
 from components.samplers import sample_ode
 from plugins.denoisers.sit import SiT
@@ -116,8 +115,7 @@ def test_three_steps_and_the_samples_behind_them():
         for name, parts in RepaE.trains.items()
     }
     ema = Ema({"denoiser": m.denoiser, "heads": m.heads, "latent_norm": m.latent_norm}, 0.9999)
-    metrics = Metrics()
-    step = Step(RepaE(), m, groups, ema=ema, accumulation=1, autocast_dtype=None, metrics=metrics,
+    step = Step(RepaE(), m, groups, ema=ema, accumulation=1, autocast_dtype=None,
                 device=torch.device("cpu"))  # fmt: skip
 
     def published(modules) -> dict:
@@ -131,8 +129,8 @@ def test_three_steps_and_the_samples_behind_them():
         m.encoders["recorded"].targets = batch["zs"][0].double()
         draws = Draws(*(drawn[n].double() for n in ("posterior_noise", "noise")),
                       *(drawn[n].double().flatten() for n in ("time", "label_drop_u")))  # fmt: skip
-        step(k, [(Batch(batch["raw_image"].double() / 127.5 - 1, batch["labels"]), draws)])
-        read = metrics.read()
+        record = step(k, [(Batch(batch["raw_image"].double() / 127.5 - 1, batch["labels"]), draws)])
+        read = record.read()
         for theirs, ours in LOSSES.items():
             difference = abs(read[ours] / float(g["losses"][k][theirs]) - 1)
             assert difference < TOLERANCE, f"step {k + 1}: {theirs}: {difference}"

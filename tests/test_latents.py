@@ -13,7 +13,7 @@ def parts(tmp_path):
     path = tmp_path / "toy.toml"
     path.write_text(toys.TOML)
     loaded = config.load(str(path), ["--recipe.name=ldm", "--latent_norm.images=24"])
-    return loaded, assemble.build(loaded, torch.device("cpu"))
+    return loaded, assemble.build(loaded, World())
 
 
 def test_measured_statistics_are_those_of_the_first_training_images(parts, monkeypatch):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from components.metrics import Metrics
 from components.optimizer import ParameterGroup, Schedule
 from components.registry import discover, recipes
 from plugins.denoisers.sit import TimeEmbedding
@@ -22,13 +21,19 @@ def run(autocast_dtype: torch.dtype | None):
         name: ParameterGroup(name, {part: getattr(m, part) for part in parts}, schedule=Schedule(1e-4))
         for name, parts in recipe.trains.items()
     }
-    dtypes, metrics = {}, Metrics()
-    add = metrics.add
-    metrics.add = lambda name, value: (dtypes.setdefault(name, value.dtype), add(name, value))
-    step = Step(recipe, m, groups, ema=None, accumulation=1, autocast_dtype=autocast_dtype, metrics=metrics,
+    step = Step(recipe, m, groups, ema=None, accumulation=1, autocast_dtype=autocast_dtype,
                 device=torch.device("cpu"))  # fmt: skip
-    assert step(0, [toys.batch(dtype=torch.float32)]).item()
-    return m, metrics.read(), dtypes
+    dtypes, update = {}, step._update
+
+    def watched(group, terms, **extra):
+        values = {name: value for name, (_, value) in terms.items()} | extra
+        dtypes.update({f"{group}/{name}": value.dtype for name, value in values.items()})
+        update(group, terms, **extra)
+
+    step._update = watched
+    read = step(0, [toys.batch(dtype=torch.float32)]).read()
+    assert read["skipped_steps"] == 0
+    return m, read, dtypes
 
 
 def test_bf16_step_is_close_to_fp32_and_keeps_its_islands():

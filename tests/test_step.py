@@ -8,7 +8,6 @@ import torch
 from components.contracts import Batch
 from components.draws import Draws
 from components.ema import Ema
-from components.metrics import Metrics
 from components.optimizer import ParameterGroup, Schedule
 from components.registry import discover, recipes
 from tests import toys
@@ -25,7 +24,7 @@ def make_step(m, name: str, accumulation: int) -> Step:
         group: ParameterGroup(group, {part: getattr(m, part) for part in parts}, schedule=Schedule(1e-2))
         for group, parts in recipe.trains.items()
     }
-    return Step(recipe, m, groups, ema=None, accumulation=accumulation, autocast_dtype=None, metrics=Metrics(),
+    return Step(recipe, m, groups, ema=None, accumulation=accumulation, autocast_dtype=None,
                 device=torch.device("cpu"))  # fmt: skip
 
 
@@ -55,9 +54,9 @@ def test_discriminator_waits_for_its_start_step():
     m.discriminator.start_step = 1
     step = make_step(m, "tokenizer", 1)
     before = [p.clone() for p in m.discriminator.parameters()]
-    step(0, [toys.batch()])
+    first = step(0, [toys.batch()]).read()
     assert all(torch.equal(a, b) for a, b in zip(before, m.discriminator.parameters()))
-    assert step.metrics.read()["tokenizer/gan"] == 0
+    assert first["tokenizer/gan"] == 0 and "grad_norm/discriminator" not in first
     step(1, [toys.batch()])
     assert not all(torch.equal(a, b) for a, b in zip(before, m.discriminator.parameters()))
 
@@ -67,11 +66,12 @@ def test_gradients_are_clipped_to_the_norm():
     group = ParameterGroup("g", {"layer": layer}, schedule=Schedule(1.0), clip_norm=0.5)
     for p in group.parameters:
         p.grad = torch.full_like(p, 3.0)
-    norm = group.norm()
-    assert norm.item() == pytest.approx(3 * math.sqrt(20))
+    norms = group.norms()
+    assert group.names == ["layer.weight", "layer.bias"]
+    assert norms.tolist() == pytest.approx([3 * math.sqrt(16), 3 * math.sqrt(4)])
     seen = []
-    group.optimizer.step = lambda: seen.append(group.norm().item())
-    group.apply(0, norm, torch.tensor(True))
+    group.optimizer.step = lambda: seen.append(group.norms().norm().item())
+    group.apply(0, norms.norm(), torch.tensor(True))
     assert seen == [pytest.approx(0.5, rel=1e-5)]
 
 

@@ -42,11 +42,13 @@ def user_errors() -> tuple[type[Exception], ...]:
     """Errors whose message says all that a user needs."""
     from components.checkpoint import CheckpointError
     from components.data import DataError
+    from components.parallel import ParallelError
     from components.registry import PluginError
     from components.weights import WeightsError
+    from trainer.alarms import GuardStop
     from trainer.config import ConfigError
 
-    return (ConfigError, PluginError, WeightsError, DataError, CheckpointError)
+    return (ConfigError, PluginError, WeightsError, DataError, CheckpointError, ParallelError, GuardStop)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from components import parallel, registry
+from components import registry
 from components.contracts import AdversarialLoss, AlignmentLoss, Dataset, LatentShape, Modules, Recipe
 from components.data import DataError
-from components.draws import generator
 from components.ema import Ema
 from components.flow import Flow
 from components.latent_norm import LatentNorm
 from components.optimizer import ParameterGroup, Schedule
-from components.weights import WeightsError
+from components.parallel import World
 from trainer.config import Config, ConfigError, PluginTable
+from trainer.prepare import Preparation, averaged, construct, mesh_shape
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Parts:
         dataset: none if it was not asked for.
         latent: shape of one latent.
         unused: tables of the config that the recipe does not use.
+        averages: copies of modules to average into, by name; sharded like the modules.
     """
 
     recipe: Recipe
@@ -41,10 +42,15 @@ class Parts:
     num_classes: int
     latent: LatentShape
     unused: list[str] = field(default_factory=list)
+    averages: dict[str, nn.Module] = field(default_factory=dict)
 
 
-def check(config: Config, world_size: int) -> Parts:
+def check(config: Config, world_size: int, local_size: int = 1) -> Parts:
     """Builds every module on the meta device, where it costs no memory and reads no file.
+
+    Args:
+        world_size: ranks that share the batch.
+        local_size: of them on one machine.
 
     Raises:
         ConfigError: a combination that cannot work, naming the keys.
@@ -55,31 +61,25 @@ def check(config: Config, world_size: int) -> Parts:
             f"training.batch_size = {config.training.batch_size}: not divisible by {world_size} ranks x "
             f"training.accumulation = {config.training.accumulation}; expected a multiple of {share}"
         )
+    mesh_shape(config, world_size, local_size)
     with torch.device("meta"):
-        return _build(config, dataset=None, prepare=lambda place, module: None)
+        return _build(config, dataset=None, prepare=lambda place, name, module: None)
 
 
-def build(config: Config, device: torch.device, files: bool = True) -> Parts:
-    """Builds the dataset and every module on ``device``, initialised from the seed or from the named weights.
+def build(config: Config, world: World, files: bool = True, backend: str = "inductor") -> Parts:
+    """Builds the dataset and every module in its place, initialised from the seed or from the named weights.
 
     Args:
+        world: this process among the ranks that call it together.
         files: False builds no dataset and reads no weights: frozen parts are random, for timing.
+        backend: of torch.compile.
 
     Raises:
         ConfigError: every file that is missing at once (data, checkpoints, encoder weights), with how to get it.
     """
-    missing: list[str] = []
-
-    def prepare(place: str, module: nn.Module) -> None:
-        if not files:
-            for p in module.parameters():
-                nn.init.normal_(p, std=0.02)
-        elif hasattr(module, "load_weights"):
-            try:
-                module.load_weights()
-            except WeightsError as error:
-                missing.append(str(error))
-
+    recipe = _plugin("recipe", "recipe", config.recipe)
+    prepare = Preparation(config, _trained(recipe), world, files, backend)
+    missing = prepare.missing
     dataset = None
     try:
         if files:
@@ -96,14 +96,7 @@ def build(config: Config, device: torch.device, files: bool = True) -> Parts:
     parts = _build(config, dataset, prepare, stop=lambda: bool(missing))
     if missing:
         raise ConfigError("this run needs files that are not there:\n" + "\n".join(f"- {m}" for m in missing))
-    dtype = torch.float64 if config.training.precision == "fp64" else None
-    for name, module in parts.modules.named().items():
-        convolutional = config.training.channels_last and name.startswith(("tokenizer", "discriminator", "recon"))
-        memory_format = torch.channels_last if convolutional else torch.preserve_format
-        module.to(device=device, dtype=dtype, memory_format=memory_format)
-    _set_trainable(parts)
-    if config.training.compile:
-        compile_modules(parts.modules)
+    parts.averages = prepare.copies
     return parts
 
 
@@ -132,29 +125,34 @@ def parameter_groups(config: Config, parts: Parts) -> dict[str, ParameterGroup]:
 
 def make_ema(config: Config, parts: Parts) -> Ema | None:
     """Averages of the denoiser, its heads and the latent statistics, and of the tokenizer on request."""
-    m = parts.modules
-    averaged = {"denoiser": m.denoiser, "heads": m.heads, "latent_norm": m.latent_norm}
-    if config.ema.tokenizer and "tokenizer" in parts.recipe.trains:
-        averaged["tokenizer"] = m.tokenizer
-    averaged = {name: module for name, module in averaged.items() if module is not None}
-    return Ema(averaged, config.ema.decay) if averaged else None
+    named = {name: getattr(parts.modules, name) for name in ("denoiser", "heads", "latent_norm", "tokenizer")}
+    trained = _trained(parts.recipe)
+    sources = {name: m for name, m in named.items() if m is not None and averaged(config, trained, name)}
+    return Ema(sources, config.ema.decay, parts.averages) if sources else None
+
+
+def _trained(recipe: Recipe) -> set[str]:
+    return {name for members in recipe.trains.values() for name in members}
 
 
 def _build(
     config: Config,
     dataset: Dataset | None,
-    prepare: Callable[[str, nn.Module], None],
+    prepare: Callable[[str, str, nn.Module], None],
     stop: Callable[[], bool] = lambda: False,
 ) -> Parts:
     recipe: Recipe = _plugin("recipe", "recipe", config.recipe)
     uses, resolution = recipe.uses, config.training.resolution
     m = Modules(flow=Flow(config.flow.path, config.flow.time))
 
+    def construct_plugin(place: str, kind: str, table: PluginTable, *given: Any) -> Any:
+        on_meta = hasattr(registry.KINDS[kind].get(table.name).cls, "init_weights")
+        return construct(config.training.seed, place, lambda: _plugin(place, kind, table, *given), on_meta)
+
     def make(place: str, kind: str, table: PluginTable, *given: Any) -> Any:
-        with _seeded(config.training.seed, place):
-            part = _plugin(place, kind, table, *given)
+        part = construct_plugin(place, kind, table, *given)
         if isinstance(part, nn.Module):
-            prepare(place, part)
+            prepare(place, place, part)
         return part
 
     m.tokenizer = make("tokenizer", "tokenizer", config.tokenizer)
@@ -172,11 +170,11 @@ def _build(
     latent = LatentShape(m.tokenizer.channels, side, side)
 
     for label, table in config.losses.items():
-        with _seeded(config.training.seed, f"losses.{label}"):
-            loss = _plugin(f"losses.{label}", "loss", table)
+        loss = construct_plugin(f"losses.{label}", "loss", table)
         # The weights of a loss that the recipe leaves out may be missing.
-        if _sort_loss(m, label, loss, recipe) and isinstance(loss, nn.Module):
-            prepare(f"losses.{label}", loss)
+        name = _sort_loss(m, label, loss, recipe)
+        if name and isinstance(loss, nn.Module):
+            prepare(f"losses.{label}", name, loss)
     num_classes = _num_classes(config, dataset, needed="denoiser" in uses)
     if "denoiser" in uses:
         if config.denoiser is None:
@@ -191,19 +189,33 @@ def _build(
                 raise ConfigError(f"recipe.name = '{config.recipe.name}' needs an [encoders.NAME] table, as dinov2")
         if not stop():
             m.denoiser = make("denoiser", "denoiser", config.denoiser, latent, num_classes)
-            m.latent_norm = LatentNorm(
-                latent.channels, momentum=config.latent_norm.momentum, eps=config.latent_norm.eps
-            )
+            norm = config.latent_norm
+            m.latent_norm = construct(
+                config.training.seed, "latent_norm",
+                lambda: LatentNorm(latent.channels, momentum=norm.momentum, eps=norm.eps), on_meta=True,
+            )  # fmt: skip
+            prepare("latent_norm", "latent_norm", m.latent_norm)
             if "heads" in uses:
                 if m.alignment is None:
                     raise ConfigError(f"recipe.name = '{config.recipe.name}' needs an alignment loss: [losses.cosine]")
-                with _seeded(config.training.seed, "heads"):
-                    dims = [e.embed_dim for e in m.encoders.values()]
-                    m.heads = m.alignment.make_heads(m.denoiser.width, dims, m.denoiser.grid)
+                m.heads = _make_heads(config, m)
+                prepare("heads", "heads", m.heads)
     if "reconstruction" in uses and not m.reconstruction:
         raise ConfigError(f"recipe.name = '{config.recipe.name}' needs a reconstruction loss, as [losses.l1]")
     unused = [place for place, names in (("denoiser", config.denoiser), ("encoders", config.encoders)) if names]
     return Parts(recipe, m, dataset, num_classes, latent, [place for place in unused if place not in uses])
+
+
+def _make_heads(config: Config, m: Modules) -> nn.ModuleList:
+    dims = [e.embed_dim for e in m.encoders.values()]
+
+    def make() -> nn.ModuleList:
+        return m.alignment.make_heads(m.denoiser.width, dims, m.denoiser.grid)
+
+    heads = construct(config.training.seed, "heads", make, on_meta=True)
+    if all(hasattr(head, "init_weights") for head in heads):
+        return heads
+    return construct(config.training.seed, "heads", make, on_meta=False)
 
 
 def _plugin(place: str, kind: str, table: PluginTable, *given: Any) -> Any:
@@ -215,21 +227,23 @@ def _plugin(place: str, kind: str, table: PluginTable, *given: Any) -> Any:
         raise ConfigError(message if place.split(".")[0] in message else f"[{place}] {message}") from error
 
 
-def _sort_loss(m: Modules, label: str, loss: Any, recipe: Recipe) -> bool:
-    """Puts a loss where its contract says, and tells whether the recipe uses it; else it is dropped."""
+def _sort_loss(m: Modules, label: str, loss: Any, recipe: Recipe) -> str:
+    """Puts a loss where its contract says, and names the place; "" if the recipe leaves it out."""
     if isinstance(loss, AlignmentLoss):
         place = "alignment"
     elif isinstance(loss, AdversarialLoss):
         place = "discriminator"
     else:
-        if "reconstruction" in recipe.uses:
-            m.reconstruction[label] = loss
-        return "reconstruction" in recipe.uses
+        if "reconstruction" not in recipe.uses:
+            return ""
+        m.reconstruction[label] = loss
+        return f"reconstruction.{label}"
     if getattr(m, place) is not None:
         raise ConfigError(f"[losses.{label}]: a run has one {place} loss, and there is another; remove one")
-    if place in recipe.uses:
-        setattr(m, place, loss)
-    return place in recipe.uses
+    if place not in recipe.uses:
+        return ""
+    setattr(m, place, loss)
+    return place
 
 
 def _num_classes(config: Config, dataset: Dataset | None, needed: bool) -> int:
@@ -246,31 +260,6 @@ def _num_classes(config: Config, dataset: Dataset | None, needed: bool) -> int:
             "take the dataset's number"
         )
     return wanted or found
-
-
-def compile_modules(m: Modules, backend: str = "inductor") -> None:
-    """Compiles every network, part by part, without graph breaks."""
-    heads = list(m.heads) if m.heads is not None else []
-    for module in (m.tokenizer, m.denoiser, m.discriminator, *heads, *m.encoders.values(), *m.reconstruction.values()):
-        if isinstance(module, nn.Module):
-            parallel.compile_units(module, backend)
-
-
-def _set_trainable(parts: Parts) -> None:
-    trained = {name for members in parts.recipe.trains.values() for name in members}
-    for name, module in parts.modules.named().items():
-        learns = name in trained
-        module.train(learns)
-        if not learns:
-            module.requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, place: str):
-    """Each part's initial weights depend on the seed and its own place only, not on what was built before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(seed, "weights", place).initial_seed())
-        yield
 
 
 def _multiples(value: int, factor: int) -> str:

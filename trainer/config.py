@@ -215,6 +215,8 @@ def _problems(error: ValidationError, model: type[BaseModel], prefix: str = "") 
             line = f"{key} = {e['input']!r}: not allowed{nearest(str(e['input']), allowed)}"
         elif e["type"].endswith("_type"):
             line = f"{key} = {e['input']!r}: expected {expected or e['msg']}"
+        elif e["type"] == "value_error":
+            line = f"{key} = {e['input']!r}: {e['ctx']['error']}"
         else:
             line = f"{key} = {e['input']!r}: {e['msg'][0].lower()}{e['msg'][1:]}"
         found.setdefault(key, line)

@@ -1,18 +1,15 @@
-"""The training loop: resume, iterate, log, draw, save, stop when asked."""
+"""The training loop: resume, iterate, watch, log, draw, save, stop when asked."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
-import signal
-import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from components import parallel
 from components.checkpoint import (
     CheckpointManager,
     load_module_state,
@@ -22,13 +19,18 @@ from components.checkpoint import (
 )
 from components.data import UnreadableCounter, make_loader
 from components.draws import Draws, draw
-from components.metrics import Metrics
+from components.guard import Alarm
+from components.metrics import Metrics, StepRecord
 from components.parallel import World
 from components.prefetch import Prefetcher
-from trainer import pictures
+from trainer import alarms
 from trainer.assemble import build, check, make_ema, parameter_groups
 from trainer.config import Config, flatten
 from trainer.latents import prepare_latent_norm
+from trainer.prepare import autocast_dtype
+from trainer.process import StopSignals, garbage_collected
+from trainer.report import Reporter
+from trainer.saving import Saves
 from trainer.step import Step
 
 logger = logging.getLogger("titanrepa")
@@ -48,27 +50,33 @@ class Trainer:
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world, self.device = config, world, world.device
         self.folder = Path(config.run.dir)
-        check(config, world.size)
-        self.parts = build(config, self.device)
+        check(config, world.size, world.local_size)
+        self.parts = build(config, world)
         self.groups = parameter_groups(config, self.parts)
         self.ema = make_ema(config, self.parts)
         self.metrics = Metrics()
-        bf16 = config.training.precision == "bf16" and self.device.type == "cuda"
         self.train_step = Step(
             self.parts.recipe,
             self.parts.modules,
             self.groups,
             ema=self.ema,
             accumulation=config.training.accumulation,
-            autocast_dtype=torch.bfloat16 if bf16 else None,
-            metrics=self.metrics,
+            autocast_dtype=autocast_dtype(config, self.device),
             device=self.device,
         )
         self.unreadable = UnreadableCounter(config.loader.max_unreadable)
-        self.checkpoints = CheckpointManager(self.folder / "checkpoints", keep=config.run.keep_checkpoints)
+        self.checkpoints = CheckpointManager(
+            self.folder / "checkpoints", keep=config.run.keep_checkpoints, keep_every=config.run.keep_every
+        )
+        self.saves = Saves(self.checkpoints, world, self.state)
+        self.watch = alarms.Watch(config, world, self.parts.recipe)
         self.step = 0
         self.consumed = 0
-        self.stopping = False
+        # A record is read one step later on a GPU, when its copy has long arrived; a CPU computes as it goes.
+        self.lag = 1 if self.device.type == "cuda" else 0
+        self._unread: deque[tuple[StepRecord, int]] = deque()
+        self.signals = StopSignals(self._log)
+        self.stopping = False  # all ranks know of a signal on one of them
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -80,15 +88,17 @@ class Trainer:
             "modules": {name: module_state(named[name]) for name in sorted(modules) if name in named},
             "ema": {name: module_state(m) for name, m in self.ema.modules.items()} if self.ema else {},
             "optimizers": {name: optimizer_state(g.modules, g.optimizer) for name, g in self.groups.items()},
-            "progress": {"step": self.step, "consumed": self.consumed, "unreadable": self.unreadable.state_dict()},
+            "progress": {
+                "step": self.step,
+                "consumed": self.consumed,
+                "unreadable": self.unreadable.state_dict(),
+                "watch": self.watch.state_dict(),
+            },
             "config": self.config.to_toml(),
         }
 
-    def resume(self) -> bool:
-        """Loads the newest sound checkpoint of the run folder, if there is one."""
-        path = self.checkpoints.latest()
-        if path is None:
-            return False
+    def load(self, path: Path) -> str:
+        """Puts a checkpoint into the run; returns the config that it was written with."""
         state = self.checkpoints.load(path, self.state())
         named = self.parts.modules.named()
         for name, module in state["modules"].items():
@@ -100,56 +110,106 @@ class Trainer:
         progress = state["progress"]
         self.step, self.consumed = progress["step"], progress["consumed"]
         self.unreadable.load_state_dict(progress["unreadable"])
+        self.watch.load_state_dict(progress["watch"])
+        return state["config"]
+
+    def resume(self) -> bool:
+        """Loads the newest sound checkpoint of the run folder, if there is one."""
+        path = self.checkpoints.latest()
+        if path is None:
+            return False
+        written_with = self.load(path)
         self._log(f"resumed from {path} at step {self.step}")
-        for change in changes(state["config"], self.config.to_toml()):
+        for change in changes(written_with, self.config.to_toml()):
             self._log(f"changed since that checkpoint: {change}")
         return True
-
-    def save(self) -> None:
-        """Writes a checkpoint of the current step."""
-        start = time.perf_counter()
-        path = self.checkpoints.save(self.step, self.state())
-        self._log(f"saved {path} in {time.perf_counter() - start:.1f} s")
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def run(self) -> bool:
-        """Trains to the last step, or to the step in which a signal arrives.
+        """Trains to the last step, or to the step in which a signal arrives on any rank.
 
         Returns:
             Whether the run is complete.
+
+        Raises:
+            GuardStop: at an alarm, by policy.
         """
         self._prepare_folder()
         if not self.resume():
-            prepare_latent_norm(self.config, self.parts, self.world)
+            with self.train_step.evaluating():
+                prepare_latent_norm(self.config, self.parts, self.world)
             if self.ema is not None:
                 self.ema.reset()
-        total = self.config.training.steps
-        if self.step >= total:
+        if self.step >= self.config.training.steps:
+            total = self.config.training.steps
             self._log(f"already complete: step {self.step} of {total}; raise training.steps to go on")
             return True
-        with _signals(self._request_stop), self._batches() as batches, self._progress_bar() as bar:
-            writer = self._writer()
-            while self.step < total and not self.stopping:
-                self.train_step(self.step, self._micro_batches(batches))
-                self.step += 1
-                self.consumed += self.config.training.batch_size
-                bar.update()
-                self.stopping = parallel.any_rank(self.stopping)
-                self._after_step(writer, bar, batches, last=self.step == total)
-            if writer is not None:
-                writer.close()
-        return self.step >= total
+        reporter = Reporter(self.config, self.world, list(self.groups), self.step)
+        garbage = garbage_collected(self.config.training.gc_every)
+        with contextlib.closing(reporter), self.signals, garbage as collect_garbage:
+            while True:
+                with self._batches() as batches:
+                    alarm = self._train(batches, reporter, collect_garbage)
+                if alarm is None:
+                    break
+                self._roll_back(alarm)
+                reporter.begin(self.step)
+            self.saves.finish()
+        return self.step >= self.config.training.steps
 
-    def _after_step(self, writer, bar: tqdm, batches: Prefetcher, last: bool) -> None:
+    def _train(self, batches: Prefetcher, reporter: Reporter, collect_garbage) -> Alarm | None:
+        """Steps until the end, a stop, or an alarm that calls for a rollback, which is returned."""
+        total = self.config.training.steps
+        while self.step < total and not self.stopping:
+            record = self.train_step(self.step, self._micro_batches(batches), stop=self.signals.requested)
+            self.step += 1
+            self.consumed += self.config.training.batch_size
+            self._unread.append((record, self.consumed))
+            reporter.bar.update()
+            collect_garbage(self.step)
+            alarm = self._read(self.lag)
+            if alarm is None and (self.stopping or self._due()):
+                alarm = self._read(0)
+            if alarm is not None:
+                return alarm
+            self._after_step(reporter, batches)
+        return None
+
+    def _read(self, lag: int) -> Alarm | None:
+        """Looks at what steps measured, all but the last ``lag``; the same on every rank."""
+        while len(self._unread) > lag:
+            record, consumed = self._unread.popleft()
+            values = record.read()
+            self.stopping = self.stopping or values.pop("stop") > 0
+            self.metrics.add(values)
+            alarm = self.watch.observe(record, values, self._order, consumed)
+            if alarm is not None:
+                return alarm
+        return None
+
+    def _after_step(self, reporter: Reporter, batches: Prefetcher) -> None:
         run, every = self.config.run, self.config.sampling.every
+        last = self.step == self.config.training.steps
         if last or self.stopping or self.step % run.log_every == 0 or self.step == 1:
-            self._report(writer, bar, batches)
+            values = self.metrics.read()
+            values["data/unreadable"] = float(self.unreadable.count)
+            values["data/epoch"] = self.consumed / len(self.parts.dataset)
+            reporter.report(self.step, values, batches.waited_s)
         # Saved first: pictures take memory, and must not cost the step if they fail.
-        if last or self.stopping or (run.checkpoint_every and self.step % run.checkpoint_every == 0):
-            self.save()
+        if last or self.stopping:
+            self.saves.save(self.step)
+        elif run.checkpoint_every and self.step % run.checkpoint_every == 0:
+            self.saves.try_to_save(self.step, in_background=run.async_checkpoints)
         if last or (every and self.step % every == 0):
-            self._draw(writer)
+            with self.train_step.evaluating():
+                reporter.draw(self.step, self.parts, self.ema)
+
+    def _due(self) -> bool:
+        """Whether something that needs all records happens behind this step."""
+        run, every = self.config.run, self.config.sampling.every
+        cadences = [run.log_every, run.checkpoint_every, every]
+        return self.step in (1, self.config.training.steps) or any(n and self.step % n == 0 for n in cadences)
 
     def _batches(self) -> Prefetcher:
         c = self.config
@@ -165,6 +225,7 @@ class Trainer:
             prefetch=c.loader.prefetch,
             pin_memory=self.device.type == "cuda",
         )
+        self._order = loader.batch_sampler.order
         first_step, first_position = self.step, self.consumed
         size = c.training.batch_size // (self.world.size * c.training.accumulation)
 
@@ -182,7 +243,34 @@ class Trainer:
             self.unreadable.update(len(batch.labels), unreadable)
             if self.config.training.precision == "fp64":
                 batch = batch._replace(images=batch.images.double())
+            if self.config.training.channels_last:
+                batch = batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last))
             yield batch, draws
+
+    def _roll_back(self, alarm: Alarm) -> None:
+        """To the last good checkpoint, but behind the data that has been seen since.
+
+        Raises:
+            GuardStop: there is none.
+        """
+        consumed, rollbacks, came_from = self.consumed, self.watch.rollbacks + 1, self.step
+        self._unread.clear()
+        self.metrics.read()
+        self.saves.finish()
+        good = next(self.checkpoints.candidates(up_to=alarm.onset), None)
+        if good is None:
+            self.watch.stop(alarm, f"there is no checkpoint from before step {alarm.onset}, when the trouble began")
+        self.load(good)
+        self.watch.forget(self.step)
+        skipped = consumed - self.consumed
+        self.consumed, self.watch.rollbacks = consumed, rollbacks
+        # What was saved since the trouble began must not be resumed from; and a restart must skip the data, too.
+        self.checkpoints.discard(beyond=self.step)
+        self.saves.save(self.step)
+        self._log(
+            f"rolled back from step {came_from} to {self.step} ({rollbacks} of {self.config.guard.max_rollbacks}); "
+            f"{skipped} samples are skipped"
+        )
 
     # -- reports -------------------------------------------------------------------------------------------------
 
@@ -191,78 +279,6 @@ class Trainer:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.toml").write_text(self.config.to_toml())
-
-    def _progress_bar(self) -> tqdm:
-        # None: only on a terminal. Elsewhere a bar is noise, and _report writes lines.
-        disable = None if self.world.is_main else True
-        total = self.config.training.steps
-        return tqdm(total=total, initial=self.step, unit="step", disable=disable, dynamic_ncols=True)
-
-    def _writer(self):
-        if not self.world.is_main:
-            return None
-        from torch.utils.tensorboard import SummaryWriter
-
-        # Events behind the resumed step are a past that did not happen.
-        writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.step + 1 if self.step else None)
-        writer.add_text("config", "```toml\n" + self.config.to_toml() + "```", self.step)
-        self._since = (time.perf_counter(), self.step, 0.0)
-        return writer
-
-    def _report(self, writer, bar: tqdm, batches: Prefetcher) -> None:
-        values = self.metrics.read()
-        if writer is None:
-            return
-        now = time.perf_counter()
-        then, step, waited = self._since
-        self._since = (now, self.step, batches.waited_s)
-        steps = self.step - step
-        values["speed/images_per_s"] = steps * self.config.training.batch_size / (now - then)
-        values["speed/data_wait_share"] = (batches.waited_s - waited) / (now - then)
-        values["data/unreadable"] = float(self.unreadable.count)
-        values["data/epoch"] = self.consumed / len(self.parts.dataset)
-        if self.device.type == "cuda":
-            values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        for name, value in values.items():
-            writer.add_scalar(name, value, self.step)
-        writer.flush()
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": self.step, **values}) + "\n")
-        if values.get("skipped_steps"):
-            share = values["skipped_steps"]
-            logger.warning(f"step {self.step}: {share:.0%} of the last {steps} steps skipped: not finite")
-        losses = {name: f"{values[f'{name}/loss']:.3f}" for name in self.groups if f"{name}/loss" in values}
-        bar.set_postfix(losses)
-        if bar.disable:
-            speed = f"{values['speed/images_per_s']:.0f} images/s"
-            shown = ", ".join(f"{name} {value}" for name, value in losses.items())
-            self._log(f"step {self.step} of {self.config.training.steps}: {shown}, {speed}")
-
-    def _draw(self, writer) -> None:
-        """Grids of reconstructions and samples, and how many samples the dataset's own judge recognises."""
-        if writer is None:
-            return
-        originals = pictures.fixed_images(self.parts, self.device)
-        panels = {
-            "reconstructions": pictures.side_by_side(originals, pictures.reconstruct(self.parts, self.ema, originals))
-        }
-        if self.parts.modules.denoiser is not None:
-            count = self.config.sampling.images
-            images, labels = pictures.sample_images(self.config, self.parts, self.ema, self.device, count)
-            panels["samples"] = pictures.grid(images)
-            if hasattr(self.parts.dataset, "judge"):
-                right = (self.parts.dataset.judge(images.cpu()) == labels.cpu()).float().mean().item()
-                writer.add_scalar("samples/judged_right", right, self.step)
-                self._log(f"step {self.step}: the judge recognises {right:.0%} of {count} samples")
-        for name, picture in panels.items():
-            writer.add_image(name, picture, self.step)
-            pictures.save_png(picture, self.folder / "images" / f"{name}_{self.step:08d}.png")
-
-    def _request_stop(self, signum: int, frame) -> None:
-        if self.stopping:  # the second Ctrl-C means it
-            raise KeyboardInterrupt
-        self.stopping = True
-        self._log(f"{signal.Signals(signum).name}: finishing this step, then saving (again to stop at once)")
 
     def _log(self, message: str) -> None:
         if self.world.is_main:
@@ -274,17 +290,3 @@ def changes(old: str, new: str) -> list[str]:
     before, after = flatten(old), flatten(new)
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return [f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}" for key in keys]
-
-
-class _signals:
-    """SIGINT and SIGTERM call ``handler`` inside; outside they do what they did."""
-
-    def __init__(self, handler) -> None:
-        self.handler = handler
-
-    def __enter__(self) -> None:
-        self.before = {s: signal.signal(s, self.handler) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def __exit__(self, *_: object) -> None:
-        for s, before in self.before.items():
-            signal.signal(s, before)

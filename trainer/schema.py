@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -42,6 +42,10 @@ class Run(Table):
     """Steps between two checkpoints; 0: only at the end and on interruption."""
     keep_checkpoints: Positive = 3
     """Newest checkpoints that are kept."""
+    keep_every: NotNegative = 0
+    """Checkpoints of steps that this divides are kept for ever; 0: none."""
+    async_checkpoints: bool = True
+    """Write periodic checkpoints in the background while training goes on; takes host memory for one copy."""
 
 
 class Training(Table):
@@ -69,6 +73,64 @@ class Training(Table):
     """Channels-last memory format for convolutional modules."""
     threads: NotNegative = 0
     """CPU threads per process; 0: PyTorch's choice."""
+    gc_every: NotNegative = 500
+    """Steps between Python's garbage collections, on all ranks at once, so that none waits for another's; 0: Python
+    collects when it likes."""
+
+
+class ParallelTable(Table):
+    strategy: Literal["fsdp", "hsdp", "ddp", "none"] = "fsdp"
+    """Who holds the weights: fsdp: every rank a part; ddp: every rank all; hsdp: groups of `shard` ranks share a copy;
+    none: a single process. With one process all are the same."""
+    shard: NotNegative = 0
+    """For hsdp: ranks that share one copy of the weights; 0: those of one machine."""
+    reshard_after_forward: bool = True
+    """Free a block's whole weights between its forward and backward pass: less memory, one more gathering."""
+    shard_frozen: bool = False
+    """Share out frozen encoders, LPIPS and a frozen tokenizer, too, instead of a copy on every rank."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer states in host memory: much slower, for models that do not fit."""
+    timeout_s: Positive = 600
+    """Seconds after which a rank that waits for a lost one gives up."""
+
+
+def _recompute(text: str) -> str:
+    from components.activation_checkpoint import Recompute
+
+    Recompute.parse(text)
+    return text
+
+
+RecomputeForm = Annotated[str, AfterValidator(_recompute)]
+
+
+class ActivationCheckpoint(Table):
+    denoiser: RecomputeForm = "none"
+    """What the denoiser's blocks recompute in the backward pass: none; full; "every N": each N-th block; selective:
+    all but matrix products, convolutions and attention; "budget F": the compiler keeps a fraction F."""
+    tokenizer: RecomputeForm = "none"
+    """The same for the tokenizer's stages, where it learns."""
+
+
+class GuardTable(Table):
+    policy: Literal["warn", "rollback", "stop"] = "warn"
+    """At an alarm: warn; rollback: go back to the last good checkpoint and skip the data since; stop with a report."""
+    max_rollbacks: NotNegative = 3
+    """Rollbacks of a run, restarts included; the next alarm stops it."""
+    window: Annotated[int, Field(ge=10)] = 200
+    """Steps of the running medians."""
+    skipped: NotNegative = 10
+    """Alarm after so many steps in a row that were skipped as not finite; 0: never."""
+    spike: Annotated[float, Field(ge=0)] = 10.0
+    """Alarm at a loss or gradient norm so many times its spread above the running median; 0: never."""
+    collapse: Annotated[float, Field(ge=0, lt=1)] = 1e-3
+    """Alarm at gradient norms below this fraction of their usual for `patience` steps; 0: never."""
+    latent_variance: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Alarm at a latent variance below this fraction of its usual; 0: never."""
+    discriminator: Annotated[float, Field(ge=0)] = 0.01
+    """Alarm at a discriminator's loss below this for `patience` steps; 0: never."""
+    patience: Positive = 100
+    """Steps in a row before a collapse counts."""
 
 
 class Loader(Table):
@@ -166,6 +228,9 @@ class Config(Table):
     losses: dict[str, PluginTable] = {}
     dataset: PluginTable
     loader: Loader = Loader()
+    parallel: ParallelTable = ParallelTable()
+    activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
+    guard: GuardTable = GuardTable()
     flow: FlowTable = FlowTable()
     latent_norm: LatentNormTable = LatentNormTable()
     optimizer: Optimizer = Optimizer()

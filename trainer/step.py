@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from components import parallel
 from components.contracts import Batch, Modules, Recipe, Weighted
 from components.draws import Draws
 from components.ema import Ema
-from components.metrics import Metrics
+from components.metrics import StepRecord
 from components.optimizer import ParameterGroup
 
 
@@ -28,7 +30,6 @@ class Step:
         ema: averages to move after each applied step; none: no averages.
         accumulation: micro-batches per step.
         autocast_dtype: bf16 for mixed precision; none: the modules' own dtype.
-        metrics: where losses, norms and learning rates are reported.
     """
 
     def __init__(
@@ -40,56 +41,80 @@ class Step:
         ema: Ema | None,
         accumulation: int,
         autocast_dtype: torch.dtype | None,
-        metrics: Metrics,
         device: torch.device,
     ) -> None:
         self.recipe, self.modules, self.groups, self.ema = recipe, modules, groups, ema
-        self.accumulation, self.metrics, self.device = accumulation, metrics, device
-        self.autocast_dtype = autocast_dtype
-        self._loss_sum = torch.zeros((), device=device)
+        self.accumulation, self.autocast_dtype, self.device = accumulation, autocast_dtype, device
+        self._terms: dict[str, list[Tensor]] = defaultdict(list)
         # What forward passes change: batch-norm statistics and the like. Undone if the step is not applied.
         changing = [modules.tokenizer, modules.latent_norm, modules.discriminator]
         self._buffers = [b for module in changing if module is not None for b in module.buffers()]
 
-    def __call__(self, step: int, micro_batches: Iterable[tuple[Batch, Draws]]) -> Tensor:
-        """One step, counted from 0.
+    def __call__(self, step: int, micro_batches: Iterable[tuple[Batch, Draws]], stop: bool = False) -> StepRecord:
+        """One step, counted from 0. Does not wait for the device.
+
+        Args:
+            stop: this rank is asked to stop; every rank finds ``stop`` > 0 in the record of this step.
 
         Returns:
-            Bool scalar on the device: whether losses and gradients were finite on every rank, so that it was applied.
+            Means over ranks and micro-batches of every loss term; ``grad_norm/*``, ``lr/*``; ``skipped_steps``, 1
+            where a loss or a gradient norm was not finite on some rank, so that nothing was applied.
         """
         before = [b.clone() for b in self._buffers]
-        self._loss_sum = torch.zeros((), device=self.device)
-        for batch, draws in micro_batches:
-            with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+        self._terms.clear()
+        for index, (batch, draws) in enumerate(micro_batches):
+            if self.accumulation > 1:
+                trained = [group.modules for group in self.groups.values()]
+                parallel.last_micro_batch(trained, index == self.accumulation - 1)
+            with self._autocast():
                 self.recipe.step(self.modules, batch, draws, self._update, step)
+        measured = self._means(stop)
 
-        gradients = [g for group in self.groups.values() for g in group.gradients()]
-        parallel.average([*gradients, self._loss_sum])
-        # A group without gradients (a discriminator before its start step) has its zero on the CPU.
-        norms = {name: group.norm().to(self.device) for name, group in self.groups.items()}
-        finite = torch.isfinite(torch.stack([self._loss_sum.double(), *(n.double() for n in norms.values())])).all()
+        layers = {name: (group.names, group.norms()) for name, group in self.groups.items() if group.has_gradients()}
+        norms = {name: norms.square().sum().sqrt().to(self.device) for name, (_, norms) in layers.items()}
+        losses = [measured[f"{name}/loss"] for name in self.groups if f"{name}/loss" in measured]
+        finite = torch.isfinite(torch.stack([*losses, *norms.values()])).all()
 
-        for name, group in self.groups.items():
-            lr = group.apply(step, norms[name], finite)
-            self.metrics.add(f"grad_norm/{name}", norms[name])
-            self.metrics.add(f"lr/{name}", torch.tensor(lr))
+        lrs = {f"lr/{name}": group.apply(step, norms.get(name), finite) for name, group in self.groups.items()}
         for buffer, old in zip(self._buffers, before):
             buffer.copy_(torch.where(finite, buffer, old))
         if self.ema is not None:
             self.ema.update(finite)
-        self.metrics.add("skipped_steps", (~finite).float())
-        return finite
+
+        measured |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
+        if self.modules.latent_norm is not None:
+            measured["latent/variance"] = self.modules.latent_norm.running_var.mean()
+        measured["skipped_steps"] = ~finite
+        values = torch.stack([v.to(self.device, torch.float64) for v in measured.values()])
+        return StepRecord(step, tuple(measured), values, lrs, layers)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Forward passes outside a step: without gradients, in the step's precision."""
+        averages = self.ema.modules.values() if self.ema is not None else ()
+        try:
+            with torch.no_grad(), self._autocast():
+                yield
+        finally:
+            parallel.reshard(*self.modules.named().values(), *averages)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+    def _means(self, stop: bool) -> dict[str, Tensor]:
+        """Every term's mean over micro-batches and ranks, in one reduction; not finite if it was so on any rank."""
+        means = {name: torch.stack(values).mean() for name, values in self._terms.items()}
+        means["stop"] = torch.full((), float(stop), dtype=torch.float64, device=self.device)
+        flat = torch.stack(list(means.values()))
+        return dict(zip(means, parallel.mean_over_ranks(flat)))
 
     def _update(self, group: str, terms: dict[str, Weighted], **extra: Tensor) -> None:
         if group not in self.groups:
             raise KeyError(f"the recipe updates '{group}', but its `trains` names only {sorted(self.groups)}")
         total = torch.stack([weight * value for weight, value in terms.values()]).sum()
-        for name, (_, value) in terms.items():
-            self.metrics.add(f"{group}/{name}", value)
-        for name, value in extra.items():
-            self.metrics.add(f"{group}/{name}", value)
-        self.metrics.add(f"{group}/loss", total)
-        self._loss_sum = self._loss_sum + total.detach()
+        values = {name: value for name, (_, value) in terms.items()} | extra | {"loss": total}
+        for name, value in values.items():
+            self._terms[f"{group}/{name}"].append(value.detach().to(self.device, torch.float64))
         # A discriminator before its start step has nothing to learn from.
         if total.requires_grad:
             with torch.autocast(self.device.type, enabled=False):

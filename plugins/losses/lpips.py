@@ -44,6 +44,8 @@ class LPIPS(nn.Module):
         linear_checkpoint: file of LPIPS's linear weights; none: those that come with torchmetrics.
     """
 
+    keep_fp32 = True
+
     def __init__(
         self,
         *,

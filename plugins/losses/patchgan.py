@@ -24,6 +24,8 @@ class PatchDiscriminator(nn.Module):
         layers: convolutions of stride 2.
     """
 
+    keep_fp32 = True
+
     def __init__(self, channels: int, layers: int) -> None:
         super().__init__()
         widths = [channels * min(2**i, 8) for i in range(layers + 1)]

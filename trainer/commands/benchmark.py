@@ -31,10 +31,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from trainer.assemble import check
     from trainer.commands.train import set_backends
 
-    world = parallel.join_world()
+    world = parallel.join_world(config.parallel.timeout_s)
     try:
         set_backends(config)
-        check(config, world.size)
+        check(config, world.size, world.local_size)
         results = {}
         for variant in ["eager", "compiled"] if arguments.only is None else [arguments.only]:
             settings = config.training.model_copy(update={"compile": variant == "compiled"})
@@ -51,24 +51,22 @@ def measure(config: configs.Config, world, arguments: argparse.Namespace) -> dic
     """Seconds of a step and of each phase (medians), images/s, peak memory in GiB."""
     import torch
 
-    from components.metrics import Metrics
     from trainer.assemble import build, make_ema, parameter_groups
+    from trainer.prepare import autocast_dtype
     from trainer.step import Step
 
     device = world.device
     torch.manual_seed(config.training.seed)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    parts = build(config, device, files=arguments.data)
-    bf16 = config.training.precision == "bf16" and device.type == "cuda"
+    parts = build(config, world, files=arguments.data)
     step = Step(
         parts.recipe,
         parts.modules,
         parameter_groups(config, parts),
         ema=make_ema(config, parts),
         accumulation=config.training.accumulation,
-        autocast_dtype=torch.bfloat16 if bf16 else None,
-        metrics=Metrics(),
+        autocast_dtype=autocast_dtype(config, device),
         device=device,
     )
     with _micro_batches(config, parts, world, arguments.data) as micro_batches:

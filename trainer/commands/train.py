@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = configs.load(arguments.config, overrides)
     from components import parallel
 
-    world = parallel.join_world()
+    world = parallel.join_world(config.parallel.timeout_s)
     try:
         set_backends(config)
         log_to(config, world)
@@ -35,7 +35,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         if world.is_main:
             for place in trainer.parts.unused:
                 logging.getLogger("titanrepa").info(f"recipe '{config.recipe.name}' does not use [{place}]")
-        complete = trainer.run()
+        with parallel.lost_rank_named(lambda: f"at step {trainer.step}"):
+            complete = trainer.run()
         if world.is_main:
             print(closing(config, trainer.step, complete, arguments.config), flush=True)
         return 0
