@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from components.contracts import Recipe
 from components.data import GlobalOrder
-from components.guard import ADVERSARY, Alarm, Guard
+from components.guard import ADVERSARY, NORM, Alarm, Guard
 from components.metrics import StepRecord
 from components.parallel import World
 from trainer.config import Config
@@ -33,6 +34,7 @@ class Watch:
     Attributes:
         guard: decides.
         rollbacks: of this run, restarts included.
+        mark: told the name of an alarm and the number of finished steps, to show it.
     """
 
     def __init__(self, config: Config, world: World, recipe: Recipe) -> None:
@@ -40,6 +42,7 @@ class Watch:
         self.batch_size = config.training.batch_size
         self.guard = Guard(**config.guard.model_dump(exclude={"policy", "max_rollbacks"}))
         self.rollbacks = 0
+        self.mark: Callable[[str, int], None] = lambda name, step: None
         self._adversary = next((g for g, members in recipe.trains.items() if "discriminator" in members), None)
         self._path: Path | None = None
 
@@ -88,6 +91,7 @@ class Watch:
     def _write_down(self, alarm: Alarm, record: StepRecord, values: dict[str, float], samples: list) -> None:
         found = diagnosis(alarm, record, values, self.guard, samples)
         self._path = path_of(self.folder, found)
+        self.mark(alarm.name, alarm.step + 1)
         if self.world.is_main:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text(json.dumps(found, indent=1))
@@ -107,7 +111,10 @@ def diagnosis(alarm: Alarm, record: StepRecord, values: dict[str, float], guard:
     layers = {name: dict(zip(names, norms.tolist())) for name, (names, norms) in record.layers.items()}
     totals = {name: math.sqrt(sum(n * n for n in norms.values())) for name, norms in layers.items()}
     first = guard.first_to_go()
-    worst = first.module if first is not None and first.module in layers else _largest(totals)
+    suspects = [alarm.metric.removeprefix(NORM).split("/")[0], first.module if first is not None else ""]
+    # A step that was skipped is not finite anywhere: the module that went first tells more.
+    suspects = suspects[::-1] if values["skipped_steps"] else suspects
+    worst = next((module for module in suspects if module in layers), _largest(totals))
     return _plain(
         {
             "alarm": alarm._asdict(),

@@ -146,6 +146,7 @@ class Trainer:
             self._log(f"already complete: step {self.step} of {total}; raise training.steps to go on")
             return True
         reporter = Reporter(self.config, self.world, list(self.groups), self.step)
+        self.watch.mark = reporter.mark
         garbage = garbage_collected(self.config.training.gc_every)
         with contextlib.closing(reporter), self.signals, garbage as collect_garbage:
             while True:
@@ -155,6 +156,7 @@ class Trainer:
                     break
                 self._roll_back(alarm)
                 reporter.begin(self.step)
+                reporter.mark(alarm.name, self.step)  # what is behind this step was just taken back
             self.saves.finish()
         return self.step >= self.config.training.steps
 

@@ -96,6 +96,12 @@ class Reporter:
             shown = ", ".join(f"{name} {value}" for name, value in losses.items())
             logger.info(f"step {step} of {self.config.training.steps}: {shown}, {speed}")
 
+    def mark(self, alarm: str, step: int) -> None:
+        """Marks an alarm in TensorBoard at once: the run may end by it."""
+        if self.writer is not None:
+            self.writer.add_scalar(f"alarms/{alarm}", 1.0, step)
+            self.writer.flush()
+
     def name_stragglers(self, step: int, ranks: list[list[float]]) -> None:
         """Warns of the rank that waits longest for data, and of one that computes far slower than the others.
 
