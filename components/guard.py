@@ -279,7 +279,7 @@ class Guard:
         self, watch: str, step: int, name: str, value: float, least: float, patience: int, usual: float
     ) -> Iterator[Alarm]:
         """Values that fall below ``least`` and stay there; a ``least`` of 0 never counts."""
-        episode = self._see(watch, name, step, value < least, patience, name, value, usual)
+        episode = self._see(watch, name, step, least > 0 and value < least, patience, name, value, usual)
         if episode is not None:
             message = (
                 f"{name} was below {least:.3g} for {episode.count} steps in a row, and the trouble began at step "

@@ -102,6 +102,12 @@ def test_names_may_be_missing():
         assert guard.observe(step, values if step % 11 else {}, True) == []
 
 
+def test_the_first_half_window_is_no_measure_of_a_spike():
+    for step, expected in ((99, []), (100, ["spike"])):
+        alarms = run(Guard(), range(150), from_step(step, "denoiser/loss", 90.0, step + 1))
+        assert [alarm.name for alarm in alarms] == expected
+
+
 def test_a_loss_that_was_always_zero_may_begin():
     def change(step, values):
         values["discriminator/loss"] = 0.0 if step < N else 1.0
@@ -178,6 +184,14 @@ def test_gradients_that_come_back_in_time_are_no_collapse():
     assert run(Guard(), range(N + 400), from_step(N, "grad_norm/denoiser", 1e-5, N + 99)) == []
 
 
+def test_the_onset_is_that_of_the_steps_in_a_row():
+    def change(step, values):
+        if step == N - 5 or step >= N:
+            values["grad_norm/denoiser"] = 1e-5
+
+    assert only(run(Guard(), range(N + 150), change), "collapse", "grad_norm/denoiser").onset == N
+
+
 def test_norms_that_fall_from_those_of_the_first_window_are_no_collapse():
     guard = Guard()
     for step in range(2000):
@@ -249,6 +263,10 @@ def test_values_of_skipped_steps_and_broken_ones_stay_out_of_medians():
 def test_zero_switches_a_watch_off(name, change):
     assert [alarm.name for alarm in run(Guard(), range(N + 150), change)] == [name]
     assert run(Guard(**{name: 0}), range(N + 150), change) == []
+
+
+def test_a_discriminator_watch_of_zero_is_off_for_negative_losses():
+    assert run(Guard(discriminator=0), range(150), from_step(0, "adversary/loss", -1.0)) == []
 
 
 @pytest.mark.parametrize(
