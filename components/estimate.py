@@ -1,84 +1,77 @@
-"""What a step costs before anything runs: floating-point operations and memory, from the meta device."""
+"""Running a step of any number of GPUs on one machine without any: no memory, no communication, no values."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.overrides import TorchFunctionMode
+
+LOW = (torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """Of one micro-batch.
+@contextlib.contextmanager
+def pretended_ranks(size: int) -> Iterator[None]:
+    """A process group of ``size`` ranks of which this process is the first and only; collectives do nothing.
 
-    Attributes:
-        flops: floating-point operations forward and backward; a multiply-add counts as two.
-        activation_bytes: most bytes that autograd held at once for backward passes, parameters left out.
+    Raises:
+        RuntimeError: a process group exists already.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("an estimate needs a process group of its own: destroy the existing one first")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class CudaAutocast(TorchFunctionMode):
+    """Lets the CPU's autocast keep the operations in fp32 that CUDA's keeps: norms, interpolation, powers.
+
+    Memory differs by it: what such an operation returns and keeps for its backward pass is twice as large.
     """
 
-    flops: int
-    activation_bytes: int
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in FP32 and torch.is_autocast_enabled("cpu"):
+            args = [_fp32(a) for a in args]
+            kwargs = {name: _fp32(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
 
 
-def step_cost(run: Callable[[], None], parameters: Iterable[Tensor], autocast: bool) -> StepCost:
-    """Runs ``run`` (forward and backward on the meta device, in fp32) and counts.
-
-    Args:
-        run: one micro-batch of a recipe.
-        parameters: tensors that are held anyway, and not counted as activations.
-        autocast: the run will use bf16: what is saved outside fp32 islands counts half. Norms, which autocast
-            keeps in fp32, are counted too low.
-    """
-    held = _Held(parameters)
-    counter = FlopCounterMode(display=False)
-    # On meta tensors the CPU's autocast casts nothing; its flag tells where the fp32 islands are.
-    region = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
-    with counter, region, torch.autograd.graph.saved_tensors_hooks(held.pack, lambda saved: saved.tensor):
-        run()
-    return StepCost(counter.get_total_flops(), held.peak)
+# Those of the networks at hand; the list of CUDA's autocast is longer.
+FP32 = frozenset(
+    getattr(place, name)
+    for place in (torch, Tensor, F)
+    for name in ("layer_norm", "group_norm", "interpolate", "exp", "log", "pow", "square", "rsqrt", "softplus",
+                 "cosine_similarity", "normalize", "norm")
+    if hasattr(place, name)
+)  # fmt: skip
 
 
-def parameter_bytes(modules: Iterable[nn.Module]) -> int:
-    """Bytes of all parameters and buffers."""
-    return sum(t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers()))
+def _fp32(value: object) -> object:
+    return value.float() if isinstance(value, Tensor) and value.dtype in LOW else value
 
 
-class _Held:
-    """Bytes of the storages that autograd holds; views of one storage count once."""
-
-    def __init__(self, ignored: Iterable[Tensor]) -> None:
-        self.references: Counter[int] = Counter()
-        self.ignored = {_storage(t) for t in ignored}
-        self.now = self.peak = 0
-
-    def pack(self, tensor: Tensor) -> _Saved:
-        return _Saved(self, tensor)
+def prime(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Makes the optimizer's states, which it else makes in its first step, and returns them. Changes weights."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 
-class _Saved:
-    """A saved tensor; gives its bytes back when autograd drops it."""
-
-    def __init__(self, held: _Held, tensor: Tensor) -> None:
-        self.held, self.tensor, self.key = held, tensor, _storage(tensor)
-        if self.key in held.ignored:
-            return
-        self.nbytes = tensor.untyped_storage().nbytes() // (2 if torch.is_autocast_enabled("cpu") else 1)
-        if not held.references[self.key]:
-            held.now += self.nbytes
-            held.peak = max(held.peak, held.now)
-        held.references[self.key] += 1
-
-    def __del__(self) -> None:
-        if self.key in self.held.ignored:
-            return
-        self.held.references[self.key] -= 1
-        if not self.held.references[self.key]:
-            self.held.now -= self.nbytes
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def held_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """All parameters and buffers."""
+    for module in modules:
+        yield from module.parameters()
+        yield from module.buffers()

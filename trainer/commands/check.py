@@ -1,15 +1,17 @@
-"""python -m trainer check: is this config sound, and what will it cost?"""
+"""python -m trainer check: is this config sound, and what will it cost on so many GPUs?"""
 
 from __future__ import annotations
 
 import argparse
 import os
 
+from components.hardware import GPU_GIB
 from trainer import config as configs
 
-SUMMARY = "validate a config and print its parts, FLOPs and memory, without training or reading data"
+SUMMARY = "validate a config and estimate memory, communication and FLOPs on any number of GPUs, without GPUs or data"
 GIB = 2**30
-SAMPLE = 2  # images of the counted micro-batch
+# Not measured here. CUDA's context and libraries, NCCL's buffers, kernels' scratch memory; and the allocator's gaps.
+RESERVE_GIB, RESERVE_SHARE = 2.0, 0.05
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,90 +20,130 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--world-size",
         type=int,
         default=int(os.environ.get("WORLD_SIZE", "1")),
-        help="data-parallel ranks that share the batch (default: 1)",
+        help="ranks (GPUs) that share the batch (default: 1)",
     )
-    parser.epilog = "Any key of the config can be overridden: --section.key=value"
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="of them on one machine (default: 8)")
+    parser.add_argument("--gpu", choices=sorted(GPU_GIB), help="say whether the run fits this GPU")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="run two real steps on this machine (or on torchrun's ranks) and compare their peak memory",
+    )
+    parser.epilog = (
+        "The run is built as its first rank would build it, and one whole step runs on tensors without data: about a\n"
+        "minute for the largest networks. The exit status is 0 for a sound config, also where it does not fit --gpu.\n"
+        "Any key of the config can be overridden: --section.key=value"
+    )
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = configs.load(arguments.config, overrides)
-    if arguments.world_size < 1:
-        raise configs.ConfigError(f"--world-size = {arguments.world_size}: expected at least 1")
-    from trainer.assemble import check
+    size = arguments.world_size
+    for name, value in (("--world-size", size), ("--gpus-per-node", arguments.gpus_per_node)):
+        if value < 1:
+            raise configs.ConfigError(f"{name} = {value}: expected at least 1")
+    local_size, bf16, measured = min(arguments.gpus_per_node, size), config.training.precision == "bf16", None
+    if arguments.measure:
+        from components import parallel
+        from trainer.measure import measure_peak
 
-    parts = check(config, arguments.world_size)
-    print(report(config, parts, arguments.world_size))
+        try:
+            world = parallel.join_world(config.parallel.timeout_s)
+            if size != world.size:
+                raise configs.ConfigError(
+                    f"--measure runs on {world.size} ranks, but --world-size = {size}; leave it out, or start "
+                    f"torchrun --nproc-per-node={size} -m trainer check ..."
+                )
+            measured, bf16 = measure_peak(config, world)
+            local_size = world.local_size
+        finally:
+            parallel.leave_world()
+        if not world.is_main:
+            return 0
+    from trainer.dry_run import dry_run
+
+    cost = dry_run(config, size, local_size, bf16)
+    print(report(config, cost, size, local_size, bf16))
+    if arguments.gpu:
+        print("\n" + verdict(config, cost, arguments.gpu))
+    if measured is not None:
+        error = cost.total / measured - 1
+        print(f"\nmeasured peak on this machine: {measured / GIB:.3f} GiB; the estimate is {error:+.1%} off")
     return 0
 
 
-def report(config: configs.Config, parts, world_size: int) -> str:
-    """The table that the command prints."""
-    from components.estimate import parameter_bytes
+def report(config: configs.Config, cost, size: int, local_size: int, bf16: bool) -> str:
+    """Parts, mesh, memory, communication and FLOPs."""
+    from trainer.dry_run import KINDS
 
-    named = parts.modules.named()
-    trained = {name for members in parts.recipe.trains.values() for name in members}
+    recipe, t = cost.parts.recipe, config.training
     lines = [f"recipe {config.recipe.name}: a sound config", "", f"{'part':<24}{'parameters':>14}  trained by"]
-    for name, module in named.items():
+    for name, module in cost.parts.modules.named().items():
         count = sum(p.numel() for p in module.parameters())
-        group = next((g for g, members in parts.recipe.trains.items() if name in members), "-")
+        group = next((g for g, members in recipe.trains.items() if name in members), "-")
         lines.append(f"{name:<24}{count:>14,}  {group}")
-    lines += [f"not used by this recipe: [{place}]" for place in parts.unused]
-    cost = _cost(config, parts)
-    per_rank = config.training.batch_size // world_size // config.training.accumulation
-    learned = parameter_bytes([named[name] for name in trained if name in named])
-    frozen = parameter_bytes([module for name, module in named.items() if name not in trained])
-    averaged = parameter_bytes([named[n] for n in ("denoiser", "heads", "latent_norm") if n in named])
-    if config.ema.tokenizer and "tokenizer" in trained:
-        averaged += parameter_bytes([parts.modules.tokenizer])
-    activations = cost.activation_bytes / SAMPLE * per_rank
-    rows = [
-        ("trained weights", learned),
-        ("gradients", learned),
-        ("AdamW states", 2 * learned),
-        ("averaged weights (EMA)", averaged),
-        ("frozen weights", frozen),
-        (f"activations of {per_rank} images ({config.training.precision})", activations),
-    ]
-    latent = "x".join(str(n) for n in parts.latent)
+    lines += [f"not used by this recipe: [{place}]" for place in cost.parts.unused]
+    replicate, shard = cost.mesh
+    arithmetic = "bf16" if bf16 else t.precision.replace("bf16", "fp32")
+    per_image = cost.flops / (cost.images * t.accumulation)
+    offloaded = ", without what is in host memory" if config.parallel.cpu_offload else ""
     lines += [
         "",
-        f"latent {latent}, batch {config.training.batch_size} = {world_size} ranks x {per_rank} images"
-        f" x {config.training.accumulation} micro-batches",
-        f"{cost.flops / SAMPLE / 1e9:,.1f} GFLOP per image and step, forward and backward, all parts",
+        f"latent {'x'.join(str(n) for n in cost.parts.latent)}, batch {t.batch_size} = {size} ranks x {cost.images} "
+        f"images x {t.accumulation} micro-batches",
+        f"parallel.strategy = {config.parallel.strategy}: {replicate} replicas x {shard} shards, "
+        f"{local_size} GPUs per node",
+        f"{cost.flops / 1e12:,.2f} TFLOP per GPU and step ({per_image / 1e9:,.1f} GFLOP per image), forward and "
+        "backward, recomputation included",
         "",
-        "estimated memory per GPU (GiB), every rank holding whole modules:",
-        *(f"  {name:<40}{size / GIB:>9.2f}" for name, size in rows),
-        f"  {'total':<40}{sum(size for _, size in rows) / GIB:>9.2f}",
+        f"estimated memory per GPU (GiB) when most is held, in {arithmetic}, not compiled{offloaded}:",
+        *(f"  {kind:<40}{cost.peak.get(kind, 0) / GIB:>9.3f}" for kind in KINDS),
+        f"  {'total':<40}{cost.total / GIB:>9.3f}",
+        "",
+        f"{'each GPU sends per step (GiB):':<32}{'within its node':>18}{'to other nodes':>18}",
     ]
-    return "\n".join(lines)
+    sent = [name for name in sorted(cost.traffic.within) if cost.traffic.within[name] + cost.traffic.across[name]]
+    for name in sent:
+        within, across = cost.traffic.within[name] / GIB, cost.traffic.across[name] / GIB
+        lines.append(f"  {name:<30}{within:>18.3f}{across:>18.3f}")
+    return "\n".join(lines if sent else lines[:-2])
 
 
-def _cost(config: configs.Config, parts):
-    """One micro-batch of the recipe on the meta device."""
-    import torch
+def verdict(config: configs.Config, cost, gpu: str) -> str:
+    """Whether a run fits a GPU, and what would help if not."""
+    capacity = GPU_GIB[gpu]
+    needed = cost.total / GIB * (1 + RESERVE_SHARE) + RESERVE_GIB
+    reserve = f"with a reserve of {RESERVE_GIB:g} GiB + {RESERVE_SHARE:.0%}"
+    if needed <= capacity:
+        return f"fits {gpu} ({capacity} GiB): {1 - needed / capacity:.0%} free, {reserve}"
+    helps = "\n".join(f"  {line}" for line in advice(config, cost))
+    return f"does not fit {gpu} ({capacity} GiB): needs {needed:.1f} GiB, {reserve}; what would help:\n{helps}"
 
-    from components.contracts import Batch
-    from components.draws import Draws
-    from components.estimate import step_cost
 
-    named = parts.modules.named()
-    trained = {name for members in parts.recipe.trains.values() for name in members}
-    for name, module in named.items():
-        module.requires_grad_(name in trained)
-    r = config.training.resolution
+def advice(config: configs.Config, cost) -> list[str]:
+    """Keys that lower the memory, those of what takes most first."""
+    from trainer.dry_run import FROZEN, OFFLOADED, TEMPORARY
 
-    def update(group: str, terms: dict, **extra) -> None:
-        total = sum(weight * value for weight, value in terms.values())
-        if total.requires_grad:
-            total.backward()
-
-    def micro_batch() -> None:
-        with torch.device("meta"):
-            batch = Batch(torch.empty(SAMPLE, 3, r, r), torch.empty(SAMPLE, dtype=torch.int64))
-            latents = (torch.empty(SAMPLE, *parts.latent) for _ in range(2))
-            draws = Draws(*latents, torch.empty(SAMPLE), torch.empty(SAMPLE))
-        # The last step: whatever starts late is counted.
-        parts.recipe.step(parts.modules, batch, draws, update, config.training.steps)
-
-    held = [t for module in named.values() for t in (*module.parameters(), *module.buffers())]
-    return step_cost(micro_batch, held, autocast=config.training.precision == "bf16")
+    replicate, shard = cost.mesh
+    trained = {name for members in cost.parts.recipe.trains.values() for name in members}
+    active, states = [], []
+    for role in ("denoiser", "tokenizer"):
+        if role in trained and getattr(config.activation_checkpoint, role) != "full":
+            active.append(f'activation_checkpoint.{role} = "full"')
+    if cost.images > 1:
+        factor = next(n for n in range(2, cost.images + 1) if cost.images % n == 0)
+        active.append(
+            f"training.accumulation = {config.training.accumulation * factor} (the same batch, in smaller parts)"
+        )
+    if replicate > 1:
+        states.append(
+            f'parallel.strategy = "fsdp" (weights, gradients and optimizer states over {replicate * shard} GPUs, '
+            f"not {shard})"
+        )
+    if cost.peak.get(FROZEN, 0) and replicate * shard > 1 and not config.parallel.shard_frozen:
+        states.append("parallel.shard_frozen = true")
+    if not config.parallel.cpu_offload:
+        states.append("parallel.cpu_offload = true (much slower)")
+    held = sum(cost.peak.get(kind, 0) for kind in (*OFFLOADED, FROZEN))
+    found = active + states if cost.peak.get(TEMPORARY, 0) > held else states + active
+    return [*found, "more GPUs, or a smaller training.batch_size or training.resolution"]

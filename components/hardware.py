@@ -1,0 +1,15 @@
+"""GPUs by name, for estimates."""
+
+from __future__ import annotations
+
+# GiB as PyTorch reports them (the "total capacity" of an out-of-memory message); boards differ by 0.1 GiB.
+GPU_GIB = {
+    "rtx3090": 23.5,
+    "rtx4090": 23.5,
+    "a100-40": 39.4,
+    "l40s": 44.4,
+    "a100-80": 79.1,
+    "h100": 79.1,
+    "h200": 139.7,
+    "b200": 178.3,
+}

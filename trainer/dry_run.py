@@ -1,0 +1,156 @@
+"""One training step of a config as one of any number of GPUs would run it, without the GPUs: what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from components.contracts import Batch, LatentShape
+from components.draws import Draws
+from components.estimate import CudaAutocast, held_tensors, pretended_ranks, prime
+from components.memory_tracker import GATHERED, TEMPORARY, StepTracker, Traffic
+from components.parallel import World
+from trainer import assemble
+from trainer.assemble import Parts
+from trainer.config import Config
+from trainer.prepare import Preparation, mesh_shape
+from trainer.step import Step
+
+PARAMETERS = "parameters that learn"
+GRADIENTS = "gradients"
+STATES = "AdamW states"
+AVERAGES = "averages (EMA)"
+FROZEN = "frozen parts"
+KINDS = (PARAMETERS, GRADIENTS, STATES, AVERAGES, FROZEN, GATHERED, TEMPORARY)
+OFFLOADED = (PARAMETERS, GRADIENTS, STATES, AVERAGES)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one step on one GPU.
+
+    Attributes:
+        parts: what was built, without weights.
+        mesh: (replicate, shard).
+        images: per micro-batch.
+        peak: bytes by kind when most were live on the GPU.
+        flops: recomputation included; a multiply-add counts as two.
+        traffic: bytes sent.
+    """
+
+    parts: Parts
+    mesh: tuple[int, int]
+    images: int
+    peak: dict[str, int]
+    flops: int
+    traffic: Traffic
+
+    @property
+    def total(self) -> int:
+        return sum(self.peak.values())
+
+
+def dry_run(config: Config, world_size: int, local_size: int, bf16: bool) -> Cost:
+    """Builds the run as its first rank would, and runs one whole step on tensors without data, not compiled.
+
+    Args:
+        local_size: ranks per machine.
+        bf16: autocast, and weights gathered in bf16.
+
+    Raises:
+        ConfigError: a combination that a run refuses, too.
+    """
+    assemble.check(config, world_size, local_size)
+    mesh = mesh_shape(config, world_size, local_size)
+    offload = config.parallel.cpu_offload
+    config = _changed(_changed(config, "training", compile=False), "parallel", cpu_offload=False)
+    dtype = torch.bfloat16 if bf16 else None
+    world = World(0, world_size, torch.device("cpu"), local_size)
+    with pretended_ranks(world_size):
+        parts = _build(config, world, dtype)
+        tracker = StepTracker(local_size)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            named = parts.modules.named()
+            for module in (*named.values(), *parts.averages.values()):
+                module.to_empty(device=world.device)
+            groups = assemble.parameter_groups(config, parts)
+            count = min(config.training.accumulation, 2)
+            step = Step(
+                parts.recipe, parts.modules, groups, ema=assemble.make_ema(config, parts), accumulation=count,
+                autocast_dtype=dtype, device=world.device,
+            )  # fmt: skip
+            trained = {member for group in groups.values() for member in group.modules}
+            tracker.hold(FROZEN, held_tensors(m for name, m in named.items() if name not in trained))
+            tracker.hold(PARAMETERS, held_tensors(m for name, m in named.items() if name in trained))
+            tracker.hold(AVERAGES, held_tensors(parts.averages.values()))
+            for group in groups.values():
+                tracker.hold(STATES, prime(group.optimizer))
+                _watch_gradients(tracker, group)
+            with tracker, CudaAutocast():
+                # The last step: losses that start late take part.
+                step(config.training.steps - 1, micro_batches(config, parts.latent, world, count, tracker))
+    images = config.training.batch_size // (world_size * config.training.accumulation)
+    return Cost(parts, mesh, images, tracker.peak(OFFLOADED if offload else ()), tracker.flops, tracker.traffic)
+
+
+def _build(config: Config, world: World, dtype: torch.dtype | None) -> Parts:
+    """As :func:`trainer.assemble.build`, but everything stays on the meta device."""
+    recipe = assemble._plugin("recipe", "recipe", config.recipe)
+    prepare = _Weightless(config, assemble._trained(recipe), world, files=False)
+    if prepare.sharding is not None:
+        prepare.sharding = dataclasses.replace(prepare.sharding, param_dtype=dtype)
+    prepare.world = dataclasses.replace(world, device=torch.device("meta"))
+    with StepTracker(), torch.device("meta"):  # the tracker answers questions for values
+        parts = assemble._build(config, None, prepare)
+    parts.averages = prepare.copies
+    return parts
+
+
+class _Weightless(Preparation):
+    """Leaves weights without values, those of parts made on the CPU otherwise, too."""
+
+    def _place(self, place: str, role: str, networks: list[nn.Module], *rest: bool, **how: bool) -> None:
+        for network in networks:
+            network.init_weights = lambda: None
+        super()._place(place, role, networks, *rest, **how)
+
+
+def _watch_gradients(tracker: StepTracker, group) -> None:
+    def before_step(*_) -> None:
+        tracker.hold(GRADIENTS, (p.grad for p in group.parameters))
+
+    group.optimizer.register_step_pre_hook(before_step)
+
+
+def micro_batches(
+    config: Config, latent: LatentShape, world: World, count: int, tracker: StepTracker | None = None
+) -> Iterator[tuple[Batch, Draws]]:
+    """Random images and draws of one rank.
+
+    Args:
+        count: of micro-batches. Where it is less than the run's, the first stands for all but the last: gradients
+            are there from the second on.
+        tracker: is told for how many each stands.
+    """
+    t = config.training
+    size = t.batch_size // (world.size * t.accumulation)
+    dtype = torch.float64 if t.precision == "fp64" else torch.float32
+    where = {"device": world.device}
+    for index in range(count):
+        if tracker is not None:
+            tracker.repeats = t.accumulation - count + 1 if index == 0 else 1
+        images = torch.rand(size, 3, t.resolution, t.resolution, dtype=dtype, **where)
+        draws = Draws(
+            torch.randn(size, *latent, **where), torch.randn(size, *latent, **where), torch.rand(size, **where),
+            torch.rand(size, **where),
+        )  # fmt: skip
+        yield Batch(images, torch.zeros(size, dtype=torch.int64, **where)), draws
+
+
+def _changed(config: Config, table: str, **values: object) -> Config:
+    return config.model_copy(update={table: getattr(config, table).model_copy(update=values)})
