@@ -179,10 +179,10 @@ else
   [[ -z $NODE_RANK ]] || conf+=,is_host=$((NODE_RANK == 0))
   rendezvous=(--rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$RDZV_ID" --rdzv-conf "$conf")
   [[ -z ${LOCAL_ADDR:-} ]] || rendezvous+=(--local-addr "$LOCAL_ADDR")
-  # Machines count a restart differently (a failure where it happened, a new member elsewhere), and workers of different
-  # counts do not find each other in torchrun's own store. This gives each start a store of its own.
-  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
+# A store for each start. In torchrun's own, restarted workers find the addresses of the dead; and machines, which count
+# a restart differently (a failure where it happened, a new member elsewhere), do not find each other.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 if [[ -z ${OMP_NUM_THREADS:-} ]]; then
   cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=$((cores > NGPU ? cores / NGPU : 1))
