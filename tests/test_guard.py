@@ -16,9 +16,9 @@ def healthy(step: int, rng: random.Random, noise: float = 1.0) -> dict[str, floa
     """A step of a run whose tokenizer's loss falls through zero and whose norms have heavy tails."""
     falling = math.exp(-step / 4000)
     values = {
+        "tokenizer/loss": -0.6 + 1.5 * falling + noise * rng.gauss(0, 0.1),
         "tokenizer/lpips": 0.2 + 0.4 * falling + noise * rng.gauss(0, 0.02),
         "tokenizer/align": -0.5 + 0.3 * falling + noise * rng.gauss(0, 0.02),
-        "tokenizer/loss": -0.6 + 1.5 * falling + noise * rng.gauss(0, 0.1),
         "discriminator/loss": abs(0.5 + noise * rng.gauss(0, 0.15)),
         "denoiser/loss": 0.4 + 0.8 * falling + noise * rng.gauss(0, 0.05),
         "latent/variance": 17 - 10 * falling + noise * rng.gauss(0, 0.1),
@@ -250,6 +250,17 @@ def test_values_of_skipped_steps_and_broken_ones_stay_out_of_medians():
         assert [a.name for a in guard.observe(later, {"grad_norm/a": 11.5}, True)] == ["spike"]
 
 
+def test_nan_of_an_applied_step_pauses_a_watch():
+    def change(step, values):
+        if step % 3 == 0:
+            values["latent/variance"] = math.nan
+        elif step >= N:
+            values["latent/variance"] = 0.02
+
+    alarm = only(run(Guard(), range(N + 150), change), "latent_variance", "latent/variance")
+    assert (alarm.step, alarm.onset) == (N + 14, N + 1)
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -448,9 +459,10 @@ def test_a_winning_discriminator_is_named_by_its_group():
 
 def test_nothing_to_name():
     assert Guard().first_to_go() is None
-    guard = Guard()
-    run(guard, range(30))
-    assert guard.first_to_go() is None
+    for steps in (1, 3, 8, 30):
+        guard = Guard()
+        run(guard, range(steps))
+        assert guard.first_to_go() is None
 
 
 def test_a_run_that_begins_with_nan():
