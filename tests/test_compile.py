@@ -12,6 +12,7 @@ from components.optimizer import ParameterGroup, Schedule
 from components.parallel import compile_units
 from components.registry import discover, recipes
 from tests import toys
+from tests.ranks import run_ranks
 from trainer.step import Step
 
 discover("plugins")
@@ -57,3 +58,55 @@ def test_compiled_equals_eager_and_does_not_recompile(recipe):
     for a, b in zip(eager, compiled):
         for name in a:
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+def sharded_graphs(rank: int, world: int, toml: str, folder: str, recompute: str) -> list[int]:
+    """Graphs compiled behind each step of a run with everything on, drawing pictures on the way."""
+    from components import parallel
+    from components.parallel import World
+    from trainer import config
+    from trainer.loop import Trainer
+
+    torch.set_num_threads(1)
+    original = parallel.compile_units
+    parallel.compile_units = lambda module, backend: original(module, "aot_eager")
+    options = ["--training.steps=20", "--training.compile", "--sampling.every=5", "--run.log_every=10",
+               "--run.checkpoint_every=0", f"--activation_checkpoint.denoiser={recompute}",
+               f"--activation_checkpoint.tokenizer={recompute}"]  # fmt: skip
+    trainer = Trainer(config.load(toml, [f"--run.dir={folder}", *options]), World(rank, world))
+    graphs, observe = [], trainer.watch.observe
+
+    def observed(*arguments):
+        graphs.append(counters["stats"]["unique_graphs"])
+        return observe(*arguments)
+
+    trainer.watch.observe = observed
+    trainer.run()
+    return graphs
+
+
+def test_sharded_recomputing_runs_do_not_recompile_either(tmp_path):
+    """fullgraph, so no graph breaks; the pictures' passes without gradients may compile once more, at the first."""
+    toml = tmp_path / "toy.toml"
+    toml.write_text(toys.TOML)
+    for graphs in run_ranks(sharded_graphs, 2, str(toml), str(tmp_path / "run"), "selective"):
+        assert len(graphs) == 20 and graphs[1] > 0
+        assert graphs[1] == graphs[4], f"graphs compiled behind each step: {graphs}"
+        assert graphs[5] == graphs[-1], f"graphs compiled behind each step: {graphs}"
+
+
+def test_inductor_equals_eager(tmp_path):
+    """One block of each kind through the backend that runs really use."""
+    m = toys.modules(dtype=torch.float32)
+    block, stage = m.denoiser.blocks[0], m.tokenizer.decoder.mid
+    for unit, inputs in ((block, (torch.randn(2, 16, 32), torch.randn(2, 32))), (stage, (torch.randn(2, 16, 8, 8),))):
+        expected = unit(*inputs)
+        expected.square().mean().backward()
+        gradients = [p.grad.clone() for p in unit.parameters()]
+        unit.zero_grad()
+        compile_units(unit)
+        found = unit(*inputs)
+        found.square().mean().backward()
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+        for p, expected_gradient in zip(unit.parameters(), gradients):
+            assert torch.allclose(p.grad, expected_gradient, rtol=1e-3, atol=1e-5)
