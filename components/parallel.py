@@ -188,7 +188,8 @@ def _fully_shard(module: nn.Module, sharding: Sharding, reshard: bool, keep_fp32
     # Inputs stay as they are: times t would be rounded to bf16, and autocast casts what may be cast.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None,
                                   cast_forward_inputs=False)  # fmt: skip
-    offload = CPUOffloadPolicy() if sharding.cpu_offload else OffloadPolicy()
+    pinned = torch.cuda.is_available()
+    offload = CPUOffloadPolicy(pin_memory=pinned) if sharding.cpu_offload else OffloadPolicy()
     # Where every rank holds the whole, freeing saves little, and gathering is a copy.
     reshard = reshard and sharding.shape[1] > 1
     fully_shard(module, mesh=sharding.mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)

@@ -1,11 +1,14 @@
 """Which loss reaches which module: in every recipe each module learns from its own losses and from no other."""
 
+import contextlib
+
 import pytest
 import torch
 
 from components.freeze import frozen
 from components.registry import discover, recipes
 from tests import toys
+from tests.ranks import run_ranks
 
 discover("plugins")
 RECIPES = ["repae", "repa", "ldm", "naive_e2e", "tokenizer"]
@@ -79,3 +82,38 @@ def test_frozen_restores_what_it_found_after_an_error():
         assert not any(p.requires_grad for p in m.denoiser.parameters())
         raise RuntimeError
     assert [p.requires_grad for p in m.denoiser.parameters()] == before
+
+
+def flops_of_a_step(rank: int, world: int, shape: tuple[int, int]) -> int:
+    """Floating-point operations of one REPA-E step on this rank's share of eight images."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from components import parallel
+
+    recipe, m = recipes.get("repae").cls(), toys.modules()
+    for name, module in m.named().items():
+        module.requires_grad_(any(name in members for members in recipe.trains.values()))
+    if world > 1:
+        sharding = parallel.Sharding(parallel.make_mesh("cpu", shape))
+        parallel.shard(m.tokenizer, sharding, ("encode", "decode"))
+        parallel.shard(m.denoiser, sharding, ("tokens",))
+        for part in (*m.heads, m.discriminator):
+            parallel.shard(part, sharding)
+    batch, draws = toys.batch(size=8)
+    share = slice(rank * 8 // world, (rank + 1) * 8 // world)
+
+    def update(group, terms, **extra):
+        sum(weight * value for weight, value in terms.values()).backward()
+
+    with FlopCounterMode(display=False) as counter:
+        recipe.step(m, type(batch)(*(x[share] for x in batch)), type(draws)(*(x[share] for x in draws)), update, 0)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1)])
+def test_sharded_ranks_compute_no_more_than_one_process(shape, monkeypatch):
+    """So the frozen passes leave out weight gradients under FSDP2, too; with them there would be more."""
+    (alone,) = run_ranks(flops_of_a_step, 1, (1, 1))
+    assert sum(run_ranks(flops_of_a_step, 2, shape)) == alone
+    monkeypatch.setattr("plugins.recipes.repae.frozen", lambda *modules: contextlib.nullcontext())
+    assert flops_of_a_step(0, 1, (1, 1)) > 1.02 * alone

@@ -140,7 +140,9 @@ def results(tmp_path_factory):
         },
         2: {
             "fsdp": FP64,
-            "fsdp, no reshard": [*FP64, "--parallel.reshard_after_forward=false"],
+            "fsdp, no reshard, offloaded": [
+                *FP64, "--parallel.reshard_after_forward=false", "--parallel.cpu_offload",
+            ],
             "fsdp, frozen parts shared out": [*FP64, "--parallel.shard_frozen"],
             "fsdp, recompute full": [*FP64, *ac.format("full").split("|")],
             "ddp": [*FP64, "--parallel.strategy=ddp"],
@@ -176,7 +178,7 @@ CASES = [
     (1, "fp32 compiled, recompute selective", "fp32", 1e-3, 1e-3),
     (1, "fp32 compiled, recompute budget", "fp32", 1e-3, 1e-3),
     (2, "fsdp", "plain", 1e-8, 1e-8),
-    (2, "fsdp, no reshard", "plain", 1e-8, 1e-8),
+    (2, "fsdp, no reshard, offloaded", "plain", 1e-8, 1e-8),
     (2, "fsdp, frozen parts shared out", "plain", 1e-8, 1e-8),
     (2, "fsdp, recompute full", "plain", 1e-8, 1e-8),
     (2, "ddp", "plain", 1e-8, 1e-8),

@@ -126,11 +126,13 @@ def test_the_rank_that_computes_slowly_is_named(toml, tmp_path, caplog):
     from trainer.report import Reporter
 
     reporter = Reporter(config.load(toml, [f"--run.dir={tmp_path / 'run'}"]), World(), ["denoiser"], 0)
-    reporter.name_stragglers(10, [[0.01, 0.010], [0.02, 0.011], [0.01, 0.031], [0.01, 0.010]])
-    reporter.name_stragglers(20, [[0.01, 0.010], [0.02, 0.011], [0.01, 0.012], [0.01, 0.010]])
+    even = [[0.01, 0.010], [0.02, 0.011], [0.01, 0.012], [0.01, 0.010]]
+    slow = [[0.01, 0.010], [0.02, 0.011], [0.01, 0.031], [0.01, 0.010]]
+    for step, ranks in enumerate([even, slow, even, slow, slow, even]):
+        reporter.name_stragglers(10 * step, ranks)
     reporter.close()
-    (line,) = caplog.messages
-    assert "step 10: rank 2 computes 3.1 times slower than the median rank" in line
+    (line,) = caplog.messages  # once may be chance
+    assert "step 40: rank 2 computes 3.1 times slower than the median rank" in line
 
 
 def test_a_full_disk_costs_a_warning_and_a_checkpoint_not_the_run(toml, tmp_path, caplog, monkeypatch):

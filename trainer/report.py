@@ -36,6 +36,7 @@ class Reporter:
         self.config, self.world, self.groups = config, world, groups
         self.folder = Path(config.run.dir)
         self.writer = None
+        self._slow: int | None = None
         # None: only on a terminal. Elsewhere a bar is noise, and report() logs lines.
         disable = None if world.is_main else True
         total = config.training.steps
@@ -122,7 +123,8 @@ class Reporter:
         usual = sorted(probes)[(len(probes) - 1) // 2]
         if self.writer is not None:
             self.writer.add_scalar("speed/slowest_rank_ratio", probes[slowest] / usual, step)
-        if probes[slowest] > SLOW * usual:
+        named, self._slow = self._slow, slowest if probes[slowest] > SLOW * usual else None
+        if self._slow is not None and named == slowest:  # once may be chance
             logger.warning(
                 f"step {step}: rank {slowest} computes {probes[slowest] / usual:.1f} times slower than the median "
                 "rank, and all others wait for it; look at its device's clock, heat and other users"
