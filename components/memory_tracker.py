@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -77,6 +78,7 @@ class StepTracker(TorchDispatchMode):
         self._kinds: list[str] = []  # of each storage, in the order of their first operation
         self._events: list[tuple[int, int]] = []  # (storage, bytes more or less)
         self._live: dict[int, _Storage] = {}  # by address
+        self._paused = False
 
     def hold(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
         """Says of what kind the storages of some tensors are; they count from now on, if they did not already."""
@@ -84,23 +86,26 @@ class StepTracker(TorchDispatchMode):
             if tensor is not None:
                 self._kinds[self._follow(local(tensor)).index] = kind
 
-    def peak(self, elsewhere: Iterable[str] = ()) -> dict[str, int]:
-        """Bytes by kind when most bytes were live.
+    def peak(self, elsewhere: Iterable[str] = ()) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes by kind when most bytes were live, and the most of each kind at any time.
 
         Args:
             elsewhere: kinds that do not count, since they live on the host.
         """
-        elsewhere = set(elsewhere)
-        most = total = at = 0
-        for index, (storage, delta) in enumerate(self._events):
-            if self._kinds[storage] not in elsewhere:
-                total += delta
-                if total > most:
-                    most, at = total, index + 1
-        held: dict[str, int] = defaultdict(int)
-        for storage, delta in self._events[:at]:
-            held[self._kinds[storage]] += delta
-        return {kind: size for kind, size in held.items() if size}
+        held: Counter[str] = Counter()
+        at_peak: dict[str, int] = {}
+        most: Counter[str] = Counter()
+        total = highest = 0
+        for storage, delta in self._events:
+            kind = self._kinds[storage]
+            if kind in elsewhere:
+                continue
+            total += delta
+            held[kind] += delta
+            most[kind] = max(most[kind], held[kind])
+            if total > highest:
+                highest, at_peak = total, dict(held)
+        return at_peak, dict(most)
 
     def __enter__(self) -> StepTracker:
         self._resize = torch.UntypedStorage.resize_
@@ -114,17 +119,31 @@ class StepTracker(TorchDispatchMode):
                 self._change(known, size)
             return result
 
+        # DTensor tries operations on whole tensors, to learn shapes; no run holds those.
+        self._try = try_shapes = ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def unfollowed(*args: Any) -> Any:
+            self._paused = True
+            try:
+                return try_shapes(*args)
+            finally:
+                self._paused = False
+
         torch.UntypedStorage.resize_ = followed
+        ShardingPropagator._propagate_tensor_meta_non_cached = unfollowed
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize
+        ShardingPropagator._propagate_tensor_meta_non_cached = self._try
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, (DTensor, AsyncCollectiveTensor)) for t in types):
             return NotImplemented  # they come back with what they hold
         kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
             return torch.zeros((), dtype=args[0].dtype).numpy().item()
         result = func(*args, **kwargs)

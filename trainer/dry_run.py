@@ -39,6 +39,7 @@ class Cost:
         mesh: (replicate, shard).
         images: per micro-batch.
         peak: bytes by kind when most were live on the GPU.
+        most: bytes of each kind at the time when most of it was live.
         flops: recomputation included; a multiply-add counts as two.
         traffic: bytes sent.
     """
@@ -47,6 +48,7 @@ class Cost:
     mesh: tuple[int, int]
     images: int
     peak: dict[str, int]
+    most: dict[str, int]
     flops: int
     traffic: Traffic
 
@@ -95,7 +97,7 @@ def dry_run(config: Config, world_size: int, local_size: int, bf16: bool) -> Cos
                 # The last step: losses that start late take part.
                 step(config.training.steps - 1, micro_batches(config, parts.latent, world, count, tracker))
     images = config.training.batch_size // (world_size * config.training.accumulation)
-    return Cost(parts, mesh, images, tracker.peak(OFFLOADED if offload else ()), tracker.flops, tracker.traffic)
+    return Cost(parts, mesh, images, *tracker.peak(OFFLOADED if offload else ()), tracker.flops, tracker.traffic)
 
 
 def _build(config: Config, world: World, dtype: torch.dtype | None) -> Parts:

@@ -96,9 +96,10 @@ def report(config: configs.Config, cost, size: int, local_size: int, bf16: bool)
         f"{cost.flops / 1e12:,.2f} TFLOP per GPU and step ({per_image / 1e9:,.1f} GFLOP per image), forward and "
         "backward, recomputation included",
         "",
-        f"estimated memory per GPU (GiB) when most is held, in {arithmetic}, not compiled{offloaded}:",
-        *(f"  {kind:<40}{cost.peak.get(kind, 0) / GIB:>9.3f}" for kind in KINDS),
-        f"  {'total':<40}{cost.total / GIB:>9.3f}",
+        f"estimated memory per GPU (GiB), in {arithmetic}, not compiled{offloaded}:",
+        f"  {'':<34}{'at the peak':>14}{'at its most':>14}",
+        *(f"  {k:<34}{cost.peak.get(k, 0) / GIB:>14.3f}{cost.most.get(k, 0) / GIB:>14.3f}" for k in KINDS),
+        f"  {'total':<34}{cost.total / GIB:>14.3f}",
         "",
         f"{'each GPU sends per step (GiB):':<32}{'within its node':>18}{'to other nodes':>18}",
     ]
