@@ -67,6 +67,10 @@ BAD = [
     ("--dataset.split=test", ["dataset.split = 'test'", "heldout"]),
     ('--plugins=["nowhere.py"]', ["nowhere.py", "does not exist"]),
     ('--plugins=["no_such_module"]', ["no_such_module", "cannot be imported"]),
+    ("--parallel.strategy=fdsp", ["parallel.strategy = 'fdsp'", "did you mean 'fsdp'"]),
+    ("--activation_checkpoint.tokenizer=every 1", ["activation_checkpoint.tokenizer = 'every 1'", '"every N"']),
+    ("--activation_checkpoint.denoiser=budget 0.5", ["'budget 0.5'", "training.compile = true"]),
+    ("--guard.window=3", ["guard.window = 3", "greater than or equal to 10"]),
     ("training.steps=5", ["'training.steps=5' is not an override", "--section.key=value"]),
     ("--dataset.name.x=1", ["--dataset.name.x", "'name' is a value, not a table"]),
 ]  # fmt: skip

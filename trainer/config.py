@@ -81,6 +81,12 @@ def validate(data: dict[str, Any], source: str) -> Config:
         raise ConfigError(f"{source}: {error}") from error
     problems = [p for place, kind, table in plugin_tables(config) for p in _plugin_problems(place, kind, table)]
     problems += _optimizer_problems(config)
+    if not config.training.compile:
+        problems += [
+            f"activation_checkpoint.{name} = {form!r}: the compiler chooses, so it needs training.compile = true"
+            for name, form in config.activation_checkpoint
+            if form.startswith("budget")
+        ]
     if problems:
         raise ConfigError("\n".join(f"{source}: {p}" for p in problems))
     return config
