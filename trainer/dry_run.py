@@ -69,8 +69,7 @@ def dry_run(config: Config, world_size: int, local_size: int, bf16: bool) -> Cos
     """
     assemble.check(config, world_size, local_size)
     mesh = mesh_shape(config, world_size, local_size)
-    offload = config.parallel.cpu_offload
-    config = _changed(_changed(config, "training", compile=False), "parallel", cpu_offload=False)
+    config = _changed(config, "training", compile=False)
     dtype = torch.bfloat16 if bf16 else None
     world = World(0, world_size, torch.device("cpu"), local_size)
     with pretended_ranks(world_size):
@@ -97,7 +96,8 @@ def dry_run(config: Config, world_size: int, local_size: int, bf16: bool) -> Cos
                 # The last step: losses that start late take part.
                 step(config.training.steps - 1, micro_batches(config, parts.latent, world, count, tracker))
     images = config.training.batch_size // (world_size * config.training.accumulation)
-    return Cost(parts, mesh, images, *tracker.peak(OFFLOADED if offload else ()), tracker.flops, tracker.traffic)
+    on_host = OFFLOADED if config.parallel.cpu_offload else ()
+    return Cost(parts, mesh, images, *tracker.peak(on_host), tracker.flops, tracker.traffic)
 
 
 def _build(config: Config, world: World, dtype: torch.dtype | None) -> Parts:
@@ -105,7 +105,9 @@ def _build(config: Config, world: World, dtype: torch.dtype | None) -> Parts:
     recipe = assemble._plugin("recipe", "recipe", config.recipe)
     prepare = _Weightless(config, assemble._trained(recipe), world, files=False)
     if prepare.sharding is not None:
-        prepare.sharding = dataclasses.replace(prepare.sharding, param_dtype=dtype)
+        # One pretended device stands for GPU and host; what lives where is told by its kind.
+        prepare.sharding = dataclasses.replace(prepare.sharding, param_dtype=dtype, cpu_offload=False)
+    prepare.config = _changed(config, "parallel", cpu_offload=False)
     prepare.world = dataclasses.replace(world, device=torch.device("meta"))
     with StepTracker(), torch.device("meta"):  # the tracker answers questions for values
         parts = assemble._build(config, None, prepare)
