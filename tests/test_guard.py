@@ -245,7 +245,8 @@ def test_values_of_skipped_steps_and_broken_ones_stay_out_of_medians():
         clean.observe(step, {"grad_norm/a": 1.0}, True)
         dirty.observe(later, {"grad_norm/a": 1.0, "latent/variance": math.nan}, True)
         dirty.observe(later + 1, {"grad_norm/a": 1e9, "b/loss": math.inf}, False)
-        later += 2
+        dirty.observe(later + 2, {"grad_norm/a": math.nan}, True)
+        later += 3
     for guard in (clean, dirty):
         assert [a.name for a in guard.observe(later, {"grad_norm/a": 11.5}, True)] == ["spike"]
 
