@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -53,7 +54,10 @@ class Metrics:
         self._counts: dict[str, int] = {}
 
     def add(self, values: Mapping[str, float]) -> None:
+        """Adds a step's values but for those that are not finite, which would hide all others of the interval."""
         for name, value in values.items():
+            if not math.isfinite(value):
+                continue
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1
 

@@ -97,6 +97,7 @@ def test_nan_in_one_ranks_loss_skips_the_step_on_all_ranks(toml, tmp_path):
     assert all(torch.equal(w, found[1]["weights"][n]) for n, w in found[0]["weights"].items())
     assert all(w.isfinite().all() for w in found[0]["weights"].values())
     assert measured(tmp_path / "run", "skipped_steps") == {1: 0, 2: 0, 3: 1, 4: 0}
+    assert list(measured(tmp_path / "run", "denoiser/velocity")) == [1, 2, 4], "no NaN among the curves"
 
 
 def test_an_infinite_gradient_behind_finite_losses_skips_the_step(toml, tmp_path):

@@ -121,7 +121,7 @@ def describe() -> str:
         lines.append(f"[{name}]")
         for key, inner in table.model_fields.items():
             default = tomli_w.dumps({"x": inner.default})[4:].strip().replace("\n", "")
-            lines.append(f"  {key} = {default}  ({type_name(inner.annotation)})  {inner.description}")
+            lines.append(f"  {key} = {default}  ({type_name(inner.annotation)})  {' '.join(inner.description.split())}")
     return "\n".join(lines)
 
 
