@@ -18,14 +18,17 @@ import torch.distributed as dist
 PRELOAD = ["torch", "torch.distributed", "torch._dynamo"]
 
 
-def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
-    """Calls ``fn(rank, world, *args)`` on every rank of a gloo process group, one thread each.
+def run_ranks(
+    fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 120.0, backend: str = "gloo"
+) -> list[Any]:
+    """Calls ``fn(rank, world, *args)`` on every rank of a process group, one thread each.
 
     Args:
         fn: a function of a module's top level (it is pickled by name).
         world: number of ranks.
         args: picklable arguments.
         timeout_s: seconds after which the ranks are killed.
+        backend: of the process group.
 
     Returns:
         What each rank returned, by rank; anything that ``torch.save`` takes.
@@ -37,7 +40,7 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float =
     multiprocessing.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         context = torch.multiprocessing.start_processes(
-            _rank, args=(fn, world, folder, args), nprocs=world, join=False, start_method="forkserver"
+            _rank, args=(fn, world, folder, args, backend), nprocs=world, join=False, start_method="forkserver"
         )
         deadline = time.monotonic() + timeout_s
         while not context.join(timeout=max(0.0, deadline - time.monotonic())):
@@ -48,10 +51,10 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float =
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]
 
 
-def _rank(rank: int, fn: Callable[..., Any], world: int, folder: str, args: tuple[Any, ...]) -> None:
+def _rank(rank: int, fn: Callable[..., Any], world: int, folder: str, args: tuple[Any, ...], backend: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     try:
         torch.save(fn(rank, world, *args), Path(folder, f"{rank}.pt"))

@@ -7,6 +7,7 @@ import torch
 
 from components.parallel import World
 from tests import toys
+from tests.ranks import run_ranks
 from trainer import config
 from trainer.loop import Trainer
 
@@ -41,3 +42,58 @@ def test_bf16_compiled_trains_and_resumes(tmp_path):
     train(tmp_path, "parts", *options, "--training.steps=3")
     compiled = train(tmp_path, "parts", *options)
     assert compiled == pytest.approx(eager, rel=0.05)
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective", "budget 0.5"])
+def test_recomputing_and_compiled_trains_alike(tmp_path, recompute):
+    options = ["--training.precision=bf16", "--training.compile"]
+    plain = train(tmp_path, "plain", *options)
+    both = [f"--activation_checkpoint.{part}={recompute}" for part in ("denoiser", "tokenizer")]
+    assert train(tmp_path, "recomputing", *options, *both) == pytest.approx(plain, rel=0.05)
+
+
+def test_offloaded_equals_plain_in_fp64(tmp_path):
+    """One rank, wrapped by FSDP2, with weights and optimizer on the host."""
+    plain = train(tmp_path, "plain", "--training.precision=fp64")
+    try:
+        offloaded = train(tmp_path, "offloaded", "--training.precision=fp64", "--parallel.cpu_offload")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert offloaded == pytest.approx(plain, rel=1e-8)
+
+
+def on_every_gpu(rank: int, world: int, toml: str, folder: str, options: list[str]) -> None:
+    torch.cuda.set_device(rank)
+    loaded = config.load(toml, [f"--run.dir={folder}", *options])
+    Trainer(loaded, World(rank, world, torch.device("cuda", rank), world)).run()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_two_gpus_equal_one_in_fp64(tmp_path, strategy):
+    one = train(tmp_path, "one", "--training.precision=fp64")
+    options = ["--training.precision=fp64", f"--parallel.strategy={strategy}"]
+    run_ranks(on_every_gpu, 2, str(tmp_path / "toy.toml"), str(tmp_path / "two"), options, backend="cpu:gloo,cuda:nccl")
+    assert losses(tmp_path / "two") == pytest.approx(one, rel=1e-8)
+
+
+def test_a_step_does_not_wait_for_the_gpu(tmp_path):
+    """Behind the first steps, PyTorch counts every synchronisation as an error."""
+    (tmp_path / "toy.toml").write_text(toys.TOML)
+    options = ["--training.steps=12", "--run.log_every=100", "--run.checkpoint_every=0", "--training.precision=fp32"]
+    loaded = config.load(str(tmp_path / "toy.toml"), [f"--run.dir={tmp_path / 'run'}", *options])
+    trainer = Trainer(loaded, World(device=torch.device("cuda", 0)))
+    step = trainer.train_step
+
+    def watched(k, batches, stop):
+        batches = list(batches)
+        torch.cuda.set_sync_debug_mode("error" if 3 <= k < 11 else "default")
+        try:
+            return step(k, batches, stop=stop)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    watched.evaluating = step.evaluating
+    trainer.train_step = watched
+    assert trainer.run()
