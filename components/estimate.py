@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -32,28 +32,28 @@ def pretended_ranks(size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-class CudaAutocast(TorchFunctionMode):
-    """Lets the CPU's autocast keep the operations in fp32 that CUDA's keeps: norms, interpolation, powers.
+@contextlib.contextmanager
+def cuda_autocast() -> Iterator[None]:
+    """Lets the CPU's autocast keep norms and interpolation in fp32, as CUDA's does.
 
-    Memory differs by it: what such an operation returns and keeps for its backward pass is twice as large.
+    Memory differs by it: what they return and keep for their backward pass is twice as large. CUDA's list is longer,
+    by functions that meet small tensors only here, or fp32 ones.
     """
+    originals = {name: getattr(F, name) for name in ("layer_norm", "group_norm", "interpolate")}
+    for name, function in originals.items():
+        setattr(F, name, functools.partial(_in_fp32, function))
+    try:
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(F, name, function)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in FP32 and torch.is_autocast_enabled("cpu"):
-            args = [_fp32(a) for a in args]
-            kwargs = {name: _fp32(value) for name, value in kwargs.items()}
-        return func(*args, **kwargs)
 
-
-# Those of the networks at hand; the list of CUDA's autocast is longer.
-FP32 = frozenset(
-    getattr(place, name)
-    for place in (torch, Tensor, F)
-    for name in ("layer_norm", "group_norm", "interpolate", "exp", "log", "pow", "square", "rsqrt", "softplus",
-                 "cosine_similarity", "normalize", "norm")
-    if hasattr(place, name)
-)  # fmt: skip
+def _in_fp32(function: Callable[..., Tensor], *args: object, **kwargs: object) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        args = tuple(_fp32(a) for a in args)
+        kwargs = {name: _fp32(value) for name, value in kwargs.items()}
+    return function(*args, **kwargs)
 
 
 def _fp32(value: object) -> object:

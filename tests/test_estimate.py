@@ -11,7 +11,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
+from components.estimate import cuda_autocast
 from components.parallel import World
 from tests import toys
 from trainer import assemble
@@ -133,13 +136,24 @@ def test_recomputation_lowers_activations_and_costs_flops(toml):
     assert 1.15 * none.flops < full.flops < 4 / 3 * none.flops  # one more forward; the frozen tokenizer has none
 
 
-def test_cuda_keeps_norms_in_fp32(toml):
-    """fp32 by itself; bf16 halves the products, but not what enters norms."""
-    config = configs.load(toml, [*UNEVEN, "--denoiser.depth=6", "--training.batch_size=64"])
-    whole = cost(toml, 1, 1, *UNEVEN, "--denoiser.depth=6", "--training.batch_size=64",
-                 "--activation_checkpoint.denoiser=none")  # fmt: skip
-    half = dry_run(config, 1, 1, bf16=True)
+def test_norms_and_interpolation_stay_fp32_as_on_cuda():
+    x = torch.ones(2, 4, 4, 4, dtype=torch.bfloat16)
+    calls = [lambda: F.group_norm(x, 2), lambda: F.layer_norm(x, (4,)), lambda: F.interpolate(x, scale_factor=2.0)]
+    with cuda_autocast():
+        assert all(call().dtype == torch.bfloat16 for call in calls)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(call().dtype == torch.float32 for call in calls)
+            assert F.conv2d(x, x).dtype == torch.bfloat16
+
+
+def test_bf16_halves_products_only(toml):
+    deep = (*UNEVEN, "--denoiser.depth=6", "--training.batch_size=64")
+    half = dry_run(configs.load(toml, list(deep)), 1, 1, bf16=True)
+    whole = cost(toml, 1, 1, *deep, "--activation_checkpoint.denoiser=none")
     assert 0.55 < half.peak[TEMPORARY] / whole.peak[TEMPORARY] < 0.95
+    assert half.peak[PARAMETERS] == whole.peak[PARAMETERS]
+    full = dry_run(configs.load(toml, [*deep, "--activation_checkpoint.denoiser=full"]), 1, 1, bf16=True)
+    assert full.peak[TEMPORARY] < half.peak[TEMPORARY], "the recomputed forward pass is in bf16, too"
 
 
 def test_offloaded_weights_are_not_on_the_gpu(toml):

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from components.contracts import Batch, LatentShape
 from components.draws import Draws
-from components.estimate import CudaAutocast, held_tensors, pretended_ranks, prime
+from components.estimate import cuda_autocast, held_tensors, pretended_ranks, prime
 from components.memory_tracker import GATHERED, TEMPORARY, StepTracker, Traffic
 from components.parallel import World
 from trainer import assemble
@@ -92,7 +92,7 @@ def dry_run(config: Config, world_size: int, local_size: int, bf16: bool) -> Cos
             for group in groups.values():
                 tracker.hold(STATES, prime(group.optimizer))
                 _watch_gradients(tracker, group)
-            with tracker, CudaAutocast():
+            with tracker, cuda_autocast():
                 # The last step: losses that start late take part.
                 step(config.training.steps - 1, micro_batches(config, parts.latent, world, count, tracker))
     images = config.training.batch_size // (world_size * config.training.accumulation)
