@@ -190,7 +190,7 @@ def test_says_whether_it_fits_and_what_would_help(toml):
 def test_prints_parts_memory_traffic_and_verdict(toml, capsys):
     assert main(["check", toml, "--world-size=16", "--gpu=l40s", "--parallel.strategy=hsdp"]) == 2
     assert "training.batch_size = 8: not divisible by 16" in capsys.readouterr().err
-    options = ["--parallel.strategy=hsdp", "--training.batch_size=16"]
+    options = [*UNEVEN, "--parallel.strategy=hsdp", "--training.batch_size=16"]
     assert main(["check", toml, "--world-size=16", "--gpu=l40s", *options]) == 0
     out = capsys.readouterr().out
     for text in ("2 replicas x 8 shards", "16 ranks x 1 images", "AdamW states", "frozen parts", "GFLOP per image",
