@@ -7,23 +7,30 @@ never acts.
 from __future__ import annotations
 
 import math
-import sys
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-LATENT = "latent/variance"
-ADVERSARY = "adversary/loss"
-NORM = "grad_norm/"
+from components.guard_memory import (
+    ADVERSARY,
+    LATENT,
+    NORM,
+    REFERENCE_WINDOWS,
+    Departure,
+    Episode,
+    Reference,
+    finite,
+    last_trouble,
+    median_of,
+    pack,
+    rank,
+    usual_range,
+    watched,
+)
 
-REFERENCE_WINDOWS = 50  # a norm is compared with its largest median of so many windows: 10k steps by default
 MAD_TO_DEVIATION = 1.4826  # median absolute deviation -> standard deviation of a normal distribution
 CHANCE = 1.0  # hinge loss of a discriminator that cannot tell real from fake
-QUIET = 10  # steps without trouble that separate two troubles
-ENOUGH = 5  # values below which a usual range means nothing
-LARGEST = sys.float_info.max
 
 
 class Alarm(NamedTuple):
@@ -42,24 +49,6 @@ class Alarm(NamedTuple):
     step: int
     onset: int
     message: str
-
-
-class Departure(NamedTuple):
-    """A metric that left its usual range.
-
-    Attributes:
-        metric: which one.
-        module: the parameter group that it belongs to; "latent" for the latents' variance.
-        step: when it left.
-        value: what it was then; may be infinite or NaN.
-        usual: its median before; NaN if too little was seen.
-    """
-
-    metric: str
-    module: str
-    step: int
-    value: float
-    usual: float
 
 
 class Guard:
@@ -133,8 +122,8 @@ class Guard:
         self.history: deque[tuple[int, dict[str, float]]] = deque(maxlen=history)
         self._rows: deque[tuple[int, dict[str, float]]] = deque()  # applied steps alone
         self._sorted: dict[str, list[float]] = {}  # the rows' finite values of each watched metric
-        self._references: dict[str, _Reference] = {}
-        self._episodes: dict[tuple[str, str], _Episode] = {}
+        self._references: dict[str, Reference] = {}
+        self._episodes: dict[tuple[str, str], Episode] = {}
 
     def observe(self, step: int, values: Mapping[str, float], applied: bool) -> list[Alarm]:
         """Looks at a step.
@@ -149,7 +138,7 @@ class Guard:
         found = [*self._watch_skipped(step, values, applied)] if self.skipped else []
         if applied:
             for name, value in values.items():
-                if _watched(name) and math.isfinite(value):
+                if watched(name) and math.isfinite(value):
                     found += self._watch(step, name, value, values)
             self._remember(step, values)
         return found
@@ -173,10 +162,10 @@ class Guard:
         return {
             "steps": steps,
             "applied": [int(step in applied) for step in steps],
-            "values": {name: [_pack(table[step].get(name)) for step in steps] for name in names},
-            "references": {name: [r.seen, _pack(r.smallest), *r.past] for name, r in self._references.items()},
+            "values": {name: [pack(table[step].get(name)) for step in steps] for name in names},
+            "references": {name: [r.seen, pack(r.smallest), *r.past] for name, r in self._references.items()},
             "episodes": [
-                [*key, e.metric, e.onset, e.count, e.calm, e.raised, _pack(e.value), _pack(e.usual)]
+                [*key, e.metric, e.onset, e.count, e.calm, e.raised, pack(e.value), pack(e.usual)]
                 for key, e in self._episodes.items()
             ],
         }
@@ -190,11 +179,11 @@ class Guard:
             entries.append((step, row))
         self._restore([entry for entry, applied in zip(entries, state["applied"]) if applied], entries)
         self._references = {
-            name: _Reference(seen, float(smallest), deque(past, REFERENCE_WINDOWS))
+            name: Reference(seen, float(smallest), deque(past, REFERENCE_WINDOWS))
             for name, (seen, smallest, *past) in state["references"].items()
         }
         self._episodes = {
-            (watch, key): _Episode(*rest, float(value), float(usual))
+            (watch, key): Episode(*rest, float(value), float(usual))
             for watch, key, *rest, value, usual in state["episodes"]
         }
 
@@ -209,7 +198,7 @@ class Guard:
         names = list(dict.fromkeys(name for _, values in self.history for name in values))
         groups = {name[: -len("/loss")] for name in names if name.endswith("/loss")} | {"latent"}
         names = [n for n in names if n != ADVERSARY and (n.startswith(NORM) or n.split("/")[0] in groups)]
-        trouble = _last_trouble(self._departures(names))
+        trouble = last_trouble(self._departures(names))
         found = [d for d in trouble if not math.isfinite(d.value)] or trouble
         found += [
             Departure(e.metric, self._module(e.metric), e.onset, e.value, e.usual) for e in self._episodes.values()
@@ -217,7 +206,7 @@ class Guard:
         order = {name: index for index, name in enumerate(names)}
         return min(
             found,
-            key=lambda d: (d.step, math.isfinite(d.value), _rank(d.metric), order.get(d.metric, -1)),
+            key=lambda d: (d.step, math.isfinite(d.value), rank(d.metric), order.get(d.metric, -1)),
             default=None,
         )
 
@@ -225,8 +214,8 @@ class Guard:
         metric, usual = "skipped_steps", math.nan
         if not applied:
             broken = [name for name, value in values.items() if not math.isfinite(value) and name != ADVERSARY]
-            metric = min(broken, key=_rank, default=metric)
-            usual = _median(_finite(self._rows, metric))
+            metric = min(broken, key=rank, default=metric)
+            usual = median_of(finite(self._rows, metric))
         value = values.get(metric, math.nan)
         episode = self._see("skipped", "", step, not applied, self.skipped, metric, value, usual)
         if episode is not None:
@@ -244,7 +233,7 @@ class Guard:
             least = self.latent_variance * usual
             yield from self._watch_low("latent_variance", step, name, value, least, max(1, self.patience // 10), usual)
         elif name == ADVERSARY:
-            usual = _median(self._sorted.get(name, []))
+            usual = median_of(self._sorted.get(name, []))
             yield from self._watch_low("discriminator", step, name, value, self.discriminator, self.patience, usual)
         else:
             if self.spike:
@@ -258,11 +247,11 @@ class Guard:
     def _watch_spike(self, step: int, name: str, value: float, adversary: bool) -> Iterator[Alarm]:
         """A loss or norm against its median; the discriminator's loss, against chance as well."""
         window = self._sorted.get(name, [])
-        median, scale = _median(window), 0.0
+        median, scale = median_of(window), 0.0
         above = value - median
         bad = 2 * len(window) >= self.window and above > self.spike * abs(median) and (above > CHANCE or not adversary)
         if bad:  # rare: only now is the other measure of scale worth its sorting
-            scale = max(abs(median), MAD_TO_DEVIATION * _median(sorted(abs(x - median) for x in window)))
+            scale = max(abs(median), MAD_TO_DEVIATION * median_of(sorted(abs(x - median) for x in window)))
             # No scale: a loss that was always 0 has begun to count.
             bad = scale > 0 and above > self.spike * scale
         episode = self._see("spike", name, step, bad, 1, name, value, median)
@@ -289,7 +278,7 @@ class Guard:
 
     def _see(
         self, watch: str, key: str, step: int, bad: bool, patience: int, metric: str, value: float, usual: float
-    ) -> _Episode | None:
+    ) -> Episode | None:
         """Counts a watch's bad and normal steps; its episode if this step raises the alarm."""
         episode = self._episodes.get((watch, key))
         if not bad:
@@ -299,7 +288,7 @@ class Guard:
                     del self._episodes[watch, key]
             return None
         if episode is None:
-            episode = self._episodes[watch, key] = _Episode(metric, step, 0, 0, None, value, usual)
+            episode = self._episodes[watch, key] = Episode(metric, step, 0, 0, None, value, usual)
         episode.count, episode.calm = episode.count + 1, 0
         if episode.count < patience or (episode.raised is not None and step - episode.raised < self.window):
             return None
@@ -311,23 +300,23 @@ class Guard:
         self._rows.append((step, values))
         old = self._rows.popleft()[1] if len(self._rows) > self.window else {}
         for name, value in old.items():
-            if _watched(name) and math.isfinite(value):
+            if watched(name) and math.isfinite(value):
                 del self._sorted[name][bisect_left(self._sorted[name], value)]
         for name, value in values.items():
-            if not _watched(name) or not math.isfinite(value):
+            if not watched(name) or not math.isfinite(value):
                 continue
             window = self._sorted.setdefault(name, [])
             insort(window, value)
             if name.startswith(NORM) or name == LATENT:
-                reference = self._references.setdefault(name, _Reference(0, math.inf, deque(maxlen=REFERENCE_WINDOWS)))
-                median = _median(window) if 2 * len(window) >= self.window else math.inf
+                reference = self._references.setdefault(name, Reference(0, math.inf, deque(maxlen=REFERENCE_WINDOWS)))
+                median = median_of(window) if 2 * len(window) >= self.window else math.inf
                 reference.see(median, self.window, forever=name == LATENT)
 
     def _restore(self, rows: list, entries: list) -> None:
         self._rows = deque(rows[-self.window :])
         self.history = deque(entries, maxlen=self.history.maxlen)
-        names = {name for _, values in self._rows for name in values if _watched(name)}
-        self._sorted = {name: _finite(self._rows, name) for name in names}
+        names = {name for _, values in self._rows for name in values if watched(name)}
+        self._sorted = {name: finite(self._rows, name) for name in names}
 
     def _departures(self, names: list[str]) -> list[Departure]:
         """Values of the history that are not finite, or outside the usual range of the applied steps before it."""
@@ -337,7 +326,7 @@ class Guard:
         since = before[-1][0] if before else -1
         found = []
         for name in names:
-            low, usual, high = _usual_range(name, _finite(before, name))
+            low, usual, high = usual_range(name, finite(before, name))
             for step, values in self.history:
                 value = values.get(name, usual)
                 judged = step > since or not math.isfinite(value)
@@ -354,90 +343,3 @@ class Guard:
                     if name != metric and name.endswith("/loss") and value == values.get(metric):
                         return name.removesuffix("/loss")
         return metric.split("/")[0]
-
-
-@dataclass
-class _Episode:
-    """A watch's trouble: its first step and value there, bad steps in a row, normal ones in a row, last alarm."""
-
-    metric: str
-    onset: int
-    count: int
-    calm: int
-    raised: int | None
-    value: float
-    usual: float
-
-
-@dataclass
-class _Reference:
-    """What is usual in the long run: the smallest running median of a window's steps, the largest of past windows.
-
-    The smallest, since a spike that lasts for half a window moves the median, and is not usual yet.
-    """
-
-    seen: int
-    smallest: float
-    past: deque[float]
-
-    @property
-    def largest(self) -> float:
-        return max(self.past, default=0.0)
-
-    def see(self, median: float, window: int, forever: bool) -> None:
-        """Another running median; infinite if there is none yet. ``forever`` keeps the largest median of all."""
-        self.seen += 1
-        if forever:
-            if self.seen >= window and median < math.inf:
-                self.past = deque([max(self.largest, median)], REFERENCE_WINDOWS)
-        # The first window is warm-up; a norm's, far above all later ones, must have left the median, too.
-        elif self.seen >= 2 * window:
-            self.smallest = min(self.smallest, median)
-            if self.seen % window == 0 and self.smallest < math.inf:
-                self.past.append(self.smallest)
-                self.smallest = math.inf
-
-
-def _watched(name: str) -> bool:
-    return name.endswith("/loss") or name.startswith(NORM) or name == LATENT
-
-
-def _rank(name: str) -> int:
-    """Causes before effects: a term, the loss that sums it, the loss's gradient."""
-    return 2 if name.startswith(NORM) else int(name.endswith("/loss"))
-
-
-def _median(values: list[float]) -> float:
-    """Of sorted values; NaN of none."""
-    half = len(values) // 2
-    if not values:
-        return math.nan
-    return values[half] if len(values) % 2 else 0.5 * (values[half - 1] + values[half])
-
-
-def _finite(rows: Iterable[tuple[int, Mapping[str, float]]], name: str) -> list[float]:
-    return sorted(values[name] for _, values in rows if math.isfinite(values.get(name, math.nan)))
-
-
-def _usual_range(name: str, values: list[float]) -> tuple[float, float, float]:
-    """(low, median, high) of sorted values; what lies outside is rare even for heavy tails."""
-    if len(values) < ENOUGH:
-        return -LARGEST, _median(values), LARGEST
-    median, tail = _median(values), len(values) // 50
-    # Losses fall for good; only norms and the variance must not.
-    low = values[tail] / 4 if name.startswith(NORM) or name == LATENT else -LARGEST
-    return low, median, median + max(3 * (values[-1 - tail] - median), 0.1 * abs(median))
-
-
-def _last_trouble(departures: list[Departure]) -> list[Departure]:
-    """Those that no QUIET steps separate from the last."""
-    departures = sorted(departures, key=lambda d: -d.step)
-    for index, (later, earlier) in enumerate(zip(departures, departures[1:])):
-        if later.step - earlier.step > QUIET:
-            return departures[: index + 1]
-    return departures
-
-
-def _pack(value: float | None) -> float | str | None:
-    """JSON has no NaN and no infinities."""
-    return value if value is None or math.isfinite(value) else str(value)

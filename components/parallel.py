@@ -235,12 +235,6 @@ def reshard(*modules: nn.Module) -> None:
         part.reshard()
 
 
-def last_micro_batch(modules: Sequence[nn.Module], last: bool) -> None:
-    """With accumulation: gradients cross replicas with the last micro-batch of a step only."""
-    for part in sharded_parts(*modules):
-        part.set_requires_all_reduce(last, recurse=False)
-
-
 def compile_units(module: nn.Module, backend: str | Callable = "inductor") -> None:
     """Compiles each part of ``module.units()``, or the module itself; compile time does not grow with depth."""
     # Graphs are counted by code: a tokenizer's stages share theirs, each of another shape, with and without gradients.

@@ -114,6 +114,8 @@ def diagnosis(alarm: Alarm, record: StepRecord, values: dict[str, float], guard:
     suspects = [alarm.metric.removeprefix(NORM).split("/")[0], first.module if first is not None else ""]
     # A step that was skipped is not finite anywhere: the module that went first tells more.
     suspects = suspects[::-1] if values["skipped_steps"] else suspects
+    # The latents' variance is the tokenizer's doing.
+    suspects = ["tokenizer" if suspect == "latent" else suspect for suspect in suspects]
     worst = next((module for module in suspects if module in layers), _largest(totals))
     return _plain(
         {

@@ -62,10 +62,7 @@ class Step:
         """
         before = [b.clone() for b in self._buffers]
         self._terms.clear()
-        for index, (batch, draws) in enumerate(micro_batches):
-            if self.accumulation > 1:
-                trained = [group.modules for group in self.groups.values()]
-                parallel.last_micro_batch(trained, index == self.accumulation - 1)
+        for batch, draws in micro_batches:
             with self._autocast():
                 self.recipe.step(self.modules, batch, draws, self._update, step)
         measured = self._means(stop)
