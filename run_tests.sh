@@ -10,6 +10,8 @@ source "$root/trainer/setup_env.sh"
 setup_python test
 
 cd "$root"
+# Many small computations in several processes at once: more threads than one each would be in each other's way.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 style=0
 "$PYTHON" -m ruff check . || style=$?
 "$PYTHON" -m ruff format --check . || style=$?

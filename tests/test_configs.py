@@ -64,13 +64,6 @@ def test_one_line_switches_the_recipe(recipe):
     assert used <= parts.recipe.uses
 
 
-def test_check_prints_parts_flops_and_memory(capsys):
-    assert main(["check", "train_configs/quickstart.toml", "--world-size", "2"]) == 0
-    out = capsys.readouterr().out
-    for text in ("tokenizer", "denoiser", "discriminator", "GFLOP per image", "AdamW states", "2 ranks x"):
-        assert text in out
-
-
 def test_missing_imagenet_says_what_to_get(capsys, tmp_path, monkeypatch):
     """As a newcomer sees it: the data, the tokenizer and its discriminator are named, with how to get the data."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

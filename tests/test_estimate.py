@@ -26,8 +26,9 @@ from trainer.dry_run import AVERAGES, FROZEN, GATHERED, GRADIENTS, PARAMETERS, S
 from trainer.prepare import Preparation
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of the ablations, which name other sizes of one encoder, one stands for all.
-CONFIGS = sorted(set((ROOT / "train_configs").glob("*.toml")) - set((ROOT / "train_configs").glob("ablation*dinov2*")))
+# The ablations name other sizes of one encoder, and two tokenizers are of one architecture: one stands for all.
+ALIKE = ("ablation_encoder_dinov2", "repae_sit_xl_vavae")
+CONFIGS = sorted(p for p in (ROOT / "train_configs").glob("*.toml") if not p.name.startswith(ALIKE))
 FLOAT = 4  # bytes
 # A width that 8 ranks do not divide; a denoiser alone learns.
 UNEVEN = ("--recipe.name=ldm", "--denoiser.width=36")

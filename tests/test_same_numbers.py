@@ -133,8 +133,6 @@ def results(tmp_path_factory):
             "frozen norms": [*FP64, *FROZEN_NORMS],
             "frozen norms, accumulation": [*FP64, *FROZEN_NORMS, "--training.accumulation=4"],
             "fp32": fp32,
-            "fp32 compiled": [*fp32, "--training.compile"],
-            "fp32 compiled, recompute selective": [*fp32, "--training.compile", *ac.format("selective").split("|")],
             "fp32 compiled, recompute budget": [*fp32, "--training.compile", *ac.format("budget 0.3").split("|")],
             "bf16": fp32,
         },
@@ -147,18 +145,12 @@ def results(tmp_path_factory):
             "fsdp, recompute full": [*FP64, *ac.format("full").split("|")],
             "ddp": [*FP64, "--parallel.strategy=ddp"],
             "frozen norms, accumulation": [*FP64, *FROZEN_NORMS, "--training.accumulation=2"],
-            "fp32 fsdp compiled": [*fp32, "--training.compile"],
             "fp32 fsdp compiled, recompute full": [*fp32, "--training.compile", *ac.format("full").split("|")],
             "bf16 fsdp": fp32,
         },
         4: {
             "fsdp": FP64,
-            "ddp": [*FP64, "--parallel.strategy=ddp"],
             "hsdp": [*FP64, "--parallel.strategy=hsdp", "--parallel.shard=2"],
-            "hsdp, frozen norms, accumulation": [
-                *FP64, *FROZEN_NORMS, "--training.accumulation=2", "--parallel.strategy=hsdp", "--parallel.shard=2",
-            ],
-            "bf16 hsdp": [*fp32, "--parallel.strategy=hsdp", "--parallel.shard=2"],
         },
     }  # fmt: skip
     return {w: run_ranks(runs, w, str(toml), str(folder), plan, timeout_s=300.0) for w, plan in plans.items()}
@@ -174,8 +166,6 @@ CASES = [
     (1, "recompute selective", "plain", 1e-12, 1e-12),
     (1, "recompute every 2", "plain", 1e-12, 1e-12),
     (1, "frozen norms, accumulation", "frozen norms", 1e-10, 1e-9),
-    (1, "fp32 compiled", "fp32", 1e-3, 1e-3),
-    (1, "fp32 compiled, recompute selective", "fp32", 1e-3, 1e-3),
     (1, "fp32 compiled, recompute budget", "fp32", 1e-3, 1e-3),
     (2, "fsdp", "plain", 1e-8, 1e-8),
     (2, "fsdp, no reshard, offloaded", "plain", 1e-8, 1e-8),
@@ -183,14 +173,10 @@ CASES = [
     (2, "fsdp, recompute full", "plain", 1e-8, 1e-8),
     (2, "ddp", "plain", 1e-8, 1e-8),
     (2, "frozen norms, accumulation", "frozen norms", 1e-8, 1e-8),
-    (2, "fp32 fsdp compiled", "fp32", 1e-3, 1e-3),
     (2, "fp32 fsdp compiled, recompute full", "fp32", 1e-3, 1e-3),
     (2, "bf16 fsdp", "bf16", 5e-2, ADAM),
     (4, "fsdp", "plain", 1e-8, 1e-8),
-    (4, "ddp", "plain", 1e-8, 1e-8),
     (4, "hsdp", "plain", 1e-8, 1e-8),
-    (4, "hsdp, frozen norms, accumulation", "frozen norms", 1e-8, 1e-8),
-    (4, "bf16 hsdp", "bf16", 5e-2, ADAM),
 ]
 
 
@@ -216,10 +202,10 @@ def test_every_buffer_is_the_same_on_all_ranks(results, world):
 def test_each_rank_holds_its_part_and_no_more(results):
     held = {(w, v): found["held"] for w in (2, 4) for v, found in results[w][0].items()}
     assert held[2, "fsdp"] == 0.5 and held[4, "fsdp"] == 0.25 and held[4, "hsdp"] == 0.5
-    assert held[2, "ddp"] == held[4, "ddp"] == 1
+    assert held[2, "ddp"] == 1
 
 
-@pytest.mark.parametrize(("world", "variant"), [(2, "fsdp"), (4, "hsdp"), (4, "ddp")])
+@pytest.mark.parametrize(("world", "variant"), [(2, "ddp"), (4, "fsdp"), (4, "hsdp")])
 def test_the_ranks_share_the_samples_and_the_noise_of_one_process(results, world, variant):
     """Together all of them, and no two the same."""
     one = results[1][0]["plain"]["seen"]

@@ -108,7 +108,7 @@ def slow_data(rank: int, world: int, toml: str, folder: str) -> list[str]:
         load = type(trainer.parts.dataset).__getitem__
 
         def slow(self, index):
-            time.sleep(0.2)
+            time.sleep(0.08)
             return load(self, index)
 
         type(trainer.parts.dataset).__getitem__ = slow

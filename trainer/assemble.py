@@ -63,7 +63,7 @@ def check(config: Config, world_size: int, local_size: int = 1) -> Parts:
         )
     mesh_shape(config, world_size, local_size)
     with torch.device("meta"):
-        return _build(config, dataset=None, prepare=lambda place, name, module: None)
+        return build_parts(config, dataset=None, prepare=lambda place, name, module: None)
 
 
 def build(config: Config, world: World, files: bool = True, backend: str = "inductor") -> Parts:
@@ -77,13 +77,13 @@ def build(config: Config, world: World, files: bool = True, backend: str = "indu
     Raises:
         ConfigError: every file that is missing at once (data, checkpoints, encoder weights), with how to get it.
     """
-    recipe = _plugin("recipe", "recipe", config.recipe)
-    prepare = Preparation(config, _trained(recipe), world, files, backend)
+    recipe = make_plugin("recipe", "recipe", config.recipe)
+    prepare = Preparation(config, trained_modules(recipe), world, files, backend)
     missing = prepare.missing
     dataset = None
     try:
         if files:
-            dataset = _plugin("dataset", "dataset", config.dataset, config.training.resolution)
+            dataset = make_plugin("dataset", "dataset", config.dataset, config.training.resolution)
     except (DataError, OSError) as error:
         missing.append(f"dataset: {error}")
     statistics = config.latent_norm.statistics
@@ -93,7 +93,7 @@ def build(config: Config, world: World, files: bool = True, backend: str = "indu
             'set it to "" to measure the statistics before the first step'
         )
     # Frozen and pretrained parts first: a missing file shows before the large denoiser is made.
-    parts = _build(config, dataset, prepare, stop=lambda: bool(missing))
+    parts = build_parts(config, dataset, prepare, stop=lambda: bool(missing))
     if missing:
         raise ConfigError("this run needs files that are not there:\n" + "\n".join(f"- {m}" for m in missing))
     parts.averages = prepare.copies
@@ -126,28 +126,36 @@ def parameter_groups(config: Config, parts: Parts) -> dict[str, ParameterGroup]:
 def make_ema(config: Config, parts: Parts) -> Ema | None:
     """Averages of the denoiser, its heads and the latent statistics, and of the tokenizer on request."""
     named = {name: getattr(parts.modules, name) for name in ("denoiser", "heads", "latent_norm", "tokenizer")}
-    trained = _trained(parts.recipe)
+    trained = trained_modules(parts.recipe)
     sources = {name: m for name, m in named.items() if m is not None and averaged(config, trained, name)}
     return Ema(sources, config.ema.decay, parts.averages) if sources else None
 
 
-def _trained(recipe: Recipe) -> set[str]:
+def trained_modules(recipe: Recipe) -> set[str]:
+    """Names of the modules that some loss of the recipe trains."""
     return {name for members in recipe.trains.values() for name in members}
 
 
-def _build(
+def build_parts(
     config: Config,
     dataset: Dataset | None,
     prepare: Callable[[str, str, nn.Module], None],
     stop: Callable[[], bool] = lambda: False,
 ) -> Parts:
-    recipe: Recipe = _plugin("recipe", "recipe", config.recipe)
+    """Makes every module that the recipe uses, and hands each to ``prepare``.
+
+    Args:
+        dataset: tells the number of classes; None where there are no files.
+        prepare: called with a module's table in the config, its field in ``Modules``, and the module.
+        stop: asked before the denoiser is made, the largest of all.
+    """
+    recipe: Recipe = make_plugin("recipe", "recipe", config.recipe)
     uses, resolution = recipe.uses, config.training.resolution
     m = Modules(flow=Flow(config.flow.path, config.flow.time))
 
     def construct_plugin(place: str, kind: str, table: PluginTable, *given: Any) -> Any:
         on_meta = hasattr(registry.KINDS[kind].get(table.name).cls, "init_weights")
-        return construct(config.training.seed, place, lambda: _plugin(place, kind, table, *given), on_meta)
+        return construct(config.training.seed, place, lambda: make_plugin(place, kind, table, *given), on_meta)
 
     def make(place: str, kind: str, table: PluginTable, *given: Any) -> Any:
         part = construct_plugin(place, kind, table, *given)
@@ -181,7 +189,7 @@ def _build(
             raise ConfigError(f"recipe.name = '{config.recipe.name}' needs a [denoiser] table with a name")
         # On the meta device first: the encoders need its grid, and their files may be missing.
         with torch.device("meta"):
-            grid = _plugin("denoiser", "denoiser", config.denoiser, latent, num_classes).grid
+            grid = make_plugin("denoiser", "denoiser", config.denoiser, latent, num_classes).grid
         if "encoders" in uses:
             for label, table in config.encoders.items():
                 m.encoders[label] = make(f"encoders.{label}", "encoder", table, resolution, grid)
@@ -218,7 +226,7 @@ def _make_heads(config: Config, m: Modules) -> nn.ModuleList:
     return construct(config.training.seed, "heads", make, on_meta=False)
 
 
-def _plugin(place: str, kind: str, table: PluginTable, *given: Any) -> Any:
+def make_plugin(place: str, kind: str, table: PluginTable, *given: Any) -> Any:
     """One plugin from its table; its ValueError becomes a ConfigError that names the table."""
     try:
         return registry.KINDS[kind].get(table.name).cls(*given, **table.options)
@@ -252,7 +260,7 @@ def _num_classes(config: Config, dataset: Dataset | None, needed: bool) -> int:
     if not wanted and not found and needed:
         # Asked for without data: a dataset that needs no files can still tell.
         with contextlib.suppress(DataError, OSError, ConfigError), torch.device("cpu"):
-            found = _plugin("dataset", "dataset", config.dataset, config.training.resolution).num_classes
+            found = make_plugin("dataset", "dataset", config.dataset, config.training.resolution).num_classes
         return found or 1
     if wanted and found > wanted:
         raise ConfigError(

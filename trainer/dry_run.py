@@ -102,15 +102,15 @@ def dry_run(config: Config, world_size: int, local_size: int, bf16: bool) -> Cos
 
 def _build(config: Config, world: World, dtype: torch.dtype | None) -> Parts:
     """As :func:`trainer.assemble.build`, but everything stays on the meta device."""
-    recipe = assemble._plugin("recipe", "recipe", config.recipe)
-    prepare = _Weightless(config, assemble._trained(recipe), world, files=False)
+    recipe = assemble.make_plugin("recipe", "recipe", config.recipe)
+    prepare = _Weightless(config, assemble.trained_modules(recipe), world, files=False)
     if prepare.sharding is not None:
         # One pretended device stands for GPU and host; what lives where is told by its kind.
         prepare.sharding = dataclasses.replace(prepare.sharding, param_dtype=dtype, cpu_offload=False)
     prepare.config = _changed(config, "parallel", cpu_offload=False)
     prepare.world = dataclasses.replace(world, device=torch.device("meta"))
     with StepTracker(), torch.device("meta"):  # the tracker answers questions for values
-        parts = assemble._build(config, None, prepare)
+        parts = assemble.build_parts(config, None, prepare)
     parts.averages = prepare.copies
     return parts
 
@@ -118,10 +118,10 @@ def _build(config: Config, world: World, dtype: torch.dtype | None) -> Parts:
 class _Weightless(Preparation):
     """Leaves weights without values, those of parts made on the CPU otherwise, too."""
 
-    def _place(self, place: str, role: str, networks: list[nn.Module], *rest: bool, **how: bool) -> None:
+    def place(self, place: str, role: str, networks: list[nn.Module], *rest: bool, **how: bool) -> None:
         for network in networks:
             network.init_weights = lambda: None
-        super()._place(place, role, networks, *rest, **how)
+        super().place(place, role, networks, *rest, **how)
 
 
 def _watch_gradients(tracker: StepTracker, group) -> None:

@@ -112,17 +112,24 @@ class Preparation:
                 apply_recompute(network, recompute)
             if self.config.training.compile and any(True for _ in network.parameters()):
                 parallel.compile_units(network, backend_within(recompute.budget, self.backend))
-        self._place(place, role, networks, learns)
+        self.place(place, role, networks, learns)
         if role in self.copies:
             copy = self.copies[role]
-            self._place(place, role, list(copy) if isinstance(copy, nn.ModuleList) else [copy], False, is_copy=True)
+            self.place(place, role, list(copy) if isinstance(copy, nn.ModuleList) else [copy], False, is_copy=True)
         if self.files and hasattr(module, "load_weights"):
             try:
                 module.load_weights()
             except WeightsError as error:
                 self.missing.append(str(error))
 
-    def _place(self, place: str, role: str, networks: list[nn.Module], learns: bool, is_copy: bool = False) -> None:
+    def place(self, place: str, role: str, networks: list[nn.Module], learns: bool, is_copy: bool = False) -> None:
+        """Shards networks, or not, and gives them memory and initial weights.
+
+        Args:
+            networks: of one role, as the heads.
+            learns: a backward pass follows their forward passes.
+            is_copy: they are averages, which get their values later.
+        """
         p, device = self.config.parallel, self.world.device
         sharding = self.sharding
         if sharding is not None and not learns:
