@@ -15,7 +15,14 @@ import torch.distributed as dist
 
 # The fork server imports these once, and forks ranks in milliseconds. The first functional collective, or the
 # first call of torch.compile, imports torch._dynamo: seconds.
-PRELOAD = ["torch", "torch.distributed", "torch._dynamo"]
+PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "torch._dynamo",
+    "trainer.loop",
+    "torch.utils.tensorboard",
+    "torchvision.utils",
+]
 
 
 def run_ranks(
