@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,14 +184,7 @@ class CheckpointManager:
             CheckpointError: no such checkpoint; damaged; keys, shapes or dtypes do not match (the first eight of
                 each kind are named).
         """
-        self._join()
-        ranks = Ranks(self.group)
-        path = self._folder.final(step_or_path) if isinstance(step_or_path, int) else Path(step_or_path)
-        problem = self._verify(path, ranks)
-        if problem is not None:
-            there = ranks.first(lambda: ", ".join(p.name for _, p in self._folder.list())) or "none"
-            raise CheckpointError(f"checkpoint {path} cannot be used: {problem} (in {self._folder.path}: {there})")
-        meta, written = ranks.first(lambda: (json.loads((path / META).read_text()), manifest.read(path)["torch"]))
+        path, meta, ranks = self._open(step_or_path)
         state, tensors, problems = state_tree.match(_state_dicts(template), meta)
         if problems:
             raise CheckpointError(
@@ -202,18 +195,53 @@ class CheckpointManager:
                 )
                 + "\nResume with the configuration that wrote it, or start a new run in another folder."
             )
-        if tensors:
-            try:
-                call_dcp(dcp.load, tensors, ranks, storage_reader=dcp.FileSystemReader(path))
-            except (Exception, CheckpointException) as error:
-                raise CheckpointError(
-                    f"checkpoint {path}, written by torch {written}, cannot be read by torch {torch.__version__}: "
-                    f"{reason(error)}. A checkpoint needs the version of torch that wrote it, or a newer one."
-                ) from error
+        self._fill(path, tensors, ranks)
         for key, value in template.items():
             if isinstance(value, Stateful):
                 value.load_state_dict(state[key])
         return state
+
+    def read(self, step_or_path: int | str | Path, paths: Sequence[str]) -> dict[str, Any]:
+        """Parts of a checkpoint, without a template: each rank gets all of them, whole, in the host's memory.
+
+        Args:
+            step_or_path: as for :meth:`load`.
+            paths: dotted, as "config" or "modules.tokenizer".
+
+        Returns:
+            By path; a path that the checkpoint lacks is left out.
+
+        Raises:
+            CheckpointError: no such checkpoint, or it is damaged.
+        """
+        path, meta, ranks = self._open(step_or_path)
+        parts = {name: found for name in paths if (found := state_tree.part(meta, name)) is not None}
+        self._fill(path, {key: t for _, tensors in parts.values() for key, t in tensors.items()}, ranks)
+        return {name: value for name, (value, _) in parts.items()}
+
+    def _open(self, step_or_path: int | str | Path) -> tuple[Path, dict[str, Any], Ranks]:
+        """A sound checkpoint's path and its encoded state."""
+        self._join()
+        ranks = Ranks(self.group)
+        path = self._folder.final(step_or_path) if isinstance(step_or_path, int) else Path(step_or_path)
+        problem = self._verify(path, ranks)
+        if problem is not None:
+            there = ranks.first(lambda: ", ".join(p.name for _, p in self._folder.list())) or "none"
+            raise CheckpointError(f"checkpoint {path} cannot be used: {problem} (in {self._folder.path}: {there})")
+        return path, ranks.first(lambda: json.loads((path / META).read_text())), ranks
+
+    def _fill(self, path: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+        """Reads the tensors of a checkpoint, each with its name there, in place."""
+        if not tensors:
+            return
+        try:
+            call_dcp(dcp.load, tensors, ranks, storage_reader=dcp.FileSystemReader(path))
+        except (Exception, CheckpointException) as error:
+            written = ranks.first(lambda: manifest.read(path)["torch"])
+            raise CheckpointError(
+                f"checkpoint {path}, written by torch {written}, cannot be read by torch {torch.__version__}: "
+                f"{reason(error)}. A checkpoint needs the version of torch that wrote it, or a newer one."
+            ) from error
 
     def _verify(self, path: Path, ranks: Ranks) -> str | None:
         """What is wrong with a checkpoint, or None; the same answer on every rank."""

@@ -19,7 +19,9 @@ LAST_SDE_TIME = 0.04  # the SDE's last step goes from here to 0 without noise (R
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance: v = v_null + scale (v_label - v_null) at times in [low, high], both included.
+    """Guidance away from a worse velocity, at times in [low, high], both included: v = bad + scale (good - bad).
+
+    Classifier-free guidance (arXiv 2207.12598) takes the velocity without label as the bad one.
 
     Attributes:
         scale: 1 turns guidance off.
@@ -34,31 +36,36 @@ class Guidance:
 
 
 class GuidedVelocity:
-    """The velocity of a denoiser under guidance; one evaluation of 2B images where guidance is active.
+    """The velocity of a denoiser under guidance.
+
+    Where guidance is active it costs one evaluation of 2B images, or one of B images by each of two networks.
 
     Args:
         denoiser: contract ``Denoiser``.
         labels: (B,) int64.
         dtype: what the network's inputs are cast to.
+        guide: a weaker denoiser in the place of the one without labels (autoguidance, arXiv 2406.02507).
     """
 
-    def __init__(self, denoiser, labels: Tensor, guidance: Guidance, dtype: torch.dtype) -> None:
-        self.denoiser, self.labels, self.guidance, self.dtype = denoiser, labels, guidance, dtype
-        self.null = torch.full_like(labels, denoiser.null_label)
+    def __init__(self, denoiser, labels: Tensor, guidance: Guidance, dtype: torch.dtype, guide=None) -> None:
+        self.denoiser, self.labels, self.guidance, self.dtype, self.guide = denoiser, labels, guidance, dtype, guide
 
     def __call__(self, x: Tensor, t: float, transform: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
         """Velocity of x (B, C, h, w) at time t, in float64; ``transform(v, x)`` is applied before guidance."""
-        guided = self.guidance.active(t)
-        x_in = torch.cat([x, x]) if guided else x
-        labels = torch.cat([self.labels, self.null]) if guided else self.labels
-        times = torch.full((x_in.shape[0],), t, dtype=self.dtype, device=x.device)
-        v = self.denoiser(x_in.to(self.dtype), times, labels).velocity.double()
-        if transform is not None:
-            v = transform(v, x_in)
-        if not guided:
-            return v
-        with_label, without = v.chunk(2)
-        return without + self.guidance.scale * (with_label - without)
+
+        def velocity(denoiser, x: Tensor, labels: Tensor) -> Tensor:
+            times = torch.full((x.shape[0],), t, dtype=self.dtype, device=x.device)
+            v = denoiser(x.to(self.dtype), times, labels).velocity.double()
+            return v if transform is None else transform(v, x)
+
+        if not self.guidance.active(t):
+            return velocity(self.denoiser, x, self.labels)
+        if self.guide is None:
+            null = torch.full_like(self.labels, self.denoiser.null_label)
+            good, bad = velocity(self.denoiser, torch.cat([x, x]), torch.cat([self.labels, null])).chunk(2)
+        else:
+            good, bad = velocity(self.denoiser, x, self.labels), velocity(self.guide, x, self.labels)
+        return bad + self.guidance.scale * (good - bad)
 
 
 @torch.no_grad()
@@ -70,6 +77,7 @@ def sample_ode(
     steps: int,
     guidance: Guidance = Guidance(),
     heun: bool = False,
+    guide=None,
 ) -> Tensor:
     """Integrates dx/dt = v from t = 1 to 0 in ``steps`` equal steps.
 
@@ -77,11 +85,12 @@ def sample_ode(
         noise: x at t = 1, (B, C, h, w) ~ N(0, I); its dtype is the network's.
         labels: (B,) int64.
         heun: second order: averages the slopes at both ends of every step but the last.
+        guide: see :class:`GuidedVelocity`.
 
     Returns:
         Normalised latents (B, C, h, w), float64.
     """
-    velocity = GuidedVelocity(denoiser, labels, guidance, noise.dtype)
+    velocity = GuidedVelocity(denoiser, labels, guidance, noise.dtype, guide)
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     x = noise.double()
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
@@ -103,6 +112,7 @@ def sample_sde(
     step_noise: Callable[[int], Tensor],
     flow: Flow,
     guidance: Guidance = Guidance(),
+    guide=None,
 ) -> Tensor:
     """Euler-Maruyama on the reverse SDE with diffusion 2t, from t = 1 to 0.04, then one step to 0 without noise.
 
@@ -112,11 +122,12 @@ def sample_sde(
         steps: evaluations of the denoiser, at least 2.
         step_noise: the N(0, I) noise of step i in [0, steps - 1), like ``noise``.
         flow: the path that the denoiser was trained on.
+        guide: see :class:`GuidedVelocity`.
 
     Returns:
         Normalised latents (B, C, h, w), float64.
     """
-    velocity = GuidedVelocity(denoiser, labels, guidance, noise.dtype)
+    velocity = GuidedVelocity(denoiser, labels, guidance, noise.dtype, guide)
     times = [*torch.linspace(1.0, LAST_SDE_TIME, steps, dtype=torch.float64).tolist(), 0.0]
     x = noise.double()
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):

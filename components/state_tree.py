@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 TENSOR, TUPLE, DICT = "$tensor", "$tuple", "$dict"
@@ -94,6 +95,34 @@ def match(
         else:
             problems["missing in the checkpoint"].append(key)
     return state, tensors, {title: paths for title, paths in problems.items() if paths}
+
+
+def part(saved: dict[str, Any], path: str) -> tuple[Any, dict[str, Tensor]] | None:
+    """What an encoded state holds under a dotted path of plain keys, with new tensors in the host's memory.
+
+    Returns:
+        The state below ``path`` and its tensors, still without values, by their whole paths; None if there is none.
+    """
+    for key in path.split("."):
+        children = _saved_children(saved)
+        if children is None or key not in children:
+            return None
+        saved = children[key]
+    tensors: dict[str, Tensor] = {}
+
+    def walk(saved: Any, path: str) -> Any:
+        if not _saved_has_tensors(saved):
+            return _decode(saved)
+        if TENSOR in saved:
+            dtype, shape = saved[TENSOR]
+            tensors[path] = torch.empty(shape, dtype=getattr(torch, dtype))
+            return tensors[path]
+        result = {key: walk(child, _join(path, key)) for key, child in _saved_children(saved).items()}
+        if isinstance(saved, list):
+            return list(result.values())
+        return tuple(result.values()) if TUPLE in saved else result
+
+    return walk(saved, path), tensors
 
 
 def _join(path: str, key: Any) -> str:

@@ -141,6 +141,7 @@ def build_parts(
     dataset: Dataset | None,
     prepare: Callable[[str, str, nn.Module], None],
     stop: Callable[[], bool] = lambda: False,
+    uses: frozenset[str] | None = None,
 ) -> Parts:
     """Makes every module that the recipe uses, and hands each to ``prepare``.
 
@@ -148,9 +149,10 @@ def build_parts(
         dataset: tells the number of classes; None where there are no files.
         prepare: called with a module's table in the config, its field in ``Modules``, and the module.
         stop: asked before the denoiser is made, the largest of all.
+        uses: fields of ``Modules`` to make besides the tokenizer; none: those that the recipe uses.
     """
     recipe: Recipe = make_plugin("recipe", "recipe", config.recipe)
-    uses, resolution = recipe.uses, config.training.resolution
+    uses, resolution = recipe.uses if uses is None else uses, config.training.resolution
     m = Modules(flow=Flow(config.flow.path, config.flow.time))
 
     def construct_plugin(place: str, kind: str, table: PluginTable, *given: Any) -> Any:
@@ -180,7 +182,7 @@ def build_parts(
     for label, table in config.losses.items():
         loss = construct_plugin(f"losses.{label}", "loss", table)
         # The weights of a loss that the recipe leaves out may be missing.
-        name = _sort_loss(m, label, loss, recipe)
+        name = _sort_loss(m, label, loss, uses)
         if name and isinstance(loss, nn.Module):
             prepare(f"losses.{label}", name, loss)
     num_classes = _num_classes(config, dataset, needed="denoiser" in uses)
@@ -235,20 +237,20 @@ def make_plugin(place: str, kind: str, table: PluginTable, *given: Any) -> Any:
         raise ConfigError(message if place.split(".")[0] in message else f"[{place}] {message}") from error
 
 
-def _sort_loss(m: Modules, label: str, loss: Any, recipe: Recipe) -> str:
-    """Puts a loss where its contract says, and names the place; "" if the recipe leaves it out."""
+def _sort_loss(m: Modules, label: str, loss: Any, uses: frozenset[str]) -> str:
+    """Puts a loss where its contract says, and names the place; "" if it is not used."""
     if isinstance(loss, AlignmentLoss):
         place = "alignment"
     elif isinstance(loss, AdversarialLoss):
         place = "discriminator"
     else:
-        if "reconstruction" not in recipe.uses:
+        if "reconstruction" not in uses:
             return ""
         m.reconstruction[label] = loss
         return f"reconstruction.{label}"
     if getattr(m, place) is not None:
         raise ConfigError(f"[losses.{label}]: a run has one {place} loss, and there is another; remove one")
-    if place not in recipe.uses:
+    if place not in uses:
         return ""
     setattr(m, place, loss)
     return place

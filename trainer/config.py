@@ -35,12 +35,26 @@ def load(path: str, overrides: list[str] = ()) -> Config:
         ConfigError: naming the file, the key, its value, what is allowed, and the nearest valid name.
     """
     data = read_toml(path)
-    for key, value in parse_overrides(overrides):
-        assign(data, key, value)
     if isinstance(data.get("run", {}), dict):
         run = data.setdefault("run", {})
         run["dir"] = run.get("dir") or f"outputs/{Path(path).stem}"
-    return validate(data, path)
+    return override(data, path, overrides)
+
+
+def loads(text: str, source: str, overrides: list[str] = ()) -> Config:
+    """:func:`load` for a config that a run wrote.
+
+    Args:
+        text: TOML.
+        source: the file or folder it comes from, for messages and files named beside it.
+    """
+    return override(tomllib.loads(text), source, overrides)
+
+
+def override(data: dict[str, Any], source: str, overrides: list[str]) -> Config:
+    for key, value in parse_overrides(overrides):
+        assign(data, key, value)
+    return validate(data, source)
 
 
 def read_toml(path: str) -> dict[str, Any]:

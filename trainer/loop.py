@@ -52,6 +52,8 @@ class Trainer:
         self.folder = Path(config.run.dir)
         check(config, world.size, world.local_size)
         self.parts = build(config, world)
+        # Who samples from the run later may not have the data.
+        config.training.num_classes = self.parts.num_classes
         self.groups = parameter_groups(config, self.parts)
         self.ema = make_ema(config, self.parts)
         self.metrics = Metrics()

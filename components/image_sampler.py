@@ -1,0 +1,99 @@
+"""Images by number: image i is the same for every world size and every restart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from components.contracts import LatentShape
+from components.draws import generator
+from components.flow import Flow
+from components.samplers import Guidance, sample_ode, sample_sde
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How noise becomes images.
+
+    Attributes:
+        method: Euler or Heun on the ODE, or Euler-Maruyama on the SDE ("sde").
+        steps: of the integrator, at least 2; Heun evaluates the denoiser twice in each.
+        guidance: its scale and times.
+        seed: of all noise.
+    """
+
+    method: Literal["euler", "heun", "sde"] = "euler"
+    steps: int = 50
+    guidance: Guidance = Guidance()
+    seed: int = 0
+
+
+class ImageSampler:
+    """Draws latents with the denoiser and decodes them.
+
+    Args:
+        plan: see :class:`SamplingPlan`.
+        denoiser: contract ``Denoiser``.
+        latent_norm: :class:`components.latent_norm.LatentNorm`, whose inverse leads back to the tokenizer's scale.
+        tokenizer: contract ``Tokenizer``.
+        flow: the path that the denoiser was trained on.
+        latent: shape of one latent.
+        guide: a weaker denoiser for autoguidance; none: classifier-free guidance.
+
+    Raises:
+        ValueError: classifier-free guidance of a denoiser that was never trained without labels.
+    """
+
+    def __init__(
+        self,
+        plan: SamplingPlan,
+        denoiser: Any,
+        latent_norm: Any,
+        tokenizer: Any,
+        flow: Flow,
+        latent: LatentShape,
+        guide: Any = None,
+    ) -> None:
+        if plan.guidance.scale > 1 and guide is None and not denoiser.label_dropout:
+            raise ValueError(
+                "guidance needs a denoiser that knows images without label, but denoiser.label_dropout is 0; "
+                "set the guidance scale to 1, or give a weaker checkpoint as guide"
+            )
+        self.plan, self.denoiser, self.latent_norm, self.tokenizer = plan, denoiser, latent_norm, tokenizer
+        self.flow, self.latent, self.guide = flow, latent, guide
+
+    @torch.no_grad()
+    def __call__(self, ids: Sequence[int], labels: Tensor) -> Tensor:
+        """Images (B, 3, R, R) in [-1, 1], float32.
+
+        The noise of image i is a function of (seed, i); bit for bit the image depends on the batch it is computed in,
+        too, since kernels sum in another order for another batch size.
+
+        Args:
+            ids: numbers of the B images.
+            labels: (B,) int64, on the device of the modules.
+        """
+        plan, device = self.plan, labels.device
+        generators = [generator(plan.seed, "image", i) for i in ids]
+        dtype = next(self.denoiser.parameters()).dtype
+
+        def noise(_: int = 0) -> Tensor:
+            drawn = torch.stack([torch.randn(self.latent, generator=g) for g in generators])
+            return drawn.to(device, dtype)
+
+        common = {"steps": plan.steps, "guidance": plan.guidance, "guide": self.guide}
+        if plan.method == "sde":
+            z = sample_sde(self.denoiser, noise(), labels, step_noise=noise, flow=self.flow, **common)
+        else:
+            z = sample_ode(self.denoiser, noise(), labels, heun=plan.method == "heun", **common)
+        z = self.latent_norm.invert(z).to(dtype)
+        return self.tokenizer.decode(z).float().clamp(-1, 1)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """(B, 3, R, R) in [-1, 1] -> the nearest uint8."""
+    return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
