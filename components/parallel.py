@@ -229,6 +229,15 @@ def gather_floats(*values: float) -> list[list[float]]:
     return [x.tolist() for x in found]
 
 
+def gather_rows(rows: Tensor) -> Tensor:
+    """Every rank's rows, in the order of the ranks, on every rank; as many on each."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    found = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, rows.contiguous())
+    return torch.cat(found)
+
+
 def reshard(*modules: nn.Module) -> None:
     """Frees weights that forward passes without a backward pass have gathered, so that they are gathered anew."""
     for part in sharded_parts(*modules):

@@ -63,7 +63,14 @@ def check(config: Config, world_size: int, local_size: int = 1) -> Parts:
         )
     mesh_shape(config, world_size, local_size)
     with torch.device("meta"):
-        return build_parts(config, dataset=None, prepare=lambda place, name, module: None)
+        parts = build_parts(config, dataset=None, prepare=lambda place, name, module: None)
+    denoiser = parts.modules.denoiser
+    if denoiser is not None and not denoiser.label_dropout and config.sampling.guidance > 1:
+        raise ConfigError(
+            f"sampling.guidance = {config.sampling.guidance}: guidance needs a denoiser that is trained without labels "
+            "at times, but denoiser.label_dropout is 0; set one or the other (guidance 1 is none)"
+        )
+    return parts
 
 
 def build(config: Config, world: World, files: bool = True, backend: str = "inductor") -> Parts:

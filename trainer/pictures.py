@@ -7,13 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from components.draws import generator
 from components.ema import Ema
-from components.samplers import Guidance, sample_ode, sample_sde
+from components.image_sampler import ImageSampler, SamplingPlan
+from components.parallel import World, gather_rows
+from components.samplers import Guidance
 from trainer.assemble import Parts
 from trainer.config import Config
 
 COLUMNS = 10
+AT_ONCE = 64  # images in one call of the denoiser; bounds the memory
 MAX_RECONSTRUCTIONS = 20
 
 
@@ -22,37 +24,28 @@ def averaged(parts: Parts, ema: Ema | None, name: str):
     return ema.modules[name] if ema is not None and name in ema.modules else getattr(parts.modules, name)
 
 
-@torch.no_grad()
-def sample_images(config: Config, parts: Parts, ema: Ema | None, device: torch.device, count: int) -> tuple:
-    """Images (count, 3, R, R) in [-1, 1] from the averaged weights, and their labels (count,), classes in turn.
-
-    The noise depends on the seed alone: grids of different steps show the same draws.
-    """
+def image_sampler(config: Config, parts: Parts, ema: Ema | None) -> ImageSampler:
+    """Samples as [sampling] says, from the averaged weights."""
     s = config.sampling
-    denoiser = averaged(parts, ema, "denoiser")
     guidance = Guidance(s.guidance, s.guidance_low, s.guidance_high)
-    labels = torch.arange(count, device=device) % parts.num_classes
-    dtype = next(denoiser.parameters()).dtype
-    images = []
-    for first in range(0, count, 64):  # bounds the memory
-        rows = slice(first, min(first + 64, count))
-        shape = (labels[rows].numel(), *parts.latent)
-        noise = torch.randn(shape, generator=generator(config.training.seed, "samples", first)).to(device, dtype)
-        if s.method == "sde":
+    plan = SamplingPlan(s.method, s.steps, guidance, config.training.seed)
+    denoiser, norm, tokenizer = (averaged(parts, ema, name) for name in ("denoiser", "latent_norm", "tokenizer"))
+    return ImageSampler(plan, denoiser, norm, tokenizer, parts.modules.flow, parts.latent)
 
-            def step_noise(i: int, shape=shape, first=first) -> Tensor:
-                return torch.randn(shape, generator=generator(config.training.seed, "samples", first, i)).to(device)
 
-            flow = parts.modules.flow
-            z = sample_sde(
-                denoiser, noise, labels[rows], steps=s.steps, step_noise=step_noise, flow=flow, guidance=guidance
-            )
-        else:
-            heun = s.method == "heun"
-            z = sample_ode(denoiser, noise, labels[rows], steps=s.steps, guidance=guidance, heun=heun)
-        z = averaged(parts, ema, "latent_norm").invert(z).to(dtype)
-        images.append(averaged(parts, ema, "tokenizer").decode(z).float().clamp(-1, 1))
-    return torch.cat(images), labels
+def sample_images(config: Config, parts: Parts, ema: Ema | None, world: World, count: int) -> tuple[Tensor, Tensor]:
+    """Images 0 to ``count`` (count, 3, R, R) in [-1, 1] and their labels (count,), classes in turn, on every rank.
+
+    Grids of different steps show the same noise. The ranks divide the work, and make as many calls each: sharded
+    weights are gathered by all of them together.
+    """
+    sampler = image_sampler(config, parts, ema)
+    share = -(-count // world.size)
+    ids = torch.arange(world.rank * share, (world.rank + 1) * share, device=world.device)
+    chunks = ids.split(AT_ONCE)
+    images = torch.cat([sampler(chunk.tolist(), chunk % parts.num_classes) for chunk in chunks])
+    # Ids beyond the count only keep the ranks in step.
+    return gather_rows(images)[:count], torch.arange(count, device=world.device) % parts.num_classes
 
 
 @torch.no_grad()

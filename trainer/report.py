@@ -137,9 +137,7 @@ class Reporter:
         panels = {"reconstructions": pictures.side_by_side(originals, rebuilt)}
         images = labels = None
         if parts.modules.denoiser is not None:
-            # Sharded weights are gathered by all ranks together: each computes the same pictures.
-            count = self.config.sampling.images
-            images, labels = pictures.sample_images(self.config, parts, ema, self.world.device, count)
+            images, labels = pictures.sample_images(self.config, parts, ema, self.world, self.config.sampling.images)
             panels["samples"] = pictures.grid(images)
         if self.writer is None:
             return
