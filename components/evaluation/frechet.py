@@ -1,0 +1,84 @@
+"""Frechet distance between two Gaussians: FID (Heusel et al. 2017, arXiv 1706.08500, equation 6)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from components.evaluation import EvaluationError
+from components.evaluation.moments import Gaussian
+
+
+class Frechet(NamedTuple):
+    """``value`` = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), at least 0; ``warnings`` say what makes it doubtful."""
+
+    value: float
+    warnings: list[str]
+
+
+def frechet_distance(
+    samples: Gaussian, reference: Gaussian, *, allow_singular: bool = False, names: tuple[str, str] = ("", "")
+) -> Frechet:
+    """The squared 2-Wasserstein distance of two Gaussians, in float64, on the device of ``samples``.
+
+    tr (C1 C2)^1/2 = tr (C1^1/2 C2 C1^1/2)^1/2, from two symmetric eigen-decompositions: real, and defined for
+    singular matrices, too. Some seconds for D = 2048 on a CPU.
+
+    Args:
+        samples: of the images in question.
+        reference: of the real ones.
+        allow_singular: give a number, with a warning, for no more images than features.
+        names: what the two are called in messages.
+
+    Raises:
+        EvaluationError: other features; not finite; all images alike; no more images than features, so that the
+            covariance must be singular and the distance says little.
+    """
+    sides = list(zip((samples, reference), (names[0] or "the samples", names[1] or "the reference")))
+    dim, warnings = len(samples.mean), []
+    if len(reference.mean) != dim:
+        raise EvaluationError(
+            f"{sides[0][1]} have {dim} features, {sides[1][1]} {len(reference.mean)}: not of one network"
+        )
+    for g, name in sides:
+        if not (torch.isfinite(g.mean).all() and torch.isfinite(g.covariance).all()):
+            raise EvaluationError(f"the moments of {name} are not finite")
+        too_few = few_images(g.count, dim, name)
+        if too_few and not allow_singular:
+            raise EvaluationError(too_few)
+        warnings += [too_few] if too_few else []
+    device = samples.mean.device
+    m1, c1, m2, c2 = (x.to(device) for g, _ in sides for x in (g.mean, g.covariance))
+
+    values, vectors = torch.linalg.eigh(c1)
+    kept = values > _noise(values)
+    ranks = [int(kept.sum()), int((lambda v: v > _noise(v))(torch.linalg.eigvalsh(c2)).sum())]
+    for (g, name), rank in zip(sides, ranks):
+        if rank == 0:
+            raise EvaluationError(f"the images of {name} all have the same features: their covariance is zero")
+        # A network that ends in a LayerNorm has one dependent feature.
+        if rank < dim - 1 and not few_images(g.count, dim, name):
+            warnings.append(f"the covariance of {name} is degenerate: rank {rank} of {dim}; do images repeat?")
+    # Eigenvalues of rounding size, 1e-16, would have roots of 1e-8 each.
+    root = vectors[:, kept] * values[kept].sqrt()
+    product = torch.linalg.eigvalsh(root.T @ c2 @ root)
+    trace = product[product > _noise(product)].sqrt().sum()
+    value = (m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * trace
+    return Frechet(max(float(value), 0.0), warnings)
+
+
+def few_images(count: int | None, dim: int, name: str) -> str:
+    """Why the covariance of ``count`` images must be singular; "" if it need not be."""
+    if count is None or count > dim:
+        return ""
+    return (
+        f"{count} images of {name} are too few for {dim} features: the covariance is singular, and the distance "
+        f"is biased; give more than {dim}, many more to compare with published numbers"
+    )
+
+
+def _noise(values: Tensor) -> float:
+    """Below this, eigenvalues are rounding errors."""
+    return float(values[-1].clamp(min=0)) * len(values) * torch.finfo(values.dtype).eps

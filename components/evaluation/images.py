@@ -1,0 +1,211 @@
+"""Sets of images by number, from folders, ``.npz`` files and datasets: uint8 (3, H, W), all of one size."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from components.evaluation import EvaluationError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg")
+THREADS = 4
+
+
+class Images(Protocol):
+    """What can be evaluated.
+
+    Attributes:
+        name: for messages and reports.
+        identity: changes when the images do, as far as names, sizes and times tell.
+    """
+
+    name: str
+    identity: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Tensor:
+        """uint8 (3, H, W); raises :class:`EvaluationError` that names the file."""
+
+
+class ImageFolder:
+    """Every PNG and JPEG below a folder, sorted by path; hidden files and folders and ``grid.png`` are left out.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        EvaluationError: it holds no images.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.name = str(path)
+        self.files: list[Path] = []
+        digest = hashlib.sha256()
+        for folder, inner, names in os.walk(path):
+            inner[:] = sorted(n for n in inner if not n.startswith("."))
+            for name in names:
+                if name.lower().endswith(EXTENSIONS) and not name.startswith(".") and name != "grid.png":
+                    self.files.append(Path(folder, name))
+        self.files.sort()
+        for file in self.files:
+            stat = file.stat()
+            digest.update(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        if not self.files:
+            raise EvaluationError(f"'{path}' holds no images ({', '.join(EXTENSIONS)})")
+        self.identity = f"folder {digest.hexdigest()}"
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        import PIL.Image
+
+        file = self.files[index]
+        try:
+            with PIL.Image.open(file) as image:
+                image.load()
+                if image.mode[0] in "IF":
+                    raise ValueError(f"{image.mode} pixels, expected 8 bits per channel")
+                array = np.array(image.convert("RGB"))
+        except Exception as error:  # whatever a decoder throws at a broken file
+            raise EvaluationError(
+                f"the image {file} cannot be read ({type(error).__name__}: {error}); make it anew or remove it"
+            ) from error
+        return torch.from_numpy(array).permute(2, 0, 1)
+
+
+class ArrayImages:
+    """The array ``arr_0`` of an ``.npz``: uint8 (N, H, W, 3), as ADM's suite takes it.
+
+    Read from the disk piece by piece where it is stored uncompressed, as ``np.savez`` does.
+
+    Raises:
+        EvaluationError: no such array, of another type or shape, or a damaged file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.name = str(path)
+        try:
+            self.array = _stored_array(path, "arr_0")
+            stat = os.stat(path)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise EvaluationError(f"'{path}' holds no readable array arr_0 ({error})") from error
+        if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[-1] != 3 or not len(self.array):
+            raise EvaluationError(
+                f"'{path}': arr_0 is {self.array.dtype} {self.array.shape}, expected uint8 (N, H, W, 3) with N >= 1"
+            )
+        self.identity = f"npz {stat.st_size} {stat.st_mtime_ns} {self.array.shape}"
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(np.array(self.array[index])).permute(2, 0, 1)
+
+
+class DatasetImages:
+    """The images of a dataset (:class:`components.contracts.Dataset`), in its own order, never mirrored.
+
+    Args:
+        dataset: an unreadable file in it is an error here.
+        name: for messages.
+        identity: of its options.
+    """
+
+    def __init__(self, dataset: Any, name: str, identity: str) -> None:
+        self.dataset, self.name = dataset, name
+        self.identity = f"dataset {identity} {len(dataset)}"
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Tensor:
+        sample = self.dataset[index]
+        if sample.unreadable is not None:
+            raise EvaluationError(f"the image {sample.unreadable} of {self.name} cannot be read; repair or remove it")
+        return sample.image
+
+
+class First:
+    """The first ``count`` of a set of images."""
+
+    def __init__(self, images: Images, count: int) -> None:
+        self.images, self.count = images, min(count, len(images))
+        self.name, self.identity = images.name, f"{images.identity} first {self.count}"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+def read_batches(images: Images, units: Iterable[int], batch_size: int) -> Iterator[tuple[int, Tensor]]:
+    """Unit u is the images [u * batch_size, (u + 1) * batch_size): (u, uint8 (B, 3, H, W)), read ahead in threads.
+
+    Raises:
+        EvaluationError: an image cannot be read, or is not of the first one's size.
+    """
+    size = tuple(images[0].shape)
+
+    def read(index: int) -> Tensor:
+        image = images[index]
+        if tuple(image.shape) != size:
+            where = images.files[index] if isinstance(images, ImageFolder) else f"image {index} of {images.name}"
+            raise EvaluationError(
+                f"{where} has {image.shape[2]} x {image.shape[1]} pixels, the first one {size[2]} x {size[1]}; all "
+                "must be of one size (for photographs use a dataset, which crops them: --reference dataset)"
+            )
+        return image
+
+    with ThreadPoolExecutor(THREADS) as pool:
+
+        def begin(unit: int) -> list:
+            indices = range(unit * batch_size, min((unit + 1) * batch_size, len(images)))
+            return [pool.submit(read, i) for i in indices]
+
+        ahead = None
+        try:
+            for unit in units:
+                current, ahead = ahead, (unit, begin(unit))
+                if current is not None:
+                    yield current[0], torch.stack([f.result() for f in current[1]])
+            if ahead is not None:
+                yield ahead[0], torch.stack([f.result() for f in ahead[1]])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _stored_array(path: str | Path, name: str) -> np.ndarray:
+    """An array of an ``.npz``, mapped from the disk where it is not compressed."""
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo(f"{name}.npy")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            with np.load(path, allow_pickle=False) as file:
+                return file[name]
+        # The entry's own header: 30 bytes, of which the last four say how long its name and its extra field are.
+        with open(path, "rb") as file:
+            file.seek(entry.header_offset + 26)
+            lengths = np.frombuffer(file.read(4), dtype="<u2")
+            file.seek(entry.header_offset + 30 + int(lengths.sum()))
+            version = np.lib.format.read_magic(file)
+            if version == (1, 0):
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            else:
+                shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+            if dtype.hasobject:
+                raise ValueError("it holds Python objects")
+            order = "F" if fortran else "C"
+            if file.tell() + dtype.itemsize * int(np.prod(shape)) > os.path.getsize(path):
+                raise ValueError("the file is cut short")
+            return np.memmap(path, dtype=dtype, mode="r", offset=file.tell(), shape=shape, order=order)

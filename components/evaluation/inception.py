@@ -1,0 +1,160 @@
+"""The Inception network that FID is defined on: torch-fidelity's port of the graph of 2015-12-05."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from components.precision import no_autocast
+from components.weights import WeightsError, read_state
+
+WHAT = "Inception (FID)"
+PUBLISHED = "6726825d"  # sha256 of the published weights begins so
+POOL, SPATIAL = 2048, 17 * 17 * 7
+DOWNLOAD_TIMEOUT_S = 10
+
+
+class Inception(nn.Module):
+    """Images to the features that FID, sFID and the Inception Score need; frozen, in fp32.
+
+    Args:
+        weights: file of weights in torch-fidelity's layout; empty: its own, from PyTorch's cache or downloaded.
+
+    Attributes:
+        dims: features by name.
+        about: which network this is: ``name``, ``sha256``, ``published`` (whether the weights are those that
+            published numbers were measured with) and ``file``.
+
+    Raises:
+        WeightsError: the weights are missing, unreadable or of another network.
+    """
+
+    dims = {"pool": POOL, "spatial": SPATIAL}
+
+    def __init__(self, weights: str | Path = "") -> None:
+        super().__init__()
+        path, sha256 = find_weights(weights)
+        state = read_state(path, WHAT)
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        # It would read the file with pickle; it gets the tensors that were read safely.
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        buffer.seek(0)
+        try:
+            self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=buffer)
+        except RuntimeError as error:
+            raise WeightsError(f"{WHAT}: '{path}' does not fit torch-fidelity's Inception: {error}") from error
+        self.about: dict[str, Any] = {
+            "name": "inception-v3-2015-12-05 (torch-fidelity)",
+            "sha256": sha256,
+            "published": sha256.startswith(PUBLISHED),
+            "file": str(path),
+        }
+        self._spatial: Tensor | None = None
+        # mixed_6/conv of the graph, behind batch norm and ReLU.
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Inception:
+        """Stays in evaluation mode whatever ``mode`` says."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """``pool`` (B, 2048) and ``spatial`` (B, 2023), float32.
+
+        ``spatial`` is what sFID is measured on (Nash et al. 2021, arXiv 2103.03841, as in ADM's suite): the first 7
+        channels of a layer of 17 x 17, flattened rows first and channels last, which is the order in ADM's files.
+
+        Args:
+            images: uint8 (B, 3, H, W); resized to 299 x 299 as TensorFlow 1 does (bilinear, corners not aligned).
+        """
+        with no_autocast(images), full_fp32():
+            (pool,) = self.network(images)
+        spatial, self._spatial = self._spatial[:, :7].permute(0, 2, 3, 1).flatten(1), None
+        return {"pool": pool, "spatial": spatial}
+
+    @torch.no_grad()
+    def logits(self, pool: Tensor) -> Tensor:
+        """(B, 2048) -> (B, 1008) without the bias, which the original Inception Score left out."""
+        with no_autocast(pool), full_fp32():
+            return pool @ self.network.fc.weight.T
+
+    def _keep_spatial(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self._spatial = output
+
+
+def find_weights(weights: str | Path = "") -> tuple[Path, str]:
+    """The file and its sha256; a file that was not named must be the published one.
+
+    Raises:
+        WeightsError: there is none; says both ways to provide it.
+    """
+    if weights:
+        path = Path(weights).expanduser()
+        if not path.is_file():
+            raise WeightsError(f"{WHAT}: the weights '{weights}' do not exist (looked at {path.absolute()})")
+        return path, file_sha256(path)
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL
+
+    path = Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
+    try:
+        if not path.is_file():
+            _download(URL, path)
+        sha256 = file_sha256(path)
+    except OSError as error:
+        raise WeightsError(
+            f"{WHAT}: the weights are not in PyTorch's cache ({path}) and could not be downloaded "
+            f"({type(error).__name__}: {error}). Either run once with network access (or copy the file {path.name} "
+            f"there), or name it with --inception-weights FILE, in a config [evaluation] inception_weights; "
+            f"it is published at {URL}"
+        ) from error
+    if not sha256.startswith(PUBLISHED):
+        raise WeightsError(
+            f"{WHAT}: {path} is damaged or another file: its sha256 begins with {sha256[:8]}, expected {PUBLISHED}; "
+            "remove it and start again, or name other weights with --inception-weights FILE"
+        )
+    return path, sha256
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def full_fp32() -> Iterator[None]:
+    """Inside, GPUs compute fp32 products in fp32, not in TF32, which rounds them to 10 bits."""
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, conv.allow_tf32
+    matmul.allow_tf32 = conv.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, conv.allow_tf32 = before
+
+
+def _download(url: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own for each process: ranks that start together must not write into one file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as answer, open(temporary, "wb") as file:
+            while block := answer.read(1 << 20):
+                file.write(block)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,136 @@
+"""Mean and covariance of features, streaming, in float64; statistics files as ADM's suite writes them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from components.evaluation import EvaluationError
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """First two moments of D features.
+
+    Attributes:
+        mean: (D,) float64.
+        covariance: (D, D) float64, unbiased (divided by N - 1).
+        count: N images behind them; none where a file does not tell.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    count: int | None = None
+
+
+class Moments:
+    """Mean and scatter matrix of a stream of feature vectors.
+
+    Batches are merged by the pairwise update of Chan, Golub and LeVeque (1983), which loses no digits where the mean
+    is large against the deviation. Any division into batches gives the same moments to about 1e-14; the same batches
+    in the same order give the same bits.
+
+    Args:
+        dim: features D.
+        device: where the D x D matrix lives (34 MB for D = 2048).
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def update(self, features: Tensor) -> None:
+        """Takes in a batch (B, D), B >= 1, of any floating dtype.
+
+        Raises:
+            EvaluationError: a feature is not finite; names the image by its number in the stream.
+        """
+        x = features.to(self.mean)
+        bad = (~torch.isfinite(x).all(1)).nonzero()
+        if len(bad):
+            raise EvaluationError(
+                f"the features of image {self.count + int(bad[0])} (counted from 0) are not finite; the image's "
+                "values or the network's weights are broken"
+            )
+        mean = x.mean(0)
+        centred = x - mean
+        self._merge(len(x), mean, centred.T @ centred)
+
+    def merge(self, other: Moments) -> None:
+        """Takes in what another stream has seen."""
+        if other.count:
+            self._merge(other.count, other.mean.to(self.mean), other.scatter.to(self.scatter))
+
+    def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        total = self.count + count
+        delta = mean - self.mean
+        self.scatter += scatter
+        self.scatter.addr_(delta, delta, alpha=self.count * count / total)
+        self.mean += delta * (count / total)
+        self.count = total
+
+    def gaussian(self) -> Gaussian:
+        """The moments of what was seen; raises :class:`EvaluationError` for fewer than two images."""
+        if self.count < 2:
+            raise EvaluationError(f"{self.count} images have no covariance; give at least 2")
+        return Gaussian(self.mean.clone(), self.scatter / (self.count - 1), self.count)
+
+
+def save_statistics(path: str | Path, statistics: dict[str, Gaussian], about: dict[str, Any]) -> None:
+    """Writes an ``.npz`` with ``mu``, ``sigma`` and ``count`` of each set of features; whole or not at all.
+
+    Args:
+        path: the file.
+        statistics: by the names' ending: "" for Inception's pool features and "_s" for its spatial ones, as in ADM's
+            reference batches.
+        about: what the features are; kept as JSON under ``about``.
+    """
+    arrays: dict[str, Any] = {"about": np.array(json.dumps(about))}
+    for ending, g in statistics.items():
+        arrays |= {f"mu{ending}": g.mean.cpu().numpy(), f"sigma{ending}": g.covariance.cpu().numpy()}
+        if g.count is not None:
+            arrays[f"count{ending}"] = np.array(g.count)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_statistics(path: str | Path) -> tuple[dict[str, Gaussian], dict[str, Any] | None]:
+    """Reads what :func:`save_statistics` or ADM's suite wrote: moments by ending, and ``about`` (ADM: None).
+
+    Raises:
+        EvaluationError: the file cannot be read, or its arrays do not fit each other.
+    """
+    found: dict[str, Gaussian] = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for key in file.files:
+                ending = key.removeprefix("mu")
+                if key == ending or f"sigma{ending}" not in file.files:
+                    continue
+                mean, covariance = (torch.from_numpy(np.atleast_1d(file[f"{k}{ending}"])) for k in ("mu", "sigma"))
+                count = int(file[f"count{ending}"]) if f"count{ending}" in file.files else None
+                found[ending] = Gaussian(mean.double(), covariance.double(), count)
+            about = json.loads(str(file["about"])) if "about" in file.files else None
+    except (OSError, ValueError, KeyError) as error:
+        raise EvaluationError(f"'{path}' cannot be read as an .npz of statistics ({error})") from error
+    for ending, g in found.items():
+        if g.mean.dim() != 1 or g.covariance.shape != (len(g.mean), len(g.mean)):
+            raise EvaluationError(
+                f"'{path}': mu{ending} is {tuple(g.mean.shape)}, but sigma{ending} is {tuple(g.covariance.shape)}; "
+                "expected (D,) and (D, D)"
+            )
+    return found, about
