@@ -45,6 +45,11 @@ class Posterior:
     mean: Tensor
     logvar: Tensor
 
+    @classmethod
+    def from_std(cls, mean: Tensor, std: Tensor) -> Posterior:
+        """From a standard deviation; what was rounded to zero gets the least that there is."""
+        return cls(mean, (2 * std.log()).clamp(-30.0, 20.0))
+
     @property
     def std(self) -> Tensor:
         return torch.exp(0.5 * self.logvar)
@@ -74,10 +79,19 @@ class Weighted(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One micro-batch on one rank: ``images`` (B, 3, R, R) float in [-1, 1]; ``labels`` (B,) int64."""
+    """One micro-batch on one rank.
 
-    images: Tensor
+    Attributes:
+        images: (B, 3, R, R) float in [-1, 1]; None on cached latents where nothing needs them.
+        labels: (B,) int64.
+        posterior: of a frozen tokenizer, where it is cached.
+        features: patch tokens (B, N, D_k) of frozen encoders by label, those that are cached.
+    """
+
+    images: Tensor | None
     labels: Tensor
+    posterior: Posterior | None = None
+    features: dict[str, Tensor] | None = None
 
 
 @runtime_checkable
@@ -202,17 +216,34 @@ class AlignmentLoss(Protocol):
         """Projected tokens and targets, per encoder (B, N, D_k) each -> a scalar."""
 
 
-class Sample(NamedTuple):
-    """One item of a dataset: ``image`` uint8 (3, R, R), its class, and the path of an unreadable file it replaces."""
+class Cached(NamedTuple):
+    """What a latent cache holds of an image (or, stacked, of a micro-batch), in the cache's dtype.
 
-    image: Tensor
+    ``mean`` and ``std`` (C, h, w) of the posterior; ``features`` (N, D_k) by encoder label.
+    """
+
+    mean: Tensor
+    std: Tensor
+    features: dict[str, Tensor]
+
+
+class Sample(NamedTuple):
+    """One item of a dataset: ``image`` uint8 (3, R, R), its class, and the path of an unreadable file it replaces.
+
+    A dataset of cached latents gives ``cached``, and no image where nothing needs it.
+    """
+
+    image: Tensor | None
     label: int
     unreadable: str | None = None
+    cached: Cached | None = None
 
 
 @runtime_checkable
 class Dataset(Protocol):
     """Map-style images with class labels. Constructed from ``(resolution: int)`` and options.
+
+    One that holds mirrored copies offers ``mirrored(index) -> Sample``; else training mirrors the image.
 
     Attributes:
         num_classes: labels are in [0, num_classes).
@@ -263,6 +294,9 @@ class Modules:
 
 class Recipe(Protocol):
     """One step of training, as a paper would write it. Constructed from its options alone.
+
+    A recipe whose tokenizer is frozen, and which asks :mod:`components.objectives` for posterior and targets, may say
+    ``cached_latents = True``: then it can train on a latent cache.
 
     Attributes:
         uses: fields of :class:`Modules` that it needs; the others are not built.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from components.contracts import Dataset, Sample
+from components.contracts import Cached, Dataset, Sample
 from components.draws import generator
 
 if TYPE_CHECKING:
@@ -134,15 +134,16 @@ class TrainingView:
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """Raises :class:`DataError` if the dataset breaks its contract."""
         epoch, index = key
-        sample = Sample(*self.dataset[index])
+        flip = self.flip and bool(torch.rand((), generator=generator(self.seed, epoch, index, "flip")) < 0.5)
+        holds_copies = hasattr(self.dataset, "mirrored")
+        sample = Sample(*(self.dataset.mirrored(index) if flip and holds_copies else self.dataset[index]))
         self._check(sample, index)
-        if self.flip and torch.rand((), generator=generator(self.seed, epoch, index, "flip")) < 0.5:
-            sample = sample._replace(image=sample.image.flip(-1))
-        return sample
+        return sample._replace(image=sample.image.flip(-1)) if flip and not holds_copies else sample
 
     def _check(self, sample: Sample, index: int) -> None:
         image = sample.image
-        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.dim() != 3 or len(image) != 3:
+        right = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() == 3 and len(image) == 3
+        if not right and (image is not None or sample.cached is None):
             got = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
             raise DataError(f"{type(self.dataset).__name__}[{index}]: image is {got}, expected torch.uint8 (3, R, R)")
         if not 0 <= sample.label < self.dataset.num_classes:
@@ -155,17 +156,24 @@ class TrainingView:
 class Loaded(NamedTuple):
     """A micro-batch on the host: ``images`` uint8 (b, 3, R, R), ``labels`` int64 (b,), paths of unreadable files."""
 
-    images: Tensor
+    images: Tensor | None
     labels: Tensor
     unreadable: list[str]
+    cached: Cached | None = None
 
 
 def collate(samples: Sequence[Sample]) -> Loaded:
-    """Stacks samples."""
+    """Stacks samples, which must be alike."""
+    first, cached = samples[0], None
+    if first.cached is not None:
+        rows = [s.cached for s in samples]
+        features = {label: torch.stack([row.features[label] for row in rows]) for label in first.cached.features}
+        cached = Cached(torch.stack([row.mean for row in rows]), torch.stack([row.std for row in rows]), features)
     return Loaded(
-        torch.stack([s.image for s in samples]),
+        None if first.image is None else torch.stack([s.image for s in samples]),
         torch.tensor([s.label for s in samples], dtype=torch.int64),
         [s.unreadable for s in samples if s.unreadable is not None],
+        cached,
     )
 
 
@@ -219,7 +227,7 @@ def make_loader(
             num_workers=workers,
             collate_fn=collate,
             pin_memory=pin_memory,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             multiprocessing_context=start_method if workers else None,
             generator=generator(seed, "workers"),
             prefetch_factor=prefetch if workers else None,
@@ -227,7 +235,8 @@ def make_loader(
         )
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """What a loading process does first."""
     # Ctrl-C, torchrun and Slurm signal every process of the job. The workers stay, so that the trainer can finish
     # its step and save; they end with their loader or with the trainer.
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):

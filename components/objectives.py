@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from components.contracts import Modules, Posterior, Update, Weighted
+from components.contracts import Batch, Modules, Posterior, Update, Weighted
 from components.flow import PathPoint
 from components.precision import at_least_fp32
 
@@ -37,10 +37,19 @@ def alignment(m: Modules, tokens: Tensor, targets: Sequence[Tensor]) -> Tensor:
     return m.alignment.align([head(tokens) for head in m.heads], targets)
 
 
-def encode_targets(m: Modules, images: Tensor) -> list[Tensor]:
-    """Each frozen encoder's patch tokens (B, N, D_k), without gradients."""
+def frozen_posterior(m: Modules, batch: Batch) -> Posterior:
+    """q(z|x) of a tokenizer that does not learn: as cached, or else of the images, without gradients."""
+    if batch.posterior is not None:
+        return batch.posterior
     with torch.no_grad():
-        return [encoder(images) for encoder in m.encoders.values()]
+        return m.tokenizer.encode(batch.images)
+
+
+def encode_targets(m: Modules, batch: Batch) -> list[Tensor]:
+    """Each frozen encoder's patch tokens (B, N, D_k): as cached, or else of the images, without gradients."""
+    cached = batch.features or {}
+    with torch.no_grad():
+        return [cached[k] if k in cached else encoder(batch.images) for k, encoder in m.encoders.items()]
 
 
 def drop_labels(m: Modules, labels: Tensor, u: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from components.contracts import Batch
+from components.contracts import Batch, Posterior
 from components.data import Loaded
 
 if TYPE_CHECKING:
@@ -85,9 +85,7 @@ class Prefetcher:
                 if tensor.is_cuda:
                     # It belongs to the side stream, which would reuse the memory before this stream is done with it.
                     tensor.record_stream(current)
-        if not self._cuda:
-            batch = _to_float(batch)
-        return batch, extra, unreadable
+        return batch if self._cuda else _to_batch(batch), extra, unreadable
 
     def __enter__(self) -> Prefetcher:
         return self
@@ -121,20 +119,46 @@ class Prefetcher:
             end = error
         self._ready.put(end)
 
-    def _prepare(self, loaded: Loaded, position: int) -> tuple[Batch, Any, list[str], torch.cuda.Event | None]:
+    def _prepare(self, loaded: Loaded, position: int) -> tuple[Batch | Loaded, Any, list[str], torch.cuda.Event | None]:
         with torch.cuda.stream(self._stream) if self._cuda else contextlib.nullcontext():
-            images = loaded.images.to(self.device, non_blocking=True)
-            batch = Batch(images, loaded.labels.to(self.device, non_blocking=True))
             # On a CPU the consumer does it: a parallel operation in this thread would bring up a second team of OpenMP
             # threads, whose busy waiting takes the cores from the training.
-            batch = _to_float(batch) if self._cuda else batch
+            batch = _to_batch(_map(loaded, self._copy)) if self._cuda else loaded
             extra = None if self._extra is None else self._extra(position)
             return batch, extra, loaded.unreadable, self._stream.record_event() if self._cuda else None
 
+    def _copy(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
-def _to_float(batch: Batch) -> Batch:
-    """uint8 images -> float in [-1, 1]."""
-    return batch._replace(images=batch.images.float().div_(127.5).sub_(1))
+
+def cast(batch: Batch, dtype: torch.dtype, channels_last: bool = False) -> Batch:
+    """Floating tensors in ``dtype``; images in the channels-last format, if asked for."""
+    batch = _map(batch, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    if channels_last and batch.images is not None:
+        batch = batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last))
+    return batch
+
+
+def _to_batch(loaded: Loaded) -> Batch:
+    """uint8 images -> float in [-1, 1]; what is cached -> fp32."""
+    images = None if loaded.images is None else loaded.images.float().div_(127.5).sub_(1)
+    if loaded.cached is None:
+        return Batch(images, loaded.labels)
+    mean, std, features = _map(loaded.cached, Tensor.float)
+    return Batch(images, loaded.labels, Posterior.from_std(mean, std), features)
+
+
+def _map(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """A record with ``fn`` applied to every tensor in it."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, dict):
+        return {key: _map(item, fn) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return type(value)(*(_map(item, fn) for item in value))
+    if dataclasses.is_dataclass(value):
+        return type(value)(**{key: _map(item, fn) for key, item in vars(value).items()})
+    return value
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -37,7 +37,7 @@ def test_accumulation_equals_one_large_batch(accumulation):
         step = make_step(m, "repa", k)
         for s in range(3):
             batch, draws = toys.batch(s, size=8)
-            parts = zip(*(x.chunk(k) for x in batch)), zip(*(x.chunk(k) for x in draws))
+            parts = zip(*(x.chunk(k) for x in batch[:2])), zip(*(x.chunk(k) for x in draws))
             step(s, [(Batch(*b), Draws(*d)) for b, d in zip(*parts)])
         weights.append(torch.cat([p.detach().flatten() for p in step.groups["denoiser"].parameters]))
     assert torch.allclose(*weights, rtol=1e-10, atol=1e-12)

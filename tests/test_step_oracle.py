@@ -269,7 +269,7 @@ class Oracle:
         return {k.removeprefix("projector."): v for k, v in self.sit.items() if k.startswith("projector.")}
 
     def step(self, batch, draws, targets):
-        x, labels = batch
+        x, labels = batch.images, batch.labels
         t, noise, seen = draws.time, draws.noise, {}
         t_map = t[:, None, None, None]
 

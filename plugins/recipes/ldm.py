@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from components.contracts import Batch, Modules, Update
 from components.draws import Draws
-from components.objectives import denoising, drop_labels
+from components.objectives import denoising, drop_labels, frozen_posterior
 from components.registry import recipes
 
 
@@ -16,11 +14,10 @@ class Ldm:
 
     uses = frozenset({"tokenizer", "denoiser", "latent_norm"})
     trains = {"denoiser": ("denoiser",)}
+    cached_latents = True
 
     def step(self, m: Modules, batch: Batch, draws: Draws, update: Update, step: int) -> None:
-        x, labels = batch
         t = m.flow.times(draws.time)
-        with torch.no_grad():
-            z = m.tokenizer.encode(x).sample(draws.posterior)
+        z = frozen_posterior(m, batch).sample(draws.posterior)
         path = m.flow.at(m.latent_norm(z), t, draws.noise)
-        update("denoiser", denoising(m, path, t, drop_labels(m, labels, draws.label)))
+        update("denoiser", denoising(m, path, t, drop_labels(m, batch.labels, draws.label)))

@@ -21,7 +21,7 @@ class NaiveEndToEnd:
     }
 
     def step(self, m: Modules, batch: Batch, draws: Draws, update: Update, step: int) -> None:
-        x, labels = batch
+        x, labels = batch.images, batch.labels
         t = m.flow.times(draws.time)
         labels = drop_labels(m, labels, draws.label)
 

@@ -35,8 +35,8 @@ class RepaE:
     }
 
     def step(self, m: Modules, batch: Batch, draws: Draws, update: Update, step: int) -> None:
-        x, labels = batch
-        targets = encode_targets(m, x)
+        x, labels = batch.images, batch.labels
+        targets = encode_targets(m, batch)
         t = m.flow.times(draws.time)
 
         posterior = m.tokenizer.encode(x)
