@@ -149,6 +149,13 @@ class FlowTable(Table):
     """Distribution of the training times."""
 
 
+class LatentCacheTable(Table):
+    path: str = ""
+    """Folder made by `encode`: train on its latents; empty: encode the images of every batch."""
+    features: bool = True
+    """Take the encoders' features from the cache where it has them; false: from the images."""
+
+
 class LatentNormTable(Table):
     momentum: Fraction = 0.1
     """Weight of a batch in the running statistics."""
@@ -232,6 +239,7 @@ class Config(Table):
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
     guard: GuardTable = GuardTable()
     flow: FlowTable = FlowTable()
+    latent_cache: LatentCacheTable = LatentCacheTable()
     latent_norm: LatentNormTable = LatentNormTable()
     optimizer: Optimizer = Optimizer()
     ema: Ema = Ema()
