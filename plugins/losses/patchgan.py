@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.batch_norm import SyncBatchNorm2d, batch_mean
+from components.layouts import files
 from components.precision import at_least_fp32, no_autocast
 from components.registry import losses
-from components.weights import load_strict, read_state
+from components.weights import load_strict
 
 
 class PatchDiscriminator(nn.Module):
@@ -71,7 +72,8 @@ class PatchGAN(nn.Module):
         lecam_decay: decay per step of the averaged logits that LeCam compares with.
         channels: channels of the discriminator's first convolution.
         layers: stride-2 convolutions of the discriminator; images need 3 * 2**layers px per side.
-        checkpoint: file with the discriminator's weights to start from; none: random.
+        checkpoint: weights to start from: a discriminator's own file, or one of REPA-E, CompVis or ours that holds
+            one, or hf://organisation/name/file[@revision]; none: random.
 
     Raises:
         ValueError: fewer than one layer.
@@ -108,14 +110,16 @@ class PatchGAN(nn.Module):
         self.ema_fake.zero_()
 
     def load_weights(self) -> None:
-        """Reads ``checkpoint``, if given: a state dict with the published keys ``main.0.weight``, ...
+        """Reads the network's weights from ``checkpoint``, if given; LeCam's averages start anew.
 
         Raises:
             WeightsError: the file is missing or does not fit.
         """
         if self.checkpoint:
             what = "loss patchgan"
-            load_strict(self.network, read_state(self.checkpoint, what), what, self.checkpoint)
+            file = files.read(self.checkpoint, what, part="discriminator")
+            state = files.discriminator_state(file, self.network.state_dict().keys(), what)
+            load_strict(self.network, state, what, self.checkpoint)
 
     def units(self) -> Sequence[nn.Module]:
         """The discriminator, which is called as a whole."""

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.contracts import Posterior
+from components.layouts import files
 from components.precision import at_least_fp32
 from components.registry import tokenizers
-from components.weights import load_strict, read_state
+from components.weights import load_strict
 
 # (latent channels, multipliers, levels with attention)
 PRESETS = {
@@ -37,7 +38,8 @@ class AutoencoderKL(nn.Module):
         mid_attention: attention between the two innermost residual blocks.
         norm_groups: groups of every group norm.
         quant_conv: 1 x 1 convolutions around the latent; SD3 and FLUX have none.
-        checkpoint: .safetensors or .pt file to start from; none: random weights.
+        checkpoint: weights to start from: a file of CompVis, SD, REPA-E, diffusers or ours, a diffusers folder, or
+            hf://organisation/name/file[@revision]; none: random weights.
         trainable: false freezes the tokenizer; recipes that train it refuse that.
 
     Raises:
@@ -70,6 +72,17 @@ class AutoencoderKL(nn.Module):
         self.checkpoint = checkpoint
         self.trainable = trainable
         _check(channels, multipliers, attention_levels, res_blocks, norm_groups)
+        # Every number that the weights depend on, for layouts that carry them.
+        self.architecture = {
+            "latent_channels": self.channels,
+            "channels": channels,
+            "multipliers": list(multipliers),
+            "attention_levels": sorted(set(attention_levels)),
+            "res_blocks": res_blocks,
+            "mid_attention": mid_attention,
+            "norm_groups": norm_groups,
+            "quant_conv": quant_conv,
+        }
         widths = [channels * m for m in multipliers]
         self.encoder = Encoder(widths, attention_levels, res_blocks, mid_attention, norm_groups, 2 * self.channels)
         self.decoder = Decoder(widths, attention_levels, res_blocks + 1, mid_attention, norm_groups, self.channels)
@@ -95,7 +108,9 @@ class AutoencoderKL(nn.Module):
         """
         if self.checkpoint:
             what = "[tokenizer] autoencoder_kl"
-            load_strict(self, read_state(self.checkpoint, what), what, self.checkpoint)
+            file = files.read(self.checkpoint, what)
+            state = files.tokenizer_state(file, self.state_dict().keys(), self.architecture, what)
+            load_strict(self, state, what, self.checkpoint)
 
     def init_weights(self) -> None:
         """PyTorch's default initialisation, as the CompVis code leaves it."""

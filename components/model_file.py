@@ -1,0 +1,101 @@
+"""Our own files of a trained model: a folder with its config and one safetensors file per module.
+
+``config.toml`` is the run's resolved config; ``tokenizer.safetensors``, ``denoiser.safetensors``,
+``latent_norm.safetensors`` and, where they are wanted, ``heads.safetensors`` and ``discriminator.safetensors`` hold
+the modules' own state dicts. Each file stands alone: its metadata carry the config, too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from components.manifest import sync_folder
+from components.weights import WeightsError
+
+FORMAT = "titanrepa-1"
+CONFIG = "config.toml"
+PARTS = ("tokenizer", "denoiser", "latent_norm", "heads", "discriminator")
+
+
+def write_model(
+    folder: Path, states: Mapping[str, dict[str, Tensor]], config_toml: str, step: int, weights: str
+) -> list[Path]:
+    """Writes a model folder and returns its files; a kill leaves no ``config.toml``, so no half a model.
+
+    Args:
+        folder: made if need be; another model in it is replaced, whole.
+        states: state dicts by part.
+        config_toml: the resolved config.
+        step: optimizer steps behind the weights.
+        weights: "ema" or "online".
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)
+    for part in PARTS:
+        if part not in states:
+            (folder / f"{part}.safetensors").unlink(missing_ok=True)
+    files = [folder / f"{part}.safetensors" for part in states]
+    for file, (part, state) in zip(files, states.items()):
+        write_part(file, part, state, config_toml, step, weights)
+    partial = folder / f"{CONFIG}.partial"
+    partial.write_text(config_toml, encoding="utf-8")
+    replace(partial, folder / CONFIG)
+    return [*files, folder / CONFIG]
+
+
+def write_part(path: Path, part: str, state: dict[str, Tensor], config_toml: str, step: int, weights: str) -> None:
+    """Writes one module's state dict, whole or not at all.
+
+    Args:
+        path: the file; an existing one is replaced.
+        part: the module's name, as ``Modules.named`` has it.
+        state: tensors of any device and memory format; kept in their dtype.
+        config_toml: the resolved config.
+        step: optimizer steps behind the weights.
+        weights: "ema" or "online".
+    """
+    from safetensors.torch import save_file
+
+    about = {"format": FORMAT, "part": part, "config": config_toml, "step": str(step), "weights": weights}
+    partial = path.with_name(f"{path.name}.partial")
+    # Cloned: safetensors refuses tensors that share memory.
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    save_file(tensors, partial, metadata=about)
+    replace(partial, path)
+
+
+def read_part(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """State dict and metadata ("part", "config", "step", "weights") of one file.
+
+    Raises:
+        WeightsError: it is missing, damaged, or not one of ours.
+    """
+    from safetensors import safe_open
+
+    if not Path(path).is_file():
+        raise WeightsError(f"'{path}' does not exist; expected a file of a model folder, as tokenizer.safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except Exception as error:
+        reason = str(error).split("\n", 1)[0]
+        raise WeightsError(f"'{path}' is damaged or no safetensors file ({type(error).__name__}: {reason})") from error
+    if about.get("format") != FORMAT:
+        raise WeightsError(
+            f"'{path}' states format {about.get('format')!r}, expected '{FORMAT}': it was not made by export or "
+            "import; make a model folder of it with python -m trainer import"
+        )
+    return state, about
+
+
+def replace(partial: Path, path: Path) -> None:
+    """Gives a file that was written aside its name, once its content is on the disk."""
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
