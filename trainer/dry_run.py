@@ -18,7 +18,7 @@ from components.parallel import World
 from trainer import assemble
 from trainer.assemble import Parts
 from trainer.config import Config
-from trainer.prepare import Preparation, mesh_shape
+from trainer.prepare import Preparation, image_format, mesh_shape
 from trainer.step import Step
 
 PARAMETERS = "parameters that learn"
@@ -83,7 +83,7 @@ def dry_run(config: Config, world_size: int, local_size: int, bf16: bool) -> Cos
             count = min(config.training.accumulation, 2)
             step = Step(
                 parts.recipe, parts.modules, groups, ema=assemble.make_ema(config, parts), accumulation=count,
-                autocast_dtype=dtype, device=world.device,
+                autocast_dtype=dtype, device=world.device, **image_format(config),
             )  # fmt: skip
             trained = {member for group in groups.values() for member in group.modules}
             tracker.hold(FROZEN, held_tensors(m for name, m in named.items() if name not in trained))
@@ -143,12 +143,11 @@ def micro_batches(
     """
     t = config.training
     size = t.batch_size // (world.size * t.accumulation)
-    dtype = torch.float64 if t.precision == "fp64" else torch.float32
     where = {"device": world.device}
     for index in range(count):
         if tracker is not None:
             tracker.repeats = t.accumulation - count + 1 if index == 0 else 1
-        images = torch.rand(size, 3, t.resolution, t.resolution, dtype=dtype, **where)
+        images = torch.rand(size, 3, t.resolution, t.resolution, **where)
         draws = Draws(
             torch.randn(size, *latent, **where), torch.randn(size, *latent, **where), torch.rand(size, **where),
             torch.rand(size, **where),

@@ -8,8 +8,6 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from components.checkpoint import (
     CheckpointManager,
     load_module_state,
@@ -27,7 +25,7 @@ from trainer import alarms
 from trainer.assemble import build, check, make_ema, parameter_groups
 from trainer.config import Config, flatten
 from trainer.latents import prepare_latent_norm
-from trainer.prepare import autocast_dtype
+from trainer.prepare import autocast_dtype, image_format
 from trainer.process import StopSignals, garbage_collected
 from trainer.report import Reporter
 from trainer.saving import Saves
@@ -65,6 +63,7 @@ class Trainer:
             accumulation=config.training.accumulation,
             autocast_dtype=autocast_dtype(config, self.device),
             device=self.device,
+            **image_format(config),
         )
         self.unreadable = UnreadableCounter(config.loader.max_unreadable)
         self.checkpoints = CheckpointManager(
@@ -245,10 +244,6 @@ class Trainer:
         for _ in range(self.config.training.accumulation):
             batch, draws, unreadable = next(batches)
             self.unreadable.update(len(batch.labels), unreadable)
-            if self.config.training.precision == "fp64":
-                batch = batch._replace(images=batch.images.double())
-            if self.config.training.channels_last:
-                batch = batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last))
             yield batch, draws
 
     def _roll_back(self, alarm: Alarm) -> None:

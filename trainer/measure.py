@@ -15,7 +15,7 @@ from trainer.assemble import build, check, make_ema, parameter_groups
 from trainer.commands.train import set_backends
 from trainer.config import Config, ConfigError
 from trainer.dry_run import micro_batches
-from trainer.prepare import autocast_dtype
+from trainer.prepare import autocast_dtype, image_format
 from trainer.step import Step
 
 STEPS = 2  # optimizer states exist from the second on
@@ -50,6 +50,7 @@ def measure_peak(config: Config, world: World) -> tuple[float, bool]:
     step = Step(
         parts.recipe, parts.modules, parameter_groups(config, parts), ema=make_ema(config, parts),
         accumulation=config.training.accumulation, autocast_dtype=dtype, device=world.device,
+        **image_format(config),
     )  # fmt: skip
     for _ in range(STEPS):
         step(config.training.steps - 1, micro_batches(config, parts.latent, world, config.training.accumulation))

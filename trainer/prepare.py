@@ -51,6 +51,13 @@ def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if config.training.precision == "bf16" and device.type == "cuda" else None
 
 
+def image_format(config: Config) -> dict[str, Any]:
+    """How a training step takes its images: ``image_dtype`` and ``memory_format`` of :class:`trainer.step.Step`."""
+    layout = torch.channels_last if config.training.channels_last else torch.contiguous_format
+    dtype = torch.float64 if config.training.precision == "fp64" else torch.float32
+    return {"image_dtype": dtype, "memory_format": layout}
+
+
 @contextlib.contextmanager
 def seeded(seed: int, place: str) -> Iterator[None]:
     """Each part's initial weights depend on the seed and its own place only, not on what was built before."""

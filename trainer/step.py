@@ -30,6 +30,8 @@ class Step:
         ema: averages to move after each applied step; none: no averages.
         accumulation: micro-batches per step.
         autocast_dtype: bf16 for mixed precision; none: the modules' own dtype.
+        image_dtype: of the images that the modules are given; none: as they come.
+        memory_format: of those images; convolutions follow it.
     """
 
     def __init__(
@@ -42,9 +44,12 @@ class Step:
         accumulation: int,
         autocast_dtype: torch.dtype | None,
         device: torch.device,
+        image_dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.preserve_format,
     ) -> None:
         self.recipe, self.modules, self.groups, self.ema = recipe, modules, groups, ema
         self.accumulation, self.autocast_dtype, self.device = accumulation, autocast_dtype, device
+        self.image_dtype, self.memory_format = image_dtype, memory_format
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
         # What forward passes change: batch-norm statistics and the like. Undone if the step is not applied.
         changing = [modules.tokenizer, modules.latent_norm, modules.discriminator]
@@ -63,6 +68,9 @@ class Step:
         before = [b.clone() for b in self._buffers]
         self._terms.clear()
         for batch, draws in micro_batches:
+            if batch.images is not None:
+                images = batch.images.to(dtype=self.image_dtype, memory_format=self.memory_format)
+                batch = batch._replace(images=images)
             with self._autocast():
                 self.recipe.step(self.modules, batch, draws, self._update, step)
         measured = self._means(stop)

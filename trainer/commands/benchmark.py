@@ -52,7 +52,7 @@ def measure(config: configs.Config, world, arguments: argparse.Namespace) -> dic
     import torch
 
     from trainer.assemble import build, make_ema, parameter_groups
-    from trainer.prepare import autocast_dtype
+    from trainer.prepare import autocast_dtype, image_format
     from trainer.step import Step
 
     device = world.device
@@ -68,6 +68,7 @@ def measure(config: configs.Config, world, arguments: argparse.Namespace) -> dic
         accumulation=config.training.accumulation,
         autocast_dtype=autocast_dtype(config, device),
         device=device,
+        **image_format(config),
     )
     with _micro_batches(config, parts, world, arguments.data) as micro_batches:
         clock = Clock(device)
@@ -163,13 +164,12 @@ def _micro_batches(config: configs.Config, parts, world, real: bool):
 
     t = config.training
     size = t.batch_size // (world.size * t.accumulation)
-    dtype = torch.float64 if t.precision == "fp64" else torch.float32
 
     def draws(position: int):
         return draw(t.seed, 0, range(size), size, parts.latent).to(world.device)
 
     if not real:
-        images = torch.rand(size, 3, t.resolution, t.resolution, device=world.device, dtype=dtype) * 2 - 1
+        images = torch.rand(size, 3, t.resolution, t.resolution, device=world.device) * 2 - 1
         labels = torch.arange(size, device=world.device) % parts.num_classes
         return contextlib.nullcontext(itertools.repeat((Batch(images, labels), draws(0))))
 
@@ -181,7 +181,7 @@ def _micro_batches(config: configs.Config, parts, world, real: bool):
             prefetch=config.loader.prefetch, pin_memory=world.device.type == "cuda", **options,
         )  # fmt: skip
         with Prefetcher(loader, world.device, extra=draws) as batches:
-            yield ((batch._replace(images=batch.images.to(dtype)), drawn) for batch, drawn, _ in batches)
+            yield ((batch, drawn) for batch, drawn, _ in batches)
 
     return loading()
 
