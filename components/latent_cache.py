@@ -29,8 +29,8 @@ labels                    (m,)          class, int64
 - ``features`` by label: ``fingerprint``, ``origin``, ``name`` and ``options`` of the encoder, ``shape`` [N, D];
 - ``statistics``: ``mean`` and ``std`` of z per channel, in float64, before rounding to ``dtype``, over all images and
   mirrored copies: std^2 = E[std^2] + Var[mean];
-- ``unreadable``: ``count`` and the first ``paths`` of images whose file could not be read; another one's latent (and
-  label) stands in their place;
+- ``unreadable``: [index, path] of each image whose file could not be read; another one's latent and label stand in
+  its place;
 - ``shards``: ``file``, ``size`` in bytes and ``crc32`` of each.
 
 While a cache is being made, ``progress/`` holds its settings and a record of every finished shard.
@@ -70,6 +70,7 @@ class LatentCache:
         index: what ``index.json`` says.
         latent: shape of one latent.
         flipped: whether mirrored copies are there.
+        replaced: indices of images that another one stands for.
 
     Raises:
         DataError: there is no complete cache, or a file of it is damaged; names the file.
@@ -83,6 +84,7 @@ class LatentCache:
         self.index = read_index(self.path)
         self.latent = LatentShape(*self.index["latent"])
         self.flipped: bool = self.index["flipped"]
+        self.replaced = {index for index, _ in self.index["unreadable"]}
         for shard in self.index["shards"]:
             check_size(self.path / shard["file"], shard["size"])
         self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
@@ -93,6 +95,10 @@ class LatentCache:
 
     def __len__(self) -> int:
         return self.index["count"]
+
+    @property
+    def num_classes(self) -> int:
+        return self.index["num_classes"]
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor]:

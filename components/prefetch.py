@@ -131,14 +131,6 @@ class Prefetcher:
         return tensor.to(self.device, non_blocking=True)
 
 
-def cast(batch: Batch, dtype: torch.dtype, channels_last: bool = False) -> Batch:
-    """Floating tensors in ``dtype``; images in the channels-last format, if asked for."""
-    batch = _map(batch, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
-    if channels_last and batch.images is not None:
-        batch = batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last))
-    return batch
-
-
 def _to_batch(loaded: Loaded) -> Batch:
     """uint8 images -> float in [-1, 1]; what is cached -> fp32."""
     images = None if loaded.images is None else loaded.images.float().div_(127.5).sub_(1)

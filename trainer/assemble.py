@@ -19,6 +19,7 @@ from components.flow import Flow
 from components.latent_norm import LatentNorm
 from components.optimizer import ParameterGroup, Schedule
 from components.parallel import World
+from trainer import cached
 from trainer.config import Config, ConfigError, PluginTable
 from trainer.prepare import Preparation, averaged, construct, mesh_shape
 
@@ -30,10 +31,11 @@ class Parts:
     Attributes:
         recipe: the algorithm.
         modules: what it works on; only what it uses is built.
-        dataset: none if it was not asked for.
+        dataset: what training reads: images, or cached latents; none if it was not asked for.
         latent: shape of one latent.
         unused: tables of the config that the recipe does not use.
         averages: copies of modules to average into, by name; sharded like the modules.
+        images: the dataset itself; none where training reads cached latents and the images are not there.
     """
 
     recipe: Recipe
@@ -43,6 +45,7 @@ class Parts:
     latent: LatentShape
     unused: list[str] = field(default_factory=list)
     averages: dict[str, nn.Module] = field(default_factory=dict)
+    images: Dataset | None = None
 
 
 def check(config: Config, world_size: int, local_size: int = 1) -> Parts:
@@ -64,6 +67,7 @@ def check(config: Config, world_size: int, local_size: int = 1) -> Parts:
     mesh_shape(config, world_size, local_size)
     with torch.device("meta"):
         parts = build_parts(config, dataset=None, prepare=lambda place, name, module: None)
+    cached.check_recipe(config, parts.recipe)
     denoiser = parts.modules.denoiser
     if denoiser is not None and not denoiser.label_dropout and config.sampling.guidance > 1:
         raise ConfigError(
@@ -87,12 +91,17 @@ def build(config: Config, world: World, files: bool = True, backend: str = "indu
     recipe = make_plugin("recipe", "recipe", config.recipe)
     prepare = Preparation(config, trained_modules(recipe), world, files, backend)
     missing = prepare.missing
-    dataset = None
+    dataset = cache = None
+    try:
+        cache = cached.open_cache(config) if files else None
+    except DataError as error:
+        missing.append(f"latent_cache.path: {error}")
     try:
         if files:
             dataset = make_plugin("dataset", "dataset", config.dataset, config.training.resolution)
     except (DataError, OSError) as error:
-        missing.append(f"dataset: {error}")
+        if cache is None or cached.needs_images(config, recipe, cache):
+            missing.append(f"dataset: {error}")
     statistics = config.latent_norm.statistics
     if files and statistics and not Path(statistics).is_file():
         missing.append(
@@ -100,10 +109,13 @@ def build(config: Config, world: World, files: bool = True, backend: str = "indu
             'set it to "" to measure the statistics before the first step'
         )
     # Frozen and pretrained parts first: a missing file shows before the large denoiser is made.
-    parts = build_parts(config, dataset, prepare, stop=lambda: bool(missing))
+    parts = build_parts(config, cache if dataset is None else dataset, prepare, stop=lambda: bool(missing))
     if missing:
         raise ConfigError("this run needs files that are not there:\n" + "\n".join(f"- {m}" for m in missing))
     parts.averages = prepare.copies
+    parts.images = dataset
+    if cache is not None:
+        parts.dataset = cached.dataset_on_cache(config, parts, cache)
     return parts
 
 
@@ -193,18 +205,18 @@ def build_parts(
         if name and isinstance(loss, nn.Module):
             prepare(f"losses.{label}", name, loss)
     num_classes = _num_classes(config, dataset, needed="denoiser" in uses)
-    if "denoiser" in uses:
+    if uses & {"denoiser", "encoders"}:
         if config.denoiser is None:
             raise ConfigError(f"recipe.name = '{config.recipe.name}' needs a [denoiser] table with a name")
         # On the meta device first: the encoders need its grid, and their files may be missing.
         with torch.device("meta"):
-            grid = make_plugin("denoiser", "denoiser", config.denoiser, latent, num_classes).grid
+            grid = make_plugin("denoiser", "denoiser", config.denoiser, latent, num_classes or 1).grid
         if "encoders" in uses:
             for label, table in config.encoders.items():
                 m.encoders[label] = make(f"encoders.{label}", "encoder", table, resolution, grid)
             if not m.encoders:
                 raise ConfigError(f"recipe.name = '{config.recipe.name}' needs an [encoders.NAME] table, as dinov2")
-        if not stop():
+        if "denoiser" in uses and not stop():
             m.denoiser = make("denoiser", "denoiser", config.denoiser, latent, num_classes)
             norm = config.latent_norm
             m.latent_norm = construct(

@@ -1,4 +1,4 @@
-"""Where the latent norm's first statistics come from: a file, or the first training images."""
+"""Where the latent norm's first statistics come from: a file, a latent cache, or the first training images."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from components.cached_dataset import CachedDataset
 from components.contracts import Modules
 from components.data import make_loader
 from components.draws import draw
@@ -74,7 +75,12 @@ def prepare_latent_norm(config: Config, parts: Parts, world: World) -> None:
     if parts.modules.latent_norm is None:
         return
     path = config.latent_norm.statistics
-    mean, std = read_statistics(path) if path else measure_statistics(config, parts, world)
+    if path:
+        mean, std = read_statistics(path)
+    elif isinstance(parts.dataset, CachedDataset):
+        mean, std = parts.dataset.cache.statistics
+    else:
+        mean, std = measure_statistics(config, parts, world)
     try:
         parts.modules.latent_norm.set_statistics(mean, std)
     except ValueError as error:

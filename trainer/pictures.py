@@ -57,9 +57,9 @@ def reconstruct(parts: Parts, ema: Ema | None, images: Tensor) -> Tensor:
 
 
 def fixed_images(parts: Parts, device: torch.device) -> Tensor:
-    """The dataset's first images, (B, 3, R, R) in [-1, 1]."""
-    count = min(MAX_RECONSTRUCTIONS, len(parts.dataset))
-    images = torch.stack([parts.dataset[i].image for i in range(count)])
+    """The dataset's first images, (B, 3, R, R) in [-1, 1]; ``parts.images`` must be there."""
+    count = min(MAX_RECONSTRUCTIONS, len(parts.images))
+    images = torch.stack([parts.images[i].image for i in range(count)])
     return images.to(device).float().div_(127.5).sub_(1)
 
 

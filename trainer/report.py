@@ -132,17 +132,19 @@ class Reporter:
 
     def draw(self, step: int, parts: Parts, ema: Ema | None) -> None:
         """Grids of reconstructions and samples, and how many samples the dataset's own judge recognises."""
-        originals = pictures.fixed_images(parts, self.world.device)
-        rebuilt = pictures.reconstruct(parts, ema, originals)
-        panels = {"reconstructions": pictures.side_by_side(originals, rebuilt)}
+        panels = {}
+        if parts.images is not None:  # on cached latents they need not be there
+            originals = pictures.fixed_images(parts, self.world.device)
+            rebuilt = pictures.reconstruct(parts, ema, originals)
+            panels["reconstructions"] = pictures.side_by_side(originals, rebuilt)
         images = labels = None
         if parts.modules.denoiser is not None:
             images, labels = pictures.sample_images(self.config, parts, ema, self.world, self.config.sampling.images)
             panels["samples"] = pictures.grid(images)
         if self.writer is None:
             return
-        if images is not None and hasattr(parts.dataset, "judge"):
-            right = (parts.dataset.judge(images.cpu()) == labels.cpu()).float().mean().item()
+        if images is not None and hasattr(parts.images, "judge"):
+            right = (parts.images.judge(images.cpu()) == labels.cpu()).float().mean().item()
             self.writer.add_scalar("samples/judged_right", right, step)
             logger.info(f"step {step}: the judge recognises {right:.0%} of {len(images)} samples")
         for name, picture in panels.items():

@@ -1,0 +1,193 @@
+"""What a run and a latent cache must agree on, and the dataset of a run that trains on a cache."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+
+from components import registry
+from components.cached_dataset import CachedDataset, CachedEncoder
+from components.contracts import Dataset, Recipe
+from components.fingerprint import fingerprint
+from components.latent_cache import LatentCache
+from trainer.config import Config, ConfigError, PluginTable
+
+if TYPE_CHECKING:
+    from trainer.assemble import Parts
+
+PROBES, PROBE_SIDE = 4, 8  # images that recognise a dataset, and the side of their small copies in pixels
+TOLERANCE = 3  # of 255, between decoders
+
+
+def check_recipe(config: Config, recipe: Recipe) -> None:
+    """ConfigError if there is a cache and the recipe cannot train on one."""
+    if config.latent_cache.path and not getattr(recipe, "cached_latents", False):
+        why = "trains the tokenizer" if "tokenizer" in recipe.uses & set().union(*recipe.trains.values()) else (
+            "does not say cached_latents = True"
+        )  # fmt: skip
+        raise ConfigError(
+            f"latent_cache.path = '{config.latent_cache.path}': the recipe '{config.recipe.name}' {why}, so it needs "
+            f'the images; set latent_cache.path = "", or choose a recipe that trains on cached latents: {_able()}'
+        )
+
+
+def open_cache(config: Config) -> LatentCache | None:
+    """The cache of a run; none if it trains on images. DataError if it is not complete or damaged."""
+    return LatentCache(config.latent_cache.path) if config.latent_cache.path else None
+
+
+def features(config: Config, recipe: Recipe, cache: LatentCache) -> list[str]:
+    """Labels of the encoders whose features come from the cache."""
+    wanted = config.encoders if "encoders" in recipe.uses and config.latent_cache.features else ()
+    return [label for label in wanted if label in cache.index["features"]]
+
+
+def needs_images(config: Config, recipe: Recipe, cache: LatentCache) -> bool:
+    """Whether some encoder looks at the images beside the cache."""
+    return "encoders" in recipe.uses and len(features(config, recipe, cache)) < len(config.encoders)
+
+
+def dataset_on_cache(config: Config, parts: Parts, cache: LatentCache) -> CachedDataset:
+    """What the run trains on. Encoders whose features are cached leave ``parts``, and the device.
+
+    Args:
+        parts: built, with their weights; ``parts.images`` is the image dataset, where it is there.
+
+    Raises:
+        ConfigError: the cache does not belong to this run; says all that differs, and what to do.
+    """
+    m, images = parts.modules, parts.images
+    index, labels = cache.index, features(config, parts.recipe, cache)
+    problems = _dataset_problems(config, index, images)
+    here = fingerprint(m.tokenizer)
+    if here != index["tokenizer"]["fingerprint"]:
+        problems.append(
+            f"it was made by another tokenizer:\n"
+            f"    the cache's:  {_short(index['tokenizer']['fingerprint'])}, {index['tokenizer']['origin']}\n"
+            f"    this run's:   {_short(here)}, {origin(config.tokenizer)}\n"
+            "  Set [tokenizer] checkpoint to the weights that made it, or encode the dataset with this run's tokenizer"
+        )
+    elif tuple(parts.latent) != cache.latent:
+        problems.append(f"its latents are {_times(cache.latent)}, this run's {_times(parts.latent)}")
+    flip = _flip(config, index, images)
+    if flip and not cache.flipped:
+        problems.append(
+            "the dataset allows mirroring, but the cache holds no mirrored copies; encode it again with --flip, or "
+            "train without: set [dataset] flip = false"
+        )
+    for label in labels:
+        problems += _encoder_problems(config, label, index["features"][label], parts)
+    if problems:
+        raise ConfigError(
+            f"latent_cache.path = '{config.latent_cache.path}' does not fit this run:\n"
+            + "\n".join(f"- {problem}" for problem in problems)
+            + "\nA cache is made by: python -m trainer encode CONFIG --out FOLDER"
+        )
+    for label in labels:
+        m.encoders[label] = CachedEncoder(m.encoders[label].embed_dim)
+    read = images if needs_images(config, parts.recipe, cache) else None
+    return CachedDataset(cache, read, flip=flip, features=labels)
+
+
+def describe(kind: str, table: PluginTable) -> dict[str, Any]:
+    """A plugin's name and options as JSON, defaults filled in, without files and without ``flip``.
+
+    A file may lie elsewhere on another machine; fingerprints and probes tell whether its content is the same.
+    """
+    known = registry.KINDS[kind].get(table.name).options
+    options = {name: table.options.get(name, option.default) for name, option in known.items()}
+    kept = {k: v for k, v in options.items() if not k.endswith(("checkpoint", "path")) and k != "flip"}
+    return json.loads(json.dumps({"name": table.name, "options": kept}))
+
+
+def origin(table: PluginTable) -> str:
+    """Where a part's weights come from, for people."""
+    checkpoint = table.options.get("checkpoint")
+    return f"{table.name} with {f'the weights of {checkpoint}' if checkpoint else 'no checkpoint'}"
+
+
+def probes(dataset: Dataset) -> list[dict[str, Any]]:
+    """Small copies of some images, spread over the dataset; unreadable ones are left out."""
+    found = []
+    for index in sorted({(len(dataset) - 1) * i // (PROBES - 1) for i in range(PROBES)}):
+        sample = dataset[index]
+        if sample.unreadable is None:
+            small = F.adaptive_avg_pool2d(sample.image.float(), PROBE_SIDE).round().int()
+            found.append({"index": index, "label": sample.label, "pixels": small.flatten().tolist()})
+    return found
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """Keys that differ between two JSON values, as "dtype: fp16 -> bf16"; long values are not shown."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [d for k in {**old, **new} for d in differences(old.get(k), new.get(k), f"{key}.{k}".lstrip("."))]
+    if old == new:
+        return []
+    shown = [json.dumps(value) for value in (old, new)]
+    return [key if max(map(len, shown)) > 200 else f"{key}: {shown[0]} -> {shown[1]}"]
+
+
+def _dataset_problems(config: Config, index: dict[str, Any], images: Dataset | None) -> list[str]:
+    there = index["dataset"]
+    here = describe("dataset", config.dataset) | {"resolution": config.training.resolution}
+    problems = [
+        f"it is of another dataset (cache -> this run): {difference}"
+        for difference in differences({key: there[key] for key in here}, here)
+    ]
+    if images is None or problems:
+        return problems
+    if len(images) != index["count"]:
+        problems.append(f"it holds {index['count']} images, the dataset has {len(images)}")
+    elif list(images.class_names) != index["class_names"]:
+        problems.append("its class names are not those of the dataset")
+    elif not _recognised(there["probes"], images):
+        problems.append("its images are not those of the dataset: some looked at differ")
+    return problems
+
+
+def _recognised(recorded: list[dict[str, Any]], images: Dataset) -> bool:
+    seen = {probe["index"]: probe for probe in probes(images)}
+    for probe in recorded:
+        other = seen.get(probe["index"])
+        if other is None:  # unreadable now
+            continue
+        apart = max(abs(a - b) for a, b in zip(probe["pixels"], other["pixels"]))
+        if apart > TOLERANCE or probe["label"] != other["label"]:
+            return False
+    return True
+
+
+def _flip(config: Config, index: dict[str, Any], images: Dataset | None) -> bool:
+    if images is not None:
+        return images.flip
+    option = registry.datasets.get(config.dataset.name).options.get("flip")
+    return index["dataset"]["flip"] if option is None else config.dataset.options.get("flip", option.default)
+
+
+def _encoder_problems(config: Config, label: str, there: dict[str, Any], parts: Parts) -> list[str]:
+    encoder, table = parts.modules.encoders[label], config.encoders[label]
+    here = describe("encoder", table) | {"shape": [parts.modules.denoiser.grid**2, encoder.embed_dim]}
+    found = differences({key: there[key] for key in here}, here)
+    if not found:
+        mine = fingerprint(encoder)
+        if mine == there["fingerprint"]:
+            return []
+        found = [f"weights {_short(there['fingerprint'])} ({there['origin']}) -> {_short(mine)} ({origin(table)})"]
+    return [
+        f"its features '{label}' are of another encoder (cache -> this run): {'; '.join(found)}\n"
+        "  Encode again with --features, or set latent_cache.features = false to look at the images"
+    ]
+
+
+def _able() -> str:
+    return ", ".join(p.name for p in registry.recipes if getattr(p.cls, "cached_latents", False))
+
+
+def _short(digest: str) -> str:
+    return f"sha256 {digest[:12]}"
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(str(n) for n in shape)
