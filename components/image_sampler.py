@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -28,7 +28,7 @@ class SamplingPlan:
 
     method: Literal["euler", "heun", "sde"] = "euler"
     steps: int = 50
-    guidance: Guidance = Guidance()
+    guidance: Guidance = field(default_factory=Guidance)
     seed: int = 0
 
 

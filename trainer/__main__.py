@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("train", "check", "plugins", "benchmark")
+COMMANDS = ("train", "sample", "check", "plugins", "benchmark")
 
 
 def main(argv: list[str] | None = None) -> int:

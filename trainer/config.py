@@ -85,6 +85,7 @@ def validate(data: dict[str, Any], source: str) -> Config:
     folder = Path(source).parent
     config.plugins = [_find(p, folder) if p.endswith(".py") else p for p in config.plugins]
     config.latent_norm.statistics = _find(config.latent_norm.statistics, folder)
+    config.latent_cache.path = _find(config.latent_cache.path, folder)
     for _, _, table in plugin_tables(config):
         for key, value in table.options.items():
             if isinstance(value, str) and key.endswith(("checkpoint", "path")):
@@ -104,6 +105,14 @@ def validate(data: dict[str, Any], source: str) -> Config:
     if problems:
         raise ConfigError("\n".join(f"{source}: {p}" for p in problems))
     return config
+
+
+def check_table(model: type[BaseModel], values: dict[str, Any], prefix: str) -> Any:
+    """A table of the config from values given elsewhere; ConfigError names them with ``prefix``."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(prefix + p.replace("_", "-") for p in _problems(error, model))) from None
 
 
 def _find(name: str, folder: Path) -> str:

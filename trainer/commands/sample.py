@@ -1,0 +1,222 @@
+"""python -m trainer sample: images from a trained model."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer import config as configs
+
+if TYPE_CHECKING:
+    import torch
+
+    from components.image_sampler import ImageSampler, SamplingPlan
+    from components.parallel import World
+    from trainer.samples import SampleFolder
+    from trainer.source import Source
+
+SUMMARY = "sample images from a run, a checkpoint or an exported model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="run folder (outputs/NAME), a checkpoint in it, or a model folder")
+    parser.add_argument("--num-samples", type=int, default=64, help="images (default: 64)")
+    parser.add_argument("--out", help="folder for the images (default: samples/... in the source)")
+    add_model_arguments(parser)
+    parser.add_argument("--method", choices=("euler", "heun", "sde"), help="integrator (default: the run's sampling)")
+    parser.add_argument("--steps", type=int, help="steps of the integrator (default: the run's)")
+    parser.add_argument("--guidance", type=float, help="guidance scale, 1 for none (default: the run's)")
+    parser.add_argument("--guidance-low", type=float, help="earliest time with guidance; t = 0 is data")
+    parser.add_argument("--guidance-high", type=float, help="latest time with guidance; t = 1 is noise")
+    parser.add_argument("--guide", metavar="SOURCE", help="autoguidance: a weaker checkpoint to guide away from")
+    parser.add_argument("--labels", default="balanced", help="balanced (all classes in turn), random, or 0,3,7")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise; image i depends on it and on i (default: 0)")
+    parser.add_argument("--batch-size", type=int, help="images at once on each GPU (default: 64)")
+    parser.add_argument("--no-npz", action="store_true", help="leave out samples.npz, the ADM suite's format")
+    parser.epilog = (
+        "Writes PNG files, grid.png, samples.npz (arr_0: uint8, N x R x R x 3) and samples.json. The same command\n"
+        "goes on where it was interrupted; a larger --num-samples adds to what is there.\n"
+        "Several GPUs: torchrun --nproc-per-node=8 -m trainer sample ...\n"
+        "Any key of the run's config can be overridden: --section.key=value"
+    )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that opens a trained model."""
+    parser.add_argument("--weights", choices=("ema", "online"), default="ema", help="averaged (default) or raw weights")
+    parser.add_argument("--step", type=int, help="checkpoint of a run folder (default: the newest)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp64"), default="fp32", help="default: fp32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    for name in ("num_samples", "batch_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise configs.ConfigError(f"--{name.replace('_', '-')}={value}: expected at least 1")
+    from components import parallel
+
+    world = parallel.join_world()
+    try:
+        with parallel.lost_rank_named(lambda: "while sampling"):
+            return sample(arguments, overrides, world)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on with what is missing", file=sys.stderr)
+        return 130
+    finally:
+        parallel.leave_world()
+
+
+def sample(arguments: argparse.Namespace, overrides: list[str], world: World) -> int:
+    from components.checkpoint_ranks import Ranks
+    from trainer.commands.train import set_backends
+    from trainer.samples import SampleFolder, parse_labels
+    from trainer.source import open_source
+
+    options = {"weights": arguments.weights, "overrides": overrides, "compiled": arguments.compile}
+    source = open_source(arguments.source, world, step=arguments.step, **options)
+    guide = None
+    if arguments.guide:
+        guide = open_source(arguments.guide, world, **options)
+    set_backends(source.config)
+    plan = make_plan(arguments, source.config)
+    kind = parse_labels(arguments.labels, source.parts.num_classes)
+    sampler = make_sampler(source, guide, plan, arguments.precision)
+
+    default = (source.run or Path(arguments.source).expanduser()) / "samples" / folder_name(arguments, source, plan)
+    folder = SampleFolder(arguments.out or default)
+    ranks = Ranks(None)
+    before = ranks.first(folder.settings)
+    batch_size = arguments.batch_size or (before or {}).get("batch_size") or min(64, arguments.num_samples)
+    about = {"num_samples": arguments.num_samples, "batch_size": batch_size}
+    ranks.first(lambda: folder.begin(describe(arguments, source, guide, plan, kind) | about))
+    missing = ranks.first(lambda: folder.missing(arguments.num_samples))
+    draw(arguments, folder, sampler, missing, batch_size, kind, source.parts.num_classes, world)
+    ranks.first(lambda: None)  # everybody's files are there
+
+    if world.is_main:
+        written = [folder.write_grid(arguments.num_samples)]
+        if not arguments.no_npz:
+            written.append(folder.write_archive(arguments.num_samples, source.config.training.resolution))
+        print(
+            f"Done: {arguments.num_samples} images from {source.label} in {folder.path}/, "
+            f"{' and '.join(p.name for p in written)} beside them.\n"
+            f"Measure them: python -m trainer evaluate {folder.path} --reference=FOLDER_OR_NPZ"
+        )
+    ranks.first(lambda: None)
+    return 0
+
+
+def draw(
+    arguments: argparse.Namespace,
+    folder: SampleFolder,
+    sampler: ImageSampler,
+    missing: set[int],
+    batch_size: int,
+    kind: list[int] | str,
+    num_classes: int,
+    world: World,
+) -> None:
+    """Fills what is missing. A batch is always the same images, whoever draws it: so are its numbers."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+    from tqdm import tqdm
+
+    from components.image_sampler import to_uint8
+    from trainer.samples import labels_of
+
+    batches = sorted({i // batch_size for i in missing})
+    bar = tqdm(total=len(missing), unit="image", disable=None if world.is_main else True, dynamic_ncols=True)
+    with bar, ThreadPoolExecutor(4) as pool:
+        writes = []
+        for turn, first in enumerate(batches[world.rank :: world.size]):
+            ids = range(first * batch_size, (first + 1) * batch_size)
+            labels = torch.tensor(labels_of(ids, kind, num_classes, arguments.seed), device=world.device)
+            with autocast(arguments.precision, world.device):
+                images = to_uint8(sampler(ids, labels)).cpu()
+            for write in writes:  # of the batch before: errors show, and the queue stays short
+                write.result()
+            writes = [pool.submit(folder.write, i, image) for i, image in zip(ids, images) if i in missing]
+            done = batches[: (turn + 1) * world.size]
+            bar.update(sum(1 for i in missing if i // batch_size in set(done)) - bar.n)
+        for write in writes:
+            write.result()
+
+
+def make_plan(arguments: argparse.Namespace, config: configs.Config) -> SamplingPlan:
+    """The run's [sampling], with what the command line says instead."""
+    from components.image_sampler import SamplingPlan
+    from components.samplers import Guidance
+
+    table = config.sampling
+    given = {
+        name: value if (value := getattr(arguments, option)) is not None else getattr(table, name)
+        for name, option in (
+            ("method", "method"), ("steps", "steps"), ("guidance", "guidance"),
+            ("guidance_low", "guidance_low"), ("guidance_high", "guidance_high"),
+        )
+    }  # fmt: skip
+    checked = configs.check_table(type(table), table.model_dump() | given, "--")
+    guidance = Guidance(checked.guidance, checked.guidance_low, checked.guidance_high)
+    return SamplingPlan(checked.method, checked.steps, guidance, arguments.seed)
+
+
+def make_sampler(source: Source, guide: Source | None, plan: SamplingPlan, precision: str) -> ImageSampler:
+    from components.image_sampler import ImageSampler
+
+    m = source.parts.modules
+    if precision == "fp64":
+        for opened in filter(None, (source, guide)):
+            for module in opened.parts.modules.named().values():
+                module.double()
+    try:
+        other = guide.parts.modules.denoiser if guide else None
+        return ImageSampler(plan, m.denoiser, m.latent_norm, m.tokenizer, m.flow, source.parts.latent, other)
+    except ValueError as error:
+        raise configs.ConfigError(str(error)) from error
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    import torch
+
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def describe(
+    arguments: argparse.Namespace, source: Source, guide: Source | None, plan: SamplingPlan, kind: list[int] | str
+) -> dict[str, Any]:
+    """What decides the images, and where they come from."""
+    return {
+        "source": source.path,
+        "run": str(source.run.absolute()) if source.run else None,
+        "model": source.fingerprint,
+        "step": source.step,
+        "weights": source.weights,
+        "guide": guide.fingerprint if guide else None,
+        "method": plan.method,
+        "steps": plan.steps,
+        "guidance": [plan.guidance.scale, plan.guidance.low, plan.guidance.high],
+        "seed": plan.seed,
+        "labels": kind,
+        "num_classes": source.parts.num_classes,
+        "resolution": source.config.training.resolution,
+        "precision": arguments.precision,
+    }
+
+
+def folder_name(arguments: argparse.Namespace, source: Source, plan: SamplingPlan) -> str:
+    """A name that tells folders of other settings apart, and does not depend on the number of images."""
+    g = plan.guidance
+    words = [f"step{source.step}", source.weights, f"{plan.method}{plan.steps}"]
+    if g.scale > 1:
+        interval = "" if (g.low, g.high) == (0.0, 1.0) else f"_{g.low:g}-{g.high:g}"
+        words.append(f"{'guide' if arguments.guide else 'cfg'}{g.scale:g}{interval}")
+    if arguments.labels != "balanced":
+        words.append(f"labels-{arguments.labels}"[:40])
+    if arguments.precision != "fp32":
+        words.append(arguments.precision)
+    return "-".join([*words, f"seed{plan.seed}"])
