@@ -13,3 +13,15 @@ GPU_GIB = {
     "h200": 139.7,
     "b200": 178.3,
 }
+
+# Dense bf16 matrix products with fp32 accumulation, TFLOP/s, by the makers' data sheets.
+GPU_TFLOPS = {
+    "rtx3090": 71,
+    "rtx4090": 165,
+    "a100-40": 312,
+    "l40s": 362,
+    "a100-80": 312,
+    "h100": 989,
+    "h200": 989,
+    "b200": 2250,
+}

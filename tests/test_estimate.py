@@ -20,7 +20,7 @@ from tests import toys
 from trainer import assemble
 from trainer import config as configs
 from trainer.__main__ import main
-from trainer.commands.check import verdict
+from trainer.commands.check import gpu_hours, verdict
 from trainer.config import ConfigError
 from trainer.dry_run import AVERAGES, FROZEN, GATHERED, GRADIENTS, PARAMETERS, STATES, TEMPORARY, dry_run
 from trainer.prepare import Preparation
@@ -186,6 +186,13 @@ def test_says_whether_it_fits_and_what_would_help(toml):
     text = verdict(config, huge, "h100")
     assert text.startswith("does not fit h100 (79.1 GiB): needs 97.5 GiB")
     assert text.index('activation_checkpoint.denoiser = "full"') < text.index('parallel.strategy = "fsdp"')
+
+
+def test_gpu_hours_are_operations_over_what_the_gpu_computes(toml):
+    config = configs.load(toml, ["--training.steps=360_000"])
+    found = cost(toml, 1, 1)
+    found = type(found)(**(vars(found) | {"flops": 312 * 10**12}))  # 2 s a step at half of an A100's peak
+    assert "800 GPU-hours, 200 hours on 4, assuming 50% of 312" in gpu_hours(config, found, 4, "a100-80", 0.5)
 
 
 def test_prints_parts_memory_traffic_and_verdict(toml, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from components.hardware import GPU_GIB
+from components.hardware import GPU_GIB, GPU_TFLOPS
 from trainer import config as configs
 
 SUMMARY = "validate a config and estimate memory, communication and FLOPs on any number of GPUs, without GPUs or data"
@@ -23,7 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ranks (GPUs) that share the batch (default: 1)",
     )
     parser.add_argument("--gpus-per-node", type=int, default=8, help="of them on one machine (default: 8)")
-    parser.add_argument("--gpu", choices=sorted(GPU_GIB), help="say whether the run fits this GPU")
+    parser.add_argument("--gpu", choices=sorted(GPU_GIB), help="say whether the run fits this GPU, and its GPU-hours")
+    parser.add_argument(
+        "--utilization",
+        type=float,
+        default=0.4,
+        help="share of the GPU's peak bf16 operations that a step reaches, for the GPU-hours (default: 0.4)",
+    )
     parser.add_argument(
         "--measure",
         action="store_true",
@@ -42,6 +48,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     for name, value in (("--world-size", size), ("--gpus-per-node", arguments.gpus_per_node)):
         if value < 1:
             raise configs.ConfigError(f"{name} = {value}: expected at least 1")
+    if not 0 < arguments.utilization <= 1:
+        raise configs.ConfigError(f"--utilization = {arguments.utilization}: expected above 0, at most 1")
     local_size, bf16, measured = min(arguments.gpus_per_node, size), config.training.precision == "bf16", None
     if arguments.measure:
         from components import parallel
@@ -66,6 +74,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     print(report(config, cost, size, local_size, bf16))
     if arguments.gpu:
         print("\n" + verdict(config, cost, arguments.gpu))
+        print(gpu_hours(config, cost, size, arguments.gpu, arguments.utilization))
     if measured is not None:
         error = cost.total / measured - 1
         print(f"\nmeasured peak on this machine: {measured / GIB:.3f} GiB; the estimate is {error:+.1%} off")
@@ -108,6 +117,16 @@ def report(config: configs.Config, cost, size: int, local_size: int, bf16: bool)
         within, across = cost.traffic.within[name] / GIB, cost.traffic.across[name] / GIB
         lines.append(f"  {name:<30}{within:>18.3f}{across:>18.3f}")
     return "\n".join(lines if sent else lines[:-2])
+
+
+def gpu_hours(config: configs.Config, cost, size: int, gpu: str, utilization: float) -> str:
+    """What the whole run costs if its steps reach a share of the GPU's peak: an assumption, not a measurement."""
+    steps, peak = config.training.steps, GPU_TFLOPS[gpu] * 1e12
+    hours = steps * cost.flops / (peak * utilization) / 3600
+    return (
+        f"training.steps = {steps:,}: {hours * size:,.0f} GPU-hours, {hours:,.0f} hours on {size}, assuming "
+        f"{utilization:.0%} of {GPU_TFLOPS[gpu]:,} TFLOP/s (--utilization)"
+    )
 
 
 def verdict(config: configs.Config, cost, gpu: str) -> str:
