@@ -87,16 +87,21 @@ class TimmEncoder(nn.Module):
         Args:
             images: (B, 3, R, R) in [-1, 1].
         """
-        x = (at_least_fp32(images) + 1) / 2
-        if self.resize_first:
-            x = self._normalised(self._resized(x))
-        else:
-            x = self._resized(self._normalised(x))
-        x = x.to(self.model.patch_embed.proj.weight.dtype)
+        x = self._prepared(images)
         (tokens,) = self.model.forward_intermediates(
             x, indices=1, norm=self.final_norm, output_fmt="NLC", intermediates_only=True
         )
         return at_least_fp32(tokens)
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """One vector per image (B, D), fp32: the class token behind the final norm, or what timm's model pools to.
+
+        Args:
+            images: (B, 3, R, R) in [-1, 1].
+        """
+        tokens = self.model.forward_features(self._prepared(images))
+        return at_least_fp32(self.model.forward_head(tokens, pre_logits=True))
 
     def load_weights(self) -> None:
         """Reads ``checkpoint``, or else the pretrained weights, or else nothing; every key must fit.
@@ -112,6 +117,15 @@ class TimmEncoder(nn.Module):
             return
         path = self.checkpoint or self._hub_file()
         load_strict(self.model, self._converted(read_state(path, self._what)), self._what, path)
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1], as the transformer takes them."""
+        x = (at_least_fp32(images) + 1) / 2
+        if self.resize_first:
+            x = self._normalised(self._resized(x))
+        else:
+            x = self._resized(self._normalised(x))
+        return x.to(self.model.patch_embed.proj.weight.dtype)
 
     def _resized(self, x: Tensor) -> Tensor:
         if x.shape[-2:] == (self.side, self.side):

@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("train", "sample", "check", "plugins", "benchmark")
+COMMANDS = ("train", "sample", "evaluate", "check", "plugins", "benchmark")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,13 +42,23 @@ def user_errors() -> tuple[type[Exception], ...]:
     """Errors whose message says all that a user needs."""
     from components.checkpoint import CheckpointError
     from components.data import DataError
+    from components.evaluation import EvaluationError
     from components.parallel import ParallelError
     from components.registry import PluginError
     from components.weights import WeightsError
     from trainer.alarms import GuardStop
     from trainer.config import ConfigError
 
-    return (ConfigError, PluginError, WeightsError, DataError, CheckpointError, ParallelError, GuardStop)
+    return (
+        ConfigError,
+        PluginError,
+        WeightsError,
+        DataError,
+        EvaluationError,
+        CheckpointError,
+        ParallelError,
+        GuardStop,
+    )
 
 
 if __name__ == "__main__":

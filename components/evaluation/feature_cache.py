@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
+from components.evaluation import EvaluationError
+
 FOLDER = ".evaluation"
 
 
@@ -26,12 +28,21 @@ class FeatureCache:
     Args:
         place: folder in which the units' folder is made.
         settings: what the values depend on: images, network, unit size; anything that JSON takes.
+
+    Raises:
+        EvaluationError: the place cannot be written to.
     """
 
     def __init__(self, place: str | Path, settings: dict[str, Any]) -> None:
         text = json.dumps(settings, sort_keys=True)
         self.folder = Path(place) / FOLDER / hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EvaluationError(
+                f"cannot write to {place}, where an interrupted evaluation keeps its progress ({error.strerror}); "
+                "choose another folder with --output FOLDER/evaluation.json"
+            ) from error
 
     def has(self, unit: int) -> bool:
         """Whether the unit is there and whole; a damaged file is removed."""

@@ -48,6 +48,7 @@ class TinyViT(nn.Module):
     """
 
     embed_dim = WIDTH
+    native_grid = GRID
 
     def __init__(self, resolution: int, grid: int, *, checkpoint: str | None = None) -> None:
         super().__init__()

@@ -1,0 +1,238 @@
+"""python -m trainer evaluate: how good are samples, or a tokenizer's reconstructions?"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer import config as configs
+
+if TYPE_CHECKING:
+    from components.evaluation.feature_cache import FeatureCache
+    from components.parallel import World
+
+SUMMARY = "FID, sFID, Inception Score, precision, recall of samples; rFID, PSNR, SSIM, LPIPS of a tokenizer"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "samples",
+        metavar="SAMPLES|SOURCE",
+        help="folder of PNG or JPEG images (as sample writes), or an .npz with arr_0; with --reconstruction a run "
+        "folder, a checkpoint, a model folder or a TOML file",
+    )
+    parser.add_argument(
+        "--reference",
+        help="a folder of images; dataset (that of the samples' run, or of --config); an ADM reference batch or "
+        "statistics file (.npz)",
+    )
+    parser.add_argument("--reconstruction", action="store_true", help="measure the source's tokenizer on its dataset")
+    parser.add_argument(
+        "--metrics",
+        help="of Inception, with commas: fid,sfid,is,precision,recall; for --reconstruction rfid,psnr,ssim,lpips "
+        "(default: all; with --encoder those that need no Inception)",
+    )
+    parser.add_argument(
+        "--encoder",
+        action="append",
+        default=[],
+        metavar="NAME[:key=value,...]",
+        help="Frechet distance on a registered encoder, as dinov2:size=l; may be given several times",
+    )
+    parser.add_argument("--inception-weights", default="", metavar="FILE", help="in torch-fidelity's layout")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at once on each GPU (default: 64)")
+    parser.add_argument("--max-images", "--images", type=int, default=0, help="only the first so many (default: all)")
+    parser.add_argument("--reference-images", type=int, default=0, help="likewise of the reference's (default: all)")
+    parser.add_argument("--allow-singular", action="store_true", help="distances of fewer images than features, too")
+    parser.add_argument("--save-statistics", metavar="FILE", help="keep the reference's moments, for --reference")
+    parser.add_argument("--config", metavar="TOML|RUN", help="whose dataset --reference=dataset is")
+    parser.add_argument("--output", metavar="FILE", help="the results (default: evaluation.json beside the samples)")
+    parser.add_argument("--weights", choices=("ema", "online"), default="ema", help="for --reconstruction")
+    parser.add_argument("--step", type=int, help="checkpoint for --reconstruction (default: the newest)")
+    parser.epilog = (
+        "An interrupted evaluation goes on when the same command is given again.\n"
+        "Several GPUs: torchrun --nproc-per-node=8 -m trainer evaluate ...; the numbers stay the same.\n"
+        "Keys of the config can be overridden: --dataset.split=heldout\n"
+        "What is measured, and how: docs/evaluation.md"
+    )
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    for name, least in (("batch_size", 1), ("max_images", 0), ("reference_images", 0)):
+        if getattr(arguments, name) < least:
+            option = f"--{name.replace('_', '-')}"
+            raise configs.ConfigError(f"{option}={getattr(arguments, name)}: expected at least {least}")
+    if not arguments.reconstruction and not arguments.reference:
+        raise configs.ConfigError(
+            "--reference is missing: a folder of images, an .npz, or the word dataset (or --reconstruction for a "
+            "tokenizer, which needs none)"
+        )
+    from components import parallel
+
+    world = parallel.join_world()
+    try:
+        with parallel.lost_rank_named(lambda: "while evaluating"):
+            evaluate = _reconstruction if arguments.reconstruction else _samples
+            evaluate(arguments, overrides, world)
+        return 0
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on with what is missing", file=sys.stderr)
+        return 130
+    finally:
+        parallel.leave_world()
+
+
+def _samples(arguments: argparse.Namespace, overrides: list[str], world: World) -> None:
+    from components.evaluation.images import First
+    from components.evaluation.measures import INCEPTION
+    from trainer.evaluation import evaluate_samples
+    from trainer.measured import chosen_metrics, make_networks
+    from trainer.references import open_reference, open_samples
+
+    images, settings = open_samples(arguments.samples)
+    if arguments.max_images:
+        images = First(images, arguments.max_images)
+    config = _config(arguments, settings, overrides)
+    reference = open_reference(arguments.reference, config, arguments.reference_images)
+    metrics = chosen_metrics(_words(arguments.metrics), arguments.encoder, INCEPTION)
+    resolution = images[0].shape[-1]
+    networks = make_networks(metrics, arguments.encoder, arguments.inception_weights, resolution, world.device)
+    there = Path(arguments.samples).expanduser()
+    default = there / "evaluation.json" if there.is_dir() else there.with_suffix(".evaluation.json")
+    output = Path(arguments.output or default)
+    values, warnings, caches = evaluate_samples(
+        images,
+        reference,
+        networks,
+        output.parent,
+        batch_size=arguments.batch_size,
+        world=world,
+        allow_singular=arguments.allow_singular,
+        keep_statistics=arguments.save_statistics,
+    )
+    if reference.images is not None and (size := reference.images[0].shape[-1]) != resolution:
+        warnings.append(f"the reference has images of {size} pixels, the samples of {resolution}")
+    about = {
+        "samples": {"path": arguments.samples, "images": len(images), "settings": settings or None},
+        "reference": {
+            "path": arguments.reference,
+            "images": len(reference.images) if reference.images is not None else None,
+            "config": str(arguments.config or settings.get("run") or "") if arguments.reference == "dataset" else None,
+        },
+        "networks": {m.label or "inception": m.network.about for m in networks},
+        "batch_size": arguments.batch_size,
+    }
+    title = f"{arguments.samples}: {len(images)} images against {arguments.reference}"
+    run_folder = Path(settings["run"]) if settings.get("run") else None
+    _finish(title, output, values, warnings, about, caches, run_folder, there.name, settings.get("step", 0))
+
+
+def _reconstruction(arguments: argparse.Namespace, overrides: list[str], world: World) -> None:
+    from components.evaluation.images import First
+    from trainer.measured import Measured, chosen_metrics, make_networks
+    from trainer.reconstruction import METRICS, evaluate_reconstruction, make_lpips
+    from trainer.references import dataset_images
+    from trainer.source import open_source
+
+    for option in ("reference", "config", "save_statistics"):
+        if getattr(arguments, option):
+            raise configs.ConfigError(
+                f"--{option.replace('_', '-')} has no use with --reconstruction: the reference is the source's own "
+                "dataset (--dataset.KEY=VALUE changes it)"
+            )
+    metrics = chosen_metrics(_words(arguments.metrics), (), METRICS)
+    if arguments.metrics is None and arguments.encoder:
+        metrics = ("psnr", "ssim")  # what needs no files
+    source = open_source(
+        arguments.samples,
+        world,
+        weights=arguments.weights,
+        step=arguments.step,
+        overrides=overrides,
+        needs=("tokenizer",),
+    )
+    images = dataset_images(source.config)
+    if arguments.max_images:
+        images = First(images, arguments.max_images)
+    inception = ("fid",) if "rfid" in metrics else ()
+    networks: list[Measured] = make_networks(
+        inception, arguments.encoder, arguments.inception_weights, source.config.training.resolution, world.device
+    )
+    lpips = make_lpips(source.config, world.device) if "lpips" in metrics else None
+    there = Path(arguments.samples).expanduser()
+    folder = source.run or (there if there.is_dir() else Path(source.config.run.dir))
+    output = Path(arguments.output or folder / "reconstruction.json")
+    values, warnings, caches = evaluate_reconstruction(
+        source.parts.modules.tokenizer,
+        images,
+        metrics,
+        networks,
+        lpips,
+        output.parent,
+        batch_size=arguments.batch_size,
+        world=world,
+        allow_singular=arguments.allow_singular,
+    )
+    about = {
+        "source": {"path": arguments.samples, "step": source.step, "weights": source.weights},
+        "dataset": {**source.config.dataset.model_dump(), "images": len(images)},
+        "networks": {m.label or "inception": m.network.about for m in networks},
+        "batch_size": arguments.batch_size,
+    }
+    title = f"{source.label}: reconstructions of {len(images)} images of {images.name}"
+    _finish(title, output, values, warnings, about, caches, source.run, "reconstruction", source.step)
+
+
+def _finish(
+    title: str,
+    output: Path,
+    values: dict[str, float | None],
+    warnings: list[str],
+    about: dict[str, Any],
+    caches: list[FeatureCache],
+    run_folder: Path | None,
+    setting: str,
+    step: int,
+) -> None:
+    """Shows and writes the results, then removes what an interrupted evaluation would have needed."""
+    from components.checkpoint_ranks import Ranks
+    from trainer import evaluation_report as report
+
+    def write() -> None:
+        report.write_json(output, values, warnings, about)
+        lines = [title, report.table(values, warnings), f"written to {output}"]
+        if run_folder is not None and run_folder.is_dir():
+            lines.append(f"and to {report.write_curves(run_folder, setting, step, values)}")
+        for cache in caches:
+            cache.remove()
+        print("\n".join(lines), flush=True)
+
+    Ranks(None).first(write)
+
+
+def _config(arguments: argparse.Namespace, settings: dict[str, Any], overrides: list[str]) -> configs.Config | None:
+    """The config whose plugins and dataset are used; none where nothing names one."""
+    from components import registry
+
+    found = None
+    places = [arguments.config] if arguments.config else [settings.get("run"), settings.get("source")]
+    for place in filter(None, places):
+        there = Path(place).expanduser()
+        if there.suffix == ".toml":
+            found = configs.load(place, overrides)
+        elif (there / "config.toml").is_file():
+            found = configs.loads((there / "config.toml").read_text(), str(there / "config.toml"), overrides)
+        if found is not None:
+            return found
+    if arguments.config:
+        raise configs.ConfigError(f"--config={arguments.config}: neither a TOML file nor a run or model folder")
+    if overrides:
+        raise configs.ConfigError(f"'{overrides[0]}' is no option of evaluate, nor is there a config that it overrides")
+    registry.discover("plugins")
+    return None
+
+
+def _words(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]

@@ -1,0 +1,72 @@
+"""Where the numbers of an evaluation go: a table, JSON beside the images, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from components.evaluation import EvaluationError
+from trainer.samples import write_whole
+
+TITLES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "is": "Inception Score",
+    "precision": "precision",
+    "recall": "recall",
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "rfid": "rFID",
+}
+
+
+def table(values: dict[str, float | None], warnings: list[str]) -> str:
+    """Lines for a terminal; a value that a warning is about bears a star."""
+    width = max([len(_title(name)) for name in values] + [16])
+    lines = []
+    for name, value in values.items():
+        text = "-" if value is None else f"{value:.4f}"
+        lines.append(
+            f"  {_title(name):<{width}}  {text:>12}{' *' if any(w.startswith(f'{name}: ') for w in warnings) else ''}"
+        )
+    lines += [f"warning: {warning}" for warning in warnings]
+    return "\n".join(lines)
+
+
+def write_json(path: Path, values: dict[str, float | None], warnings: list[str], about: dict[str, Any]) -> None:
+    """One object: ``metrics``, ``warnings`` and where they come from; whole or not at all.
+
+    Raises:
+        EvaluationError: the folder cannot be written to.
+    """
+    metrics = {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
+    whole = {"metrics": metrics, "warnings": warnings, **about, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
+    try:
+        write_whole(path, json.dumps(whole, indent=1).encode())
+    except OSError as error:
+        raise EvaluationError(f"cannot write {path} ({error.strerror}); choose a file with --output") from error
+
+
+def write_curves(run: Path, setting: str, step: int, values: dict[str, float | None]) -> Path:
+    """Scalars ``evaluation/NAME`` at a step, below the run's TensorBoard folder; gives their folder.
+
+    They have a folder of their own, since TensorBoard follows only the newest file of each, which a training run may
+    be writing. Each setting of the sampler is a curve over the run's steps.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = run / "tensorboard" / ("evaluate-" + re.sub(r"^step\d+-", "", setting) if setting else "evaluate")
+    with SummaryWriter(folder) as writer:
+        for name, value in values.items():
+            if value is not None and math.isfinite(value):
+                writer.add_scalar(f"evaluation/{name}", value, step)
+    return folder
+
+
+def _title(name: str) -> str:
+    return TITLES.get(name, name)

@@ -1,0 +1,138 @@
+"""How well a tokenizer gives images back: PSNR, SSIM, LPIPS, rFID, and Frechet distances on encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components import registry
+from components.checkpoint_ranks import Ranks
+from components.evaluation.extract import extract
+from components.evaluation.feature_cache import FeatureCache
+from components.evaluation.images import Images
+from components.evaluation.measures import FRECHET, Summariser, compare
+from components.evaluation.reconstruction import psnr, ssim
+from components.fingerprint import fingerprint
+from components.image_sampler import to_uint8
+from components.parallel import World
+from trainer.assemble import make_plugin
+from trainer.config import Config
+from trainer.evaluation import check_counts
+from trainer.measured import Measured, network_warnings
+from trainer.references import Reference
+from trainer.schema import PluginTable
+
+METRICS = ("rfid", "psnr", "ssim", "lpips")
+
+
+def make_lpips(config: Config, device: torch.device) -> Any:
+    """The plugin lpips with the files that the config names, if it names any; images in the range it was made for.
+
+    Raises:
+        WeightsError: its weights are missing; says how to get them.
+    """
+    given = next((table.options for table in config.losses.values() if table.name == "lpips"), {})
+    known = registry.losses.get("lpips").options
+    files = {key: value for key, value in given.items() if key.endswith("checkpoint") and key in known}
+    loss = make_plugin("losses.lpips", "loss", PluginTable(name="lpips", input_range="unit", **files))
+    loss.load_weights()
+    return loss.to(device)
+
+
+def evaluate_reconstruction(
+    tokenizer: Any,
+    images: Images,
+    metrics: Sequence[str],
+    networks: Sequence[Measured],
+    lpips: Any,
+    place: Path,
+    *,
+    batch_size: int,
+    world: World,
+    allow_singular: bool = False,
+) -> tuple[dict[str, float | None], list[str], list[FeatureCache]]:
+    """Values, warnings, and the cache to remove at the end; reconstructions are decoded posterior means, in 8 bits.
+
+    Collective.
+
+    Args:
+        tokenizer: in its place, frozen.
+        images: originals, of the size that the tokenizer takes.
+        metrics: of :data:`METRICS`; rfid is measured by the network without label.
+        networks: what Frechet distances are measured on.
+        lpips: the loss, where it is wanted.
+        place: folder for what an interrupted evaluation keeps.
+        batch_size: images at once on each rank.
+        world: this process.
+        allow_singular: numbers for fewer images than features, with a warning.
+
+    Raises:
+        EvaluationError: too few images, or one that cannot be read.
+    """
+    check_counts(networks, len(images), Reference(images.name, images), allow_singular)
+    pixelwise = [name for name in ("psnr", "ssim", "lpips") if name in metrics]
+
+    def measure(x: Tensor) -> dict[str, Tensor]:
+        y = reconstruct(tokenizer, x)
+        values = {}
+        if "psnr" in pixelwise:
+            values["psnr"] = psnr(x, y)
+        if "ssim" in pixelwise:
+            values["ssim"] = ssim(x, y)
+        if "lpips" in pixelwise:
+            pair = (image.float() / 127.5 - 1 for image in (x, y))
+            values["lpips"] = lpips(*pair, None).double().expand(len(x))  # the batch's mean
+        for m in networks:
+            for side, batch in (("x", x), ("y", y)):
+                features = m.network(batch)
+                for name in m.metrics:
+                    values[f"{m.label}/{side}/{FRECHET[name]}"] = features[FRECHET[name]]
+        return values
+
+    settings = {
+        "reconstruction": fingerprint(tokenizer),
+        "images": images.identity,
+        "metrics": sorted(pixelwise),
+        "lpips": fingerprint(lpips) if lpips is not None else None,
+        "networks": [{k: v for k, v in m.network.about.items() if k != "file"} for m in networks],
+        "batch_size": batch_size,
+    }
+    cache = FeatureCache(place, Ranks(None).first(lambda: settings))
+    pairs = [
+        [Summariser(m.network, m.metrics, world.device, generated=False, main=world.is_main) for _ in "xy"]
+        for m in networks
+    ]
+    sums = dict.fromkeys(pixelwise, 0.0)
+    units = extract(
+        images, torch.no_grad()(measure), cache, batch_size=batch_size, device=world.device, title="reconstructions"
+    )
+    for values in units if world.is_main else ():
+        for name in sums:
+            sums[name] += float(values[name].sum())
+        for m, summarisers in zip(networks, pairs):
+            for side, summariser in zip("xy", summarisers):
+                prefix = f"{m.label}/{side}/"
+                summariser.add({k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)})
+    found: dict[str, float | None] = {}
+    warnings = network_warnings(networks)
+    for m, (x, y) in zip(networks, pairs):
+        names = ("the reconstructions", "the originals")
+        values, said = compare(
+            m.metrics, y.summary(), x.summary(), world.device, allow_singular=allow_singular, names=names
+        )
+        found |= {f"r{m.name(metric)}": value for metric, value in values.items()}
+        warnings += [f"r{m.name(metric)}: {text}" for metric, text in said]
+    found |= Ranks(None).first(lambda: {name: total / len(images) for name, total in sums.items()})
+    return found, warnings, [cache]
+
+
+@torch.no_grad()
+def reconstruct(tokenizer: Any, images: Tensor) -> Tensor:
+    """uint8 (B, 3, R, R) -> the decoded posterior mean, uint8 likewise."""
+    dtype = next(tokenizer.parameters()).dtype
+    x = (images.float() / 127.5 - 1).to(dtype)
+    return to_uint8(tokenizer.decode(tokenizer.encode(x).mean).float().clamp(-1, 1))
