@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from components.manifest import sync_folder
@@ -58,13 +60,31 @@ def write_part(path: Path, part: str, state: dict[str, Tensor], config_toml: str
         step: optimizer steps behind the weights.
         weights: "ema" or "online".
     """
+    about = {"format": FORMAT, "part": part, "config": config_toml, "step": str(step), "weights": weights}
+    save_tensors(path, state, about)
+
+
+def save_tensors(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
-    about = {"format": FORMAT, "part": part, "config": config_toml, "step": str(step), "weights": weights}
     partial = path.with_name(f"{path.name}.partial")
     # Cloned: safetensors refuses tensors that share memory.
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    save_file(tensors, partial, metadata=about)
+    save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, partial, metadata)
+    replace(partial, path)
+
+
+def save_tree(path: Path, tree: dict[str, Any]) -> None:
+    """Writes nested dicts of tensors and plain values with torch.save, whole or not at all."""
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: bare(inner) for key, inner in value.items()}
+        # torch.save writes all the memory that a view looks into.
+        return value.detach().cpu().contiguous().clone() if isinstance(value, Tensor) else value
+
+    partial = path.with_name(f"{path.name}.partial")
+    torch.save(bare(tree), partial)
     replace(partial, path)
 
 

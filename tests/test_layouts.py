@@ -211,5 +211,6 @@ def test_compact_loses_no_key():
 
 
 def test_left_out_names_groups():
-    keys = ["opt.state.0.exp_avg", "opt.state.0.step", "state_dict.loss.discriminator.main.0.weight", "steps"]
-    assert files.left_out(keys) == "opt.* (2 tensors), state_dict.loss.discriminator*, steps*"
+    keys = ["opt.state.0.exp_avg", "opt.state.0.step", "state_dict.loss.discriminator.main.0.weight", "ema_real", "vae"]
+    file = files.WeightsFile("x.pt", dict.fromkeys(keys, torch.zeros(1)), used={"vae"})
+    assert files.left_out(file) == "opt.* (2 tensors), state_dict.loss.discriminator.* (1 tensors), ema_real"

@@ -7,14 +7,17 @@ quant_conv (see ``plugins/tokenizers/autoencoder_kl.py`` for their meaning).
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from components.model_file import replace, save_tensors
 from components.weights import WeightsError
 
 # Ours, theirs, and what the place holds. "#": a number; "^": a level, which the decoder's blocks count from the other
@@ -109,6 +112,24 @@ def config(architecture: dict[str, Any], resolution: int, mean: Tensor | None, s
         found |= {"scaling_factor": variance.rsqrt().item(), "shift_factor": mean.mean().item()}
         found |= {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
     return found
+
+
+def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> list[Path]:
+    """Writes what ``diffusers.AutoencoderKL.from_pretrained`` loads, and returns the files.
+
+    Args:
+        folder: made if need be; an autoencoder in it is replaced.
+        state: a tokenizer's state dict under our names.
+        config: as :func:`config` makes it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    about, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
+    about.unlink(missing_ok=True)  # a kill leaves none, so no half an autoencoder
+    save_tensors(weights, to_diffusers(state), {"format": "pt"})
+    partial = folder / "config.json.partial"
+    partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    replace(partial, about)
+    return [about, weights]
 
 
 def architecture(config: dict[str, Any], source: str) -> dict[str, Any]:

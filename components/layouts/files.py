@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,14 @@ class WeightsFile:
         tensors: by dotted key; "vae.encoder.conv_in.weight" is ``vae["encoder.conv_in.weight"]`` of a checkpoint.
         values: everything else, by dotted key.
         config: config.json of a diffusers folder.
+        used: keys of the tensors that were taken.
     """
 
     source: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] | None = None
+    used: set[str] = field(default_factory=set)
 
 
 def read(path: str | Path, what: str, part: str = "tokenizer") -> WeightsFile:
@@ -95,6 +97,13 @@ def read(path: str | Path, what: str, part: str = "tokenizer") -> WeightsFile:
     return found
 
 
+def holds(file: WeightsFile, role: str, own: Collection[str]) -> bool:
+    """Whether a file has some tensor of a module; see :func:`take`."""
+    if role == "tokenizer" and diffusers_kl.is_diffusers(file.tensors):
+        return True
+    return any(prefix + key in file.tensors for prefix in PREFIXES[role] for key in own)
+
+
 def take(file: WeightsFile, role: str, own: Collection[str]) -> tuple[str, dict[str, Tensor]]:
     """A module's tensors, and the prefix under which they were.
 
@@ -103,16 +112,19 @@ def take(file: WeightsFile, role: str, own: Collection[str]) -> tuple[str, dict[
         own: keys that the module has; most of them decide among prefixes. With none found the file is taken as it is,
             so that a strict load can name what is there.
     """
-    prefixes = PREFIXES[role]
-    counts = [sum(prefix + key in file.tensors for key in own) for prefix in prefixes]
-    prefix = prefixes[counts.index(max(counts))] if max(counts) else ""
-    return prefix, {k.removeprefix(prefix): v for k, v in file.tensors.items() if k.startswith(prefix)}
+    counts = [sum(prefix + key in file.tensors for key in own) for prefix in PREFIXES[role]]
+    prefix = PREFIXES[role][counts.index(max(counts))] if max(counts) else ""
+    found = {key.removeprefix(prefix): value for key, value in file.tensors.items() if key.startswith(prefix)}
+    file.used |= {prefix + key for key in found}
+    return prefix, found
 
 
-def tokenizer_state(file: WeightsFile, own: Collection[str], architecture: dict[str, Any] | None, what: str) -> dict:
+def tokenizer_state(
+    file: WeightsFile, own: Collection[str], architecture: dict[str, Any] | None, what: str
+) -> dict[str, Tensor]:
     """A tokenizer's state dict from any layout: CompVis, REPA-E, diffusers, ours.
 
-    What is known to lie beside a tokenizer is left out, and named in a log line.
+    What is known to lie beside a tokenizer is left out.
 
     Args:
         own: the tokenizer's keys.
@@ -132,40 +144,29 @@ def tokenizer_state(file: WeightsFile, own: Collection[str], architecture: dict[
                 + "\n  ".join(options)
             )
     if diffusers_kl.is_diffusers(file.tensors):
+        file.used |= file.tensors.keys()
         return diffusers_kl.from_diffusers(file.tensors)
-    prefix, state = take(file, "tokenizer", own)
-    state = {key: value for key, value in state.items() if key in own or not key.startswith(BESIDE_TOKENIZER)}
-    note_left_out(file, [prefix + key for key in state], what)
-    return state
+    prefix, found = take(file, "tokenizer", own)
+    beside = {key for key in found if key not in own and key.startswith(BESIDE_TOKENIZER)}
+    file.used -= {prefix + key for key in beside}
+    return {key: value for key, value in found.items() if key not in beside}
 
 
-def discriminator_state(file: WeightsFile, own: Collection[str], what: str) -> dict[str, Tensor]:
-    """A discriminator's state dict from any layout: CompVis, REPA-E, its own file, ours.
-
-    Args:
-        own: the keys of the network (``main.0.weight``, ...), without the loss around it.
-        what: whose weights they are, for messages.
-    """
-    prefix, state = take(file, "discriminator", own)
-    note_left_out(file, [prefix + key for key in state], what)
-    return state
-
-
-def note_left_out(file: WeightsFile, used: Collection[str], what: str) -> None:
-    """One log line that names the tensors of a file that were not used, by the first segments of their keys."""
-    used = set(used)
-    if rest := left_out(key for key in file.tensors if key not in used):
+def note_left_out(file: WeightsFile, what: str) -> None:
+    """One log line that names the tensors of a file that were not taken."""
+    if rest := left_out(file):
         logger.info("%s: of '%s', left out: %s", what, file.source, rest)
 
 
-def left_out(keys: Iterable[str]) -> str:
-    """Keys as "opt.* (600 tensors), loss.discriminator.* (22 tensors), ...", in order."""
+def left_out(file: WeightsFile) -> str:
+    """What was not taken, as "opt.* (600 tensors), loss.discriminator.* (22 tensors), ...", in order."""
     groups: Counter[str] = Counter()
-    for key in keys:
-        segments = key.split(".")
-        depth = next((i for i, name in enumerate(segments) if name not in OUTER), 0)
-        groups[".".join(segments[: depth + 1])] += 1
-    return ", ".join(f"{name}.* ({n} tensors)" if n > 1 else f"{name}*" for name, n in groups.items())
+    for key in file.tensors:
+        if key not in file.used:
+            segments = key.split(".")
+            depth = next((i for i, name in enumerate(segments) if name not in OUTER), 0)
+            groups[".".join(segments[: depth + 1])] += 1
+    return ", ".join(name if name in file.tensors else f"{name}.* ({n} tensors)" for name, n in groups.items())
 
 
 def _flatten(tree: Mapping[Any, Any], prefix: str, found: WeightsFile) -> None:

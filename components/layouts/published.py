@@ -19,6 +19,7 @@ State = dict[str, Tensor]
 # Parts of a model that the published denoiser holds, by prefix.
 INSIDE = {"heads": "projectors.", "latent_norm": "bn."}
 NETWORK = "network."  # of our discriminator; its other tensors, averages for LeCam, have no place in the layout
+LABELS = "y_embedder.embedding_table.weight"
 # Options of the published command line that shapes do not show, and what they are called here.
 ARGUMENTS = {
     "resolution": "training.resolution",
@@ -65,6 +66,16 @@ def latents_stats(latent_norm: State) -> State:
     """The ``-latents-stats.pt`` of a latent norm: ``latents_scale`` = 1 / std and ``latents_bias``, (1, C, 1, 1)."""
     scale, bias = latent_norm["running_var"].rsqrt(), latent_norm["running_mean"]
     return {"latents_scale": scale.view(1, -1, 1, 1), "latents_bias": bias.view(1, -1, 1, 1)}
+
+
+def num_classes(tensors: Mapping[str, Tensor], label_dropout: float) -> int:
+    """Classes of a published denoiser by its table of label embeddings, under any prefix; 0 if there is none.
+
+    Args:
+        label_dropout: with a positive one the table's last row is the null label's.
+    """
+    table = next((value for key, value in tensors.items() if key.endswith(LABELS)), None)
+    return 0 if table is None else len(table) - (label_dropout > 0)
 
 
 def checkpoint(online: Mapping[str, State], ema: Mapping[str, State], step: int) -> dict[str, Any]:

@@ -118,8 +118,9 @@ class PatchGAN(nn.Module):
         if self.checkpoint:
             what = "loss patchgan"
             file = files.read(self.checkpoint, what, part="discriminator")
-            state = files.discriminator_state(file, self.network.state_dict().keys(), what)
+            _, state = files.take(file, "discriminator", self.network.state_dict().keys())
             load_strict(self.network, state, what, self.checkpoint)
+            files.note_left_out(file, what)
 
     def units(self) -> Sequence[nn.Module]:
         """The discriminator, which is called as a whole."""

@@ -111,6 +111,7 @@ class AutoencoderKL(nn.Module):
             file = files.read(self.checkpoint, what)
             state = files.tokenizer_state(file, self.state_dict().keys(), self.architecture, what)
             load_strict(self, state, what, self.checkpoint)
+            files.note_left_out(file, what)
 
     def init_weights(self) -> None:
         """PyTorch's default initialisation, as the CompVis code leaves it."""
