@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import keyword
 import sys
 
-COMMANDS = ("train", "sample", "evaluate", "check", "plugins", "benchmark")
+COMMANDS = ("train", "sample", "evaluate", "export", "import", "check", "plugins", "benchmark")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,7 +18,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        module = importlib.import_module(f"trainer.commands.{name}")
+        # "import" cannot be a module's name.
+        module = importlib.import_module(f"trainer.commands.{name}{'_' if keyword.iskeyword(name) else ''}")
         sub = commands.add_parser(
             name,
             help=module.SUMMARY,
