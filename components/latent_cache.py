@@ -19,7 +19,7 @@ features_flipped.LABEL    (m, N, D)     of the mirrored image, if ``flipped``, t
 labels                    (m,)          class, int64
 ========================  ============  ============================================================
 
-``index.json`` is one object; ``crc32`` covers the others (:func:`write_json`):
+``index.json`` is one object; ``own_crc32`` covers the others (:func:`write_json`):
 
 - ``format`` 1, ``count`` n, ``shard_size`` s, ``latent`` [C, h, w], ``dtype``, ``flipped``, and the networks'
   ``precision`` ("bf16": autocast);
@@ -31,7 +31,7 @@ labels                    (m,)          class, int64
   mirrored copies: std^2 = E[std^2] + Var[mean];
 - ``unreadable``: [index, path] of each image whose file could not be read; another one's latent and label stand in
   its place;
-- ``shards``: ``file``, ``size`` in bytes and ``crc32`` of each.
+- ``shards``: ``file``, ``size`` in bytes and ``crc32`` of each, and ``sums`` of mean, mean^2 and std^2 per channel.
 
 While a cache is being made, ``progress/`` holds its settings and a record of every finished shard.
 """
@@ -57,7 +57,8 @@ FORMAT = 1
 INDEX, STATISTICS, PROGRESS = "index.json", "latents-stats.safetensors", "progress"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FLIPPED = "_flipped"
-_CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
+OWN_CRC32 = "own_crc32"
+_CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 
 
 class LatentCache:
@@ -207,7 +208,8 @@ def open_shard(path: Path) -> Any:
         raise DataError(f"{path} is damaged: {error}; {REPAIR}") from error
 
 
-REPAIR = "run the same encode command again, which makes damaged files anew"
+REPAIR = "run the same encode command again, which makes damaged shards anew"
+REMAKE = "remove the folder and encode the dataset again"
 
 
 def check_size(path: Path, size: int) -> None:
@@ -243,7 +245,7 @@ def write_json(path: Path, fields: dict[str, Any]) -> None:
     """Writes fields and their CRC-32 whole or not at all; when it returns, the file is on the disk."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w") as file:
-        json.dump(fields | {"crc32": _crc32(fields)}, file, indent=1)
+        json.dump(fields | {OWN_CRC32: _crc32(fields)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -254,13 +256,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """The fields that :func:`write_json` wrote; DataError, naming the file, if it is damaged."""
     try:
         fields = json.loads(path.read_bytes())
-        crc32 = fields.pop("crc32")
+        crc32 = fields.pop(OWN_CRC32)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"{path} is damaged: not a complete JSON object; {REPAIR}") from error
+        raise DataError(f"{path} is damaged: not a complete JSON object; {REMAKE}") from error
     if crc32 != _crc32(fields):
-        raise DataError(f"{path} is damaged: its CRC-32 does not match its content; {REPAIR}")
+        raise DataError(f"{path} is damaged: its CRC-32 does not match its content; {REMAKE}")
     return fields
 
 

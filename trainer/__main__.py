@@ -7,7 +7,7 @@ import importlib
 import keyword
 import sys
 
-COMMANDS = ("train", "sample", "evaluate", "export", "import", "check", "plugins", "benchmark")
+COMMANDS = ("train", "sample", "evaluate", "encode", "export", "import", "check", "plugins", "benchmark")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -105,7 +105,7 @@ def describe(kind: str, table: PluginTable) -> dict[str, Any]:
 def origin(table: PluginTable) -> str:
     """Where a part's weights come from, for people."""
     checkpoint = table.options.get("checkpoint")
-    return f"{table.name} with {f'the weights of {checkpoint}' if checkpoint else 'no checkpoint'}"
+    return f"{table.name} ({f'weights of {checkpoint}' if checkpoint else 'no checkpoint given'})"
 
 
 def probes(dataset: Dataset) -> list[dict[str, Any]]:

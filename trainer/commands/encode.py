@@ -1,0 +1,104 @@
+"""python -m trainer encode: caches a dataset's latents, for training a denoiser on a frozen tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer import config as configs
+
+if TYPE_CHECKING:
+    from components.parallel import World
+
+SUMMARY = "cache a tokenizer's latents of a dataset, to train a denoiser on them"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        help="whose tokenizer: a run folder, a checkpoint in it, a model folder, or a TOML file that names one",
+    )
+    parser.add_argument(
+        "--out", help="folder of the cache (default: latents/ in the source, or in a TOML's run folder)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the tensors (default: fp16)"
+    )
+    parser.add_argument("--flip", action="store_true", help="mirrored copies, too: needed where the dataset flips")
+    parser.add_argument("--features", action="store_true", help="cache the tokens of the config's encoders, too")
+    parser.add_argument("--batch-size", type=int, default=32, help="images at once on each GPU (default: 32)")
+    parser.add_argument("--shard-size", type=int, default=4096, help="images in a file (default: 4096)")
+    parser.add_argument("--weights", choices=("ema", "online"), default="ema", help="averaged (default) or raw weights")
+    parser.add_argument("--step", type=int, help="checkpoint of a run folder (default: the newest)")
+    parser.epilog = (
+        "The dataset and the precision are the config's. Any of its keys can be overridden: --dataset.path=data/train\n"
+        "The same command goes on where it was interrupted; on a finished cache it checks every file, and makes\n"
+        "damaged ones anew. Several GPUs: torchrun --nproc-per-node=8 -m trainer encode ...\n"
+        "Then train: python -m trainer train CONFIG --latent_cache.path=OUT"
+    )
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    for name in ("batch_size", "shard_size"):
+        if getattr(arguments, name) < 1:
+            raise configs.ConfigError(f"--{name.replace('_', '-')}={getattr(arguments, name)}: expected at least 1")
+    from components import parallel
+
+    world = parallel.join_world()
+    try:
+        with parallel.lost_rank_named(lambda: "while encoding"):
+            encode(arguments, overrides, world)
+        return 0
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on with what is missing", file=sys.stderr)
+        return 130
+    finally:
+        parallel.leave_world()
+
+
+def encode(arguments: argparse.Namespace, overrides: list[str], world: World) -> None:
+    from tqdm import tqdm
+
+    from components.latent_cache import LatentCache
+    from trainer.commands.train import set_backends
+    from trainer.encoding import Encoding
+    from trainer.encoding_networks import Choices
+    from trainer.source import open_source
+
+    needs = ("tokenizer", "encoders") if arguments.features else ("tokenizer",)
+    source = open_source(
+        arguments.source, world, weights=arguments.weights, step=arguments.step, overrides=overrides, needs=needs,
+        dataset=True,
+    )  # fmt: skip
+    if arguments.features and not source.parts.modules.encoders:
+        raise configs.ConfigError(f"--features: {source.path} has no [encoders.NAME] table")
+    set_backends(source.config)
+    names = ("dtype", "flip", "features", "batch_size", "shard_size")
+    choices = Choices(**{name: getattr(arguments, name) for name in names})
+    out = Path(arguments.out) if arguments.out else default_folder(source)
+    encoding = Encoding(out, source, choices, world)
+    complete = not any(encoding.ranks.gather(encoding.missing()))
+
+    images = sum(len(encoding.rows(number)) for number in encoding.missing())
+    title = f"rank 0 of {world.size}" if world.size > 1 else None
+    bar = tqdm(total=images, unit="image", desc=title, disable=None if world.is_main else True, dynamic_ncols=True)
+    with bar:
+        encoding.run(bar.update)
+    if world.is_main:
+        cache = LatentCache(out)
+        size = sum(shard["size"] for shard in cache.index["shards"]) / 2**30
+        unreadable = cache.index["unreadable"]
+        print(
+            f"{'Already complete, and every file is sound' if complete else 'Done'}: {len(cache)} images"
+            f"{' and their mirrored copies' if cache.flipped else ''}, encoded by the tokenizer of {source.label} in {out}/ ({size:.2f} GiB).\n"
+            + (f"{len(unreadable)} were unreadable; another one stands for each.\n" if unreadable else "")
+            + f"Train on it: python -m trainer train CONFIG --latent_cache.path={out}"
+        )
+
+
+def default_folder(source) -> Path:
+    """latents/ beside what it is made from."""
+    path = Path(source.path).expanduser()
+    return (source.run or (Path(source.config.run.dir) if path.suffix == ".toml" else path)) / "latents"

@@ -1,0 +1,249 @@
+"""Makes a latent cache: shard by shard, shared among the ranks, resumable; see :mod:`components.latent_cache`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from components import manifest
+from components.checkpoint_ranks import Ranks
+from components.contracts import Dataset, Sample
+from components.data import DataError, UnreadableCounter, start_worker
+from components.draws import generator
+from components.latent_cache import (
+    INDEX,
+    PROGRESS,
+    STATISTICS,
+    ShardWriter,
+    read_index,
+    read_json,
+    shard_name,
+    write_json,
+)
+from components.parallel import World
+from trainer import cached
+from trainer.config import ConfigError
+from trainer.encoding_networks import Choices, Networks, settings
+from trainer.source import Source
+
+BEGUN = "settings.json"
+RECORDED = ("size", "crc32", "sums")  # of a shard, from its record to the index
+
+
+class Encoding:
+    """One cache on its way. Every rank makes one, and calls every method.
+
+    Args:
+        out: the cache's folder.
+        source: see :class:`trainer.encoding_networks.Networks`.
+        choices: see :class:`trainer.encoding_networks.Choices`.
+        world: this process.
+
+    Raises:
+        ConfigError: the folder holds something else, or a cache begun with other settings: says which.
+    """
+
+    def __init__(self, out: Path, source: Source, choices: Choices, world: World) -> None:
+        self.out, self.choices, self.world = out, choices, world
+        self.dataset: Dataset = source.parts.dataset
+        self.loader = source.config.loader
+        self.networks = Networks(source, choices, world)
+        self.settings = settings(source, choices, self.networks)
+        self.shards = -(-len(self.dataset) // choices.shard_size)
+        self.counter = UnreadableCounter(self.loader.max_unreadable)
+        self.ranks = Ranks(None)
+        self.ranks.first(self._begin)
+        damaged = [number for rank in self.ranks.gather(self.ranks.each(self._damaged)) for number in rank]
+        self.ranks.first(lambda: self._reopen(damaged))
+
+    def rows(self, number: int) -> range:
+        """Indices of the images of a shard."""
+        first = number * self.choices.shard_size
+        return range(first, min(first + self.choices.shard_size, len(self.dataset)))
+
+    def missing(self) -> list[int]:
+        """Shards of this rank that are not there yet."""
+        if (self.out / INDEX).is_file():
+            return []
+        return [n for n in self._mine() if not self._record(n).is_file()]
+
+    def run(self, progress: Callable[[int], Any] = lambda images: None) -> None:
+        """Makes the missing shards, then the index.
+
+        Args:
+            progress: told how many images were encoded just now.
+
+        Raises:
+            DataError: too many images are unreadable; latents are not finite.
+        """
+        missing = self.missing()
+        pieces = [rows for n in missing for rows in _pieces(self.rows(n), self.choices.batch_size)]
+        batches = iter(self._load(pieces))
+        for number in missing:
+            self._make(number, batches, progress)
+        self.ranks.gather(None)  # everybody's shards are there
+        self.ranks.first(self._finish)
+
+    def _make(self, number: int, batches: Iterator[Numbered], progress: Callable[[int], Any]) -> None:
+        rows = self.rows(number)
+        sums, unreadable = torch.zeros(3, self.networks.latent[0], dtype=torch.float64), []
+        with ShardWriter(self.out / shard_name(number), self.networks.tensors(len(rows))) as shard:
+            for piece in _pieces(rows, self.choices.batch_size):
+                batch = next(batches)
+                try:
+                    tensors, batch_sums = self.networks(batch.images)
+                except DataError as error:
+                    raise DataError(f"images {piece[0]} to {piece[-1]}: {error}") from error
+                for name, tensor in {**tensors, "labels": batch.labels}.items():
+                    shard.write(name, piece[0] - rows[0], tensor)
+                sums += batch_sums
+                unreadable += batch.unreadable
+                self.counter.update(len(piece), [path for _, path in batch.unreadable])
+                progress(len(piece))
+            written = shard.commit()
+        write_json(self._record(number), written | {"sums": sums.tolist(), "unreadable": unreadable})
+
+    def _load(self, pieces: list[list[int]]) -> DataLoader:
+        workers = self.loader.workers if pieces else 0
+        return DataLoader(
+            _NumberedImages(self.dataset),
+            batch_sampler=pieces,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=self.world.device.type == "cuda",
+            worker_init_fn=start_worker,
+            prefetch_factor=self.loader.prefetch if workers else None,
+            generator=generator("encode", "workers"),  # else their seeds are drawn from the global one
+        )
+
+    def _begin(self) -> None:
+        """Makes the folder, or checks that what is in it is this cache."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        begun = self.out / PROGRESS / BEGUN
+        if (self.out / INDEX).is_file():
+            old = {key: value for key, value in read_index(self.out).items() if key in self.settings}
+        elif begun.is_file():
+            old = read_json(begun)
+        else:
+            others = sorted(path.name for path in self.out.iterdir() if path.name != PROGRESS)
+            if others:
+                listed = ", ".join(others[:3])
+                raise ConfigError(f"--out {self.out}: the folder holds other things ({listed}); name a new one")
+            begun.parent.mkdir(exist_ok=True)
+            write_json(begun, self.settings)
+            return
+        found = cached.differences(_compared(old), _compared(self.settings))
+        # The same weights may lie in another place.
+        if any(".origin" not in line for line in found):
+            listed = "".join(f"\n  {line}" for line in found)
+            raise ConfigError(
+                f"--out {self.out}: a cache of other settings is there; what differs (there -> now):{listed}\n"
+                "Repeat the command that began it, name another folder, or remove this one"
+            )
+
+    def _damaged(self) -> list[int]:
+        """This rank's finished shards that are not as recorded. Cost: reads a complete cache whole."""
+        complete = (self.out / INDEX).is_file()
+        records = read_index(self.out)["shards"] if complete else None
+        return [n for n in self._mine() if not (self._sound(n, records[n]) if complete else self._as_recorded(n))]
+
+    def _sound(self, number: int, record: dict[str, Any]) -> bool:
+        found = manifest.checksum(self.out / shard_name(number), sync=False)
+        return not isinstance(found, str) and all(found[key] == record[key] for key in found)
+
+    def _as_recorded(self, number: int) -> bool:
+        if not self._record(number).is_file():
+            return True  # not finished
+        try:
+            return (self.out / shard_name(number)).stat().st_size == read_json(self._record(number))["size"]
+        except (OSError, DataError):
+            return False
+
+    def _reopen(self, damaged: Sequence[int]) -> None:
+        """Back to a cache in progress that lacks the damaged shards."""
+        for number in damaged:
+            self._record(number).unlink(missing_ok=True)
+        if damaged and (self.out / INDEX).is_file():
+            index = read_index(self.out)
+            (self.out / PROGRESS).mkdir(exist_ok=True)
+            write_json(self.out / PROGRESS / BEGUN, self.settings)
+            for number in set(range(self.shards)) - set(damaged):
+                record = {key: index["shards"][number][key] for key in RECORDED}
+                here = self.rows(number)
+                record["unreadable"] = [item for item in index["unreadable"] if item[0] in here]
+                write_json(self._record(number), record)
+            (self.out / INDEX).unlink()
+
+    def _finish(self) -> None:
+        """Statistics, then the index; the records of progress have done their duty."""
+        if (self.out / INDEX).is_file():
+            shutil.rmtree(self.out / PROGRESS, ignore_errors=True)
+            return
+        records = [read_json(self._record(number)) for number in range(self.shards)]
+        sums = torch.tensor([record["sums"] for record in records], dtype=torch.float64).sum(0)
+        per_channel = len(self.dataset) * (1 + self.choices.flip) * self.networks.latent[1] * self.networks.latent[2]
+        mean, mean_of_squares, variance = sums / per_channel
+        std = (variance + mean_of_squares - mean.square()).clamp_min(0).sqrt()
+        _write_statistics(self.out / STATISTICS, mean, std)
+        shards = [{"file": shard_name(n)} | {key: record[key] for key in RECORDED} for n, record in enumerate(records)]
+        index = self.settings | {
+            "statistics": {"mean": mean.tolist(), "std": std.tolist()},
+            "unreadable": [item for record in records for item in record["unreadable"]],
+            "shards": shards,
+        }
+        write_json(self.out / INDEX, index)
+        shutil.rmtree(self.out / PROGRESS)
+
+    def _record(self, number: int) -> Path:
+        return self.out / PROGRESS / f"{number:05d}.json"
+
+    def _mine(self) -> range:
+        return range(self.world.rank, self.shards, self.world.size)
+
+
+class Numbered(NamedTuple):
+    """A batch: uint8 ``images`` (b, 3, R, R), ``labels`` (b,), and [index, path] of unreadable ones."""
+
+    images: Tensor
+    labels: Tensor
+    unreadable: list[list]
+
+
+class _NumberedImages:
+    """A dataset whose items know their index."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> tuple[int, Sample]:
+        return index, Sample(*self.dataset[index])
+
+
+def _collate(items: Sequence[tuple[int, Sample]]) -> Numbered:
+    return Numbered(
+        torch.stack([sample.image for _, sample in items]),
+        torch.tensor([sample.label for _, sample in items], dtype=torch.int64),
+        [[index, sample.unreadable] for index, sample in items if sample.unreadable is not None],
+    )
+
+
+def _pieces(rows: range, size: int) -> list[list[int]]:
+    return [list(rows[first : first + size]) for first in range(0, len(rows), size)]
+
+
+def _compared(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without what another decoder may change in the last bit."""
+    return fields | {"dataset": {key: value for key, value in fields["dataset"].items() if key != "probes"}}
+
+
+def _write_statistics(path: Path, mean: Tensor, std: Tensor) -> None:
+    with ShardWriter(path, {"mean": (mean.dtype, mean.shape), "std": (std.dtype, std.shape)}) as file:
+        file.write("mean", 0, mean)
+        file.write("std", 0, std)
+        file.commit()

@@ -1,0 +1,138 @@
+"""From images to what a latent cache holds of them, and the settings that decide it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components.data import DataError
+from components.fingerprint import fingerprint
+from components.latent_cache import DTYPES, FLIPPED, FORMAT
+from components.parallel import World
+from trainer import cached
+from trainer.prepare import autocast_dtype
+from trainer.source import Source
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the user decides about a cache.
+
+    Attributes:
+        dtype: fp16, bf16 or fp32.
+        flip: mirrored copies, too.
+        features: the config's encoders, too.
+        batch_size: images at once on one rank; changes nothing but speed, memory and rounding.
+        shard_size: images of a shard.
+    """
+
+    dtype: str = "fp16"
+    flip: bool = False
+    features: bool = False
+    batch_size: int = 32
+    shard_size: int = 4096
+
+
+class Networks:
+    """The networks of a source, from images to the tensors of a shard.
+
+    Args:
+        source: with tokenizer, dataset, and encoders where features are wanted.
+        choices: see :class:`Choices`.
+        world: this process.
+    """
+
+    def __init__(self, source: Source, choices: Choices, world: World) -> None:
+        self.choices, self.device = choices, world.device
+        m, training = source.parts.modules, source.config.training
+        self.tokenizer = m.tokenizer
+        self.encoders: dict[str, Callable] = m.encoders if choices.features else {}
+        self.layout = torch.channels_last if training.channels_last else torch.contiguous_format
+        self.tokenizer.to(memory_format=self.layout)
+        self.autocast = autocast_dtype(source.config, world.device)
+        with self._computing():
+            x = torch.zeros(1, 3, training.resolution, training.resolution, device=world.device)
+            self.shapes = {label: tuple(encoder(x).shape[1:]) for label, encoder in self.encoders.items()}
+        self.latent = tuple(source.parts.latent)
+
+    def tensors(self, rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of everything in a shard of so many images."""
+        dtype, found = DTYPES[self.choices.dtype], {"labels": (torch.int64, (rows,))}
+        for suffix in self._suffixes():
+            for name in ("mean", "std"):
+                found[name + suffix] = (dtype, (rows, *self.latent))
+            for label, shape in self.shapes.items():
+                found[f"features{suffix}.{label}"] = (dtype, (rows, *shape))
+        return found
+
+    def __call__(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """uint8 images (b, 3, R, R) -> tensors of a shard by name, without labels; and sums of the latents.
+
+        The sums, (3, C) float64, are of mean, mean^2 and std^2 over images and positions.
+        """
+        found, sums = {}, torch.zeros(3, self.latent[0], dtype=torch.float64)
+        images = images.to(self.device, non_blocking=True)
+        with self._computing():
+            for suffix in self._suffixes():
+                x = (images.flip(-1) if suffix else images).float().div_(127.5).sub_(1)
+                x = x.contiguous(memory_format=self.layout)
+                posterior = self.tokenizer.encode(x)
+                mean, std = posterior.mean.float(), posterior.std.float()
+                wide = mean.double(), std.double()
+                sums += torch.stack([wide[0], wide[0].square(), wide[1].square()]).sum((1, 3, 4)).cpu()
+                found |= {f"mean{suffix}": mean, f"std{suffix}": std}
+                found |= {f"features{suffix}.{label}": encoder(x) for label, encoder in self.encoders.items()}
+        return {name: self._stored(name, value) for name, value in found.items()}, sums
+
+    def _stored(self, name: str, value: Tensor) -> Tensor:
+        stored = value.to(DTYPES[self.choices.dtype])
+        if not torch.isfinite(stored).all():
+            why = (
+                f"does not fit {self.choices.dtype}; encode with --dtype bf16 or fp32"
+                if torch.isfinite(value).all()
+                else "is not finite: these weights are broken, or --training.precision=fp32 is needed"
+            )
+            raise DataError(f"'{name}' {why}")
+        return stored.cpu()
+
+    def _suffixes(self) -> tuple[str, ...]:
+        return ("", FLIPPED) if self.choices.flip else ("",)
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        with torch.no_grad(), torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            yield
+
+
+def settings(source: Source, choices: Choices, networks: Networks) -> dict[str, Any]:
+    """The head of a cache's index: everything that decides its content."""
+    config, dataset = source.config, source.parts.dataset
+    named = {
+        label: cached.describe("encoder", config.encoders[label])
+        | {
+            "shape": list(shape),
+            "fingerprint": fingerprint(networks.encoders[label]),
+            "origin": cached.origin(config.encoders[label]),
+        }
+        for label, shape in networks.shapes.items()
+    }
+    about = {"resolution": config.training.resolution, "flip": dataset.flip, "probes": cached.probes(dataset)}
+    return {
+        "format": FORMAT,
+        "count": len(dataset),
+        "shard_size": choices.shard_size,
+        "latent": list(networks.latent),
+        "dtype": choices.dtype,
+        "flipped": choices.flip,
+        "precision": "bf16" if networks.autocast else "fp32",
+        "num_classes": dataset.num_classes,
+        "class_names": list(dataset.class_names),
+        "dataset": cached.describe("dataset", config.dataset) | about,
+        "tokenizer": {"fingerprint": fingerprint(source.parts.modules.tokenizer), "origin": source.label},
+        "features": named,
+    }
