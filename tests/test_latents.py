@@ -38,7 +38,8 @@ def test_published_and_plain_files_say_the_same(tmp_path):
     mean, std = torch.tensor([0.5, -1.0]), torch.tensor([2.0, 4.0])
     torch.save({"latents_bias": mean.view(1, 2, 1, 1), "latents_scale": 1 / std.view(1, 2, 1, 1)}, tmp_path / "a.pt")
     torch.save({"mean": mean, "std": std}, tmp_path / "b.pt")
-    for name in ("a.pt", "b.pt"):
+    torch.save({"running_mean": mean, "running_var": std.square()}, tmp_path / "c.pt")
+    for name in ("a.pt", "b.pt", "c.pt"):
         got = latents.read_statistics(str(tmp_path / name))
         assert torch.allclose(got[0], mean) and torch.allclose(got[1], std)
 

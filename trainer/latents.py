@@ -20,10 +20,11 @@ def read_statistics(path: str) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation per latent channel, (C,) each.
 
     Args:
-        path: tensors ``mean`` and ``std``, or ``latents_bias`` and ``latents_scale`` = 1 / std, as published.
+        path: tensors ``mean`` and ``std``, or ``latents_bias`` and ``latents_scale`` = 1 / std, as published, or
+            ``running_mean`` and ``running_var``, as export writes the latent norm of a joint run.
 
     Raises:
-        ConfigError: the file is missing or holds neither pair.
+        ConfigError: the file is missing or holds no such pair.
     """
     try:
         state = read_state(path, "latent_norm.statistics")
@@ -33,9 +34,11 @@ def read_statistics(path: str) -> tuple[Tensor, Tensor]:
         return state["latents_bias"].flatten(), 1.0 / state["latents_scale"].flatten()
     if {"mean", "std"} <= state.keys():
         return state["mean"].flatten(), state["std"].flatten()
+    if {"running_mean", "running_var"} <= state.keys():
+        return state["running_mean"].flatten(), state["running_var"].flatten().sqrt()
     raise ConfigError(
-        f"latent_norm.statistics = '{path}': expected tensors mean and std, or latents_bias and latents_scale; "
-        f"found {', '.join(sorted(state))}"
+        f"latent_norm.statistics = '{path}': expected tensors mean and std, latents_bias and latents_scale, or "
+        f"running_mean and running_var; found {', '.join(sorted(state))}"
     )
 
 
