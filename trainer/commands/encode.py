@@ -92,7 +92,8 @@ def encode(arguments: argparse.Namespace, overrides: list[str], world: World) ->
         unreadable = cache.index["unreadable"]
         print(
             f"{'Already complete, and every file is sound' if complete else 'Done'}: {len(cache)} images"
-            f"{' and their mirrored copies' if cache.flipped else ''}, encoded by the tokenizer of {source.label} in {out}/ ({size:.2f} GiB).\n"
+            f"{' and their mirrored copies' if cache.flipped else ''} in {out}/ ({size:.2f} GiB), by the tokenizer of "
+            f"{source.label}.\n"
             + (f"{len(unreadable)} were unreadable; another one stands for each.\n" if unreadable else "")
             + f"Train on it: python -m trainer train CONFIG --latent_cache.path={out}"
         )
