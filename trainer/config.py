@@ -86,6 +86,8 @@ def validate(data: dict[str, Any], source: str) -> Config:
     config.plugins = [_find(p, folder) if p.endswith(".py") else p for p in config.plugins]
     config.latent_norm.statistics = _find(config.latent_norm.statistics, folder)
     config.latent_cache.path = _find(config.latent_cache.path, folder)
+    config.evaluation.reference = _find(config.evaluation.reference, folder)
+    config.evaluation.inception_weights = _find(config.evaluation.inception_weights, folder)
     for _, _, table in plugin_tables(config):
         for key, value in table.options.items():
             if isinstance(value, str) and key.endswith(("checkpoint", "path")):

@@ -30,6 +30,7 @@ from trainer.process import StopSignals, garbage_collected
 from trainer.report import Reporter
 from trainer.saving import Saves
 from trainer.step import Step
+from trainer.training_evaluation import TrainingEvaluation
 
 logger = logging.getLogger("titanrepa")
 
@@ -49,6 +50,7 @@ class Trainer:
         self.config, self.world, self.device = config, world, world.device
         self.folder = Path(config.run.dir)
         check(config, world.size, world.local_size)
+        self.evaluation = TrainingEvaluation(config, world) if config.evaluation.every else None
         self.parts = build(config, world)
         # Who samples from the run later may not have the data.
         config.training.num_classes = self.parts.num_classes
@@ -146,6 +148,8 @@ class Trainer:
             total = self.config.training.steps
             self._log(f"already complete: step {self.step} of {total}; raise training.steps to go on")
             return True
+        if self.evaluation is not None:
+            self.evaluation.prepare(self.parts)
         reporter = Reporter(self.config, self.world, list(self.groups), self.step)
         self.watch.mark = reporter.mark
         garbage = garbage_collected(self.config.training.gc_every)
@@ -207,11 +211,14 @@ class Trainer:
         if last or (every and self.step % every == 0):
             with self.train_step.evaluating():
                 reporter.draw(self.step, self.parts, self.ema)
+        if self.evaluation is not None and (last or self.step % self.config.evaluation.every == 0):
+            with self.train_step.evaluating():
+                reporter.evaluated(self.step, *self.evaluation(self.parts, self.ema))
 
     def _due(self) -> bool:
         """Whether something that needs all records happens behind this step."""
         run, every = self.config.run, self.config.sampling.every
-        cadences = [run.log_every, run.checkpoint_every, every]
+        cadences = [run.log_every, run.checkpoint_every, every, self.config.evaluation.every]
         return self.step in (1, self.config.training.steps) or any(n and self.step % n == 0 for n in cadences)
 
     def _batches(self) -> Prefetcher:

@@ -120,8 +120,15 @@ def open_reference(path: str, config: Config | None, count: int) -> Reference:
     return Reference(path, First(images, count) if count else images)
 
 
-def dataset_images(config: Config) -> DatasetImages:
-    """The images of a config's dataset."""
-    dataset = make_plugin("dataset", "dataset", config.dataset, config.training.resolution)
+def dataset_images(config: Config, dataset: Any = None) -> DatasetImages:
+    """The images of a config's dataset.
+
+    Args:
+        config: names the dataset.
+        dataset: it, where it is there already: as in training, what stands for an unreadable file counts.
+    """
+    strict = dataset is None
+    if dataset is None:
+        dataset = make_plugin("dataset", "dataset", config.dataset, config.training.resolution)
     identity = f"{config.dataset.model_dump()} {config.training.resolution}"
-    return DatasetImages(dataset, f"dataset {config.dataset.name}", identity)
+    return DatasetImages(dataset, f"dataset {config.dataset.name}", identity, strict)

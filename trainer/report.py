@@ -151,6 +151,21 @@ class Reporter:
             self.writer.add_image(name, picture, step)
             pictures.save_png(picture, self.folder / "images" / f"{name}_{step:08d}.png")
 
+    def evaluated(self, step: int, values: dict[str, float | None], warnings: list[str]) -> None:
+        """Shows how samples compare with real images; None is a value that could not be had."""
+        if self.writer is None:
+            return
+        for warning in warnings:
+            logger.warning(f"step {step}: {warning}")
+        found = {f"evaluation/{name}": value for name, value in values.items() if value is not None}
+        for name, value in found.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **found}) + "\n")
+        shown = ", ".join(f"{name} -" if value is None else f"{name} {value:.3f}" for name, value in values.items())
+        logger.info(f"step {step}: {shown}")
+
 
 def _probe(device: torch.device) -> float:
     """Seconds of a fixed computation: what this rank's device is capable of right now. Some milliseconds."""

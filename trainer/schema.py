@@ -221,6 +221,27 @@ class Sampling(Table):
     """Latest time t with guidance, included (t = 1 is noise)."""
 
 
+class EvaluationTable(Table):
+    every: NotNegative = 0
+    """Steps between two evaluations of samples, made as [sampling] says from the averaged weights; 0: none."""
+    images: Positive = 10_000
+    """Samples of an evaluation, over all classes in turn; more than the features of each distance."""
+    batch_size: Positive = 64
+    """Samples at once on each rank."""
+    metrics: list[Literal["fid", "sfid", "is", "precision", "recall"]] = ["fid"]
+    """Measures on Inception's features."""
+    encoders: list[str] = []
+    """Frechet distances on registered encoders besides, as "dinov2:size=l"."""
+    reference: str = "dataset"
+    """What samples are compared with: the first images of the run's dataset, or a file (.npz) of statistics."""
+    reference_images: NotNegative = 50_000
+    """Images of the dataset that count; 0: all. Measured once, and kept in the run's folder."""
+    inception_weights: str = ""
+    """File of Inception's weights; empty: torch-fidelity's own."""
+    allow_singular: bool = False
+    """Give distances of fewer images than features, too, with a warning."""
+
+
 class Config(Table):
     """One run. Tables that name a plugin take its options beside ``name``."""
 
@@ -244,6 +265,7 @@ class Config(Table):
     optimizer: Optimizer = Optimizer()
     ema: Ema = Ema()
     sampling: Sampling = Sampling()
+    evaluation: EvaluationTable = EvaluationTable()
 
     def to_toml(self) -> str:
         """Every key with its value, as it can be read back."""

@@ -117,13 +117,14 @@ class DatasetImages:
     """The images of a dataset (:class:`components.contracts.Dataset`), in its own order, never mirrored.
 
     Args:
-        dataset: an unreadable file in it is an error here.
+        dataset: see there.
         name: for messages.
         identity: of its options.
+        strict: an unreadable file is an error; else what the dataset puts in its place counts.
     """
 
-    def __init__(self, dataset: Any, name: str, identity: str) -> None:
-        self.dataset, self.name = dataset, name
+    def __init__(self, dataset: Any, name: str, identity: str, strict: bool = True) -> None:
+        self.dataset, self.name, self.strict = dataset, name, strict
         self.identity = f"dataset {identity} {len(dataset)}"
 
     def __len__(self) -> int:
@@ -131,7 +132,7 @@ class DatasetImages:
 
     def __getitem__(self, index: int) -> Tensor:
         sample = self.dataset[index]
-        if sample.unreadable is not None:
+        if self.strict and sample.unreadable is not None:
             raise EvaluationError(f"the image {sample.unreadable} of {self.name} cannot be read; repair or remove it")
         return sample.image
 

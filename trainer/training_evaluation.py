@@ -1,0 +1,179 @@
+"""Evaluation inside a training run: samples from the averaged weights, all ranks in step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from components import registry
+from components.checkpoint_ranks import Ranks
+from components.ema import Ema
+from components.evaluation import EvaluationError
+from components.evaluation.images import First, Images
+from components.evaluation.measures import FRECHET, Summariser, Summary, compare, needs_neighbours
+from components.evaluation.moments import read_statistics
+from components.image_sampler import to_uint8
+from components.parallel import World, gather_rows
+from components.weights import WeightsError
+from trainer import pictures
+from trainer.assemble import Parts
+from trainer.config import Config, ConfigError
+from trainer.evaluation import check_counts, summarise_reference, write_statistics
+from trainer.measured import Measured, make_networks, network_warnings
+from trainer.references import Reference, dataset_images
+
+logger = logging.getLogger("titanrepa")
+
+
+class TrainingEvaluation:
+    """What [evaluation] asks for. Everything that it needs from outside is read here, before the first step.
+
+    Args:
+        config: of the run.
+        world: this process.
+
+    Raises:
+        ConfigError: weights or statistics are missing, or an evaluation would have too few images.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.settings, self.world = config, config.evaluation, world
+        self.folder = Path(config.run.dir) / "evaluation"
+        e = self.settings
+        if config.denoiser is None:
+            raise ConfigError(
+                f"evaluation.every = {e.every}: recipe '{config.recipe.name}' makes no samples; set it to 0"
+            )
+        if not e.metrics and not e.encoders:
+            raise ConfigError(f"evaluation.every = {e.every}, but evaluation.metrics and evaluation.encoders are empty")
+        try:
+            # Kept on the host between evaluations: the device's memory is the training's.
+            self.networks = make_networks(
+                e.metrics, e.encoders, e.inception_weights, config.training.resolution, torch.device("cpu")
+            )
+            self.reference = Reference(e.reference)
+            if e.reference != "dataset":
+                statistics, about = read_statistics(e.reference)
+                self.reference = Reference(e.reference, None, statistics, about)
+                check_counts(self.networks, e.images, self.reference, e.allow_singular)
+        except (WeightsError, EvaluationError) as error:
+            raise ConfigError(f"[evaluation] {error}") from error
+        self.summaries: list[Summary] = []
+
+    def prepare(self, parts: Parts) -> None:
+        """Measures the reference, or reads what an earlier start of this run has measured. Collective.
+
+        Raises:
+            ConfigError: the dataset has too few images, or none where training reads cached latents.
+        """
+        e = self.settings
+        if self.reference.name == "dataset":
+            if parts.images is None:
+                raise ConfigError(
+                    'evaluation.reference = "dataset", but this run reads cached latents and has no images; '
+                    "set it to a file of statistics (python -m trainer evaluate --save-statistics)"
+                )
+            images: Images = dataset_images(self.config, parts.images)
+            self.reference.images = First(images, e.reference_images) if e.reference_images else images
+            try:
+                check_counts(self.networks, e.images, self.reference, e.allow_singular)
+            except EvaluationError as error:
+                raise ConfigError(f"[evaluation] {error}") from error
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = self._kept()
+        if self.reference.images is not None and not Ranks(None).first(kept.is_file):
+            self._measure(kept)
+        if self.reference.images is not None:
+            self.reference.statistics, self.reference.about = read_statistics(kept)
+        for m in self.networks:
+            features = [FRECHET[name] for name in m.metrics if name in FRECHET]
+            summary = Summary({feature: self.reference.moments(m, feature) for feature in features})
+            if needs_neighbours(m.metrics):
+                summary.pool = torch.from_numpy(np.load(kept.with_suffix(".pool.npy")))
+            self.summaries.append(summary)
+
+    @torch.no_grad()
+    def __call__(self, parts: Parts, ema: Ema | None) -> tuple[dict[str, float | None], list[str]]:
+        """Values by name and warnings, the same on every rank. Collective.
+
+        Every rank calls the sampler equally often with equally many images, since sharded weights are gathered by
+        all of them together; images beyond the last are thrown away. Image i is the same whoever draws it.
+        """
+        e, world = self.settings, self.world
+        sampler = pictures.image_sampler(self.config, parts, ema)
+        summarisers = [
+            Summariser(m.network, m.metrics, world.device, generated=True, main=world.is_main) for m in self.networks
+        ]
+        disable = None if world.is_main else True
+        self._to(world.device)
+        try:
+            with tqdm(total=e.images, unit="image", desc="evaluation", disable=disable, leave=False) as bar:
+                for first in range(0, e.images, world.size * e.batch_size):
+                    ids = range(first + world.rank * e.batch_size, first + (world.rank + 1) * e.batch_size)
+                    labels = torch.tensor(ids, device=world.device) % parts.num_classes
+                    images = to_uint8(sampler(ids, labels))
+                    for m, summariser in zip(self.networks, summarisers):
+                        self._add(m, summariser, images, e.images - first)
+                    bar.update(min(world.size * e.batch_size, e.images - first))
+            values: dict[str, float | None] = {}
+            warnings = self.reference.warnings(self.networks) + network_warnings(self.networks)
+            for m, summariser, reference in zip(self.networks, summarisers, self.summaries):
+                found, said = compare(
+                    m.metrics, summariser.summary(), reference, world.device, allow_singular=e.allow_singular
+                )
+                values |= {m.name(metric): value for metric, value in found.items()}
+                warnings += [f"{m.name(metric)}: {text}" for metric, text in said]
+        finally:
+            self._to(torch.device("cpu"))
+        return values, warnings
+
+    def _add(self, m: Measured, summariser: Summariser, images: torch.Tensor, left: int) -> None:
+        """Every rank's features, batch by batch in the order of the images, as one rank alone would count them."""
+        gathered = {name: gather_rows(feature)[:left] for name, feature in m.network(images).items()}
+        size = self.settings.batch_size
+        for start in range(0, len(next(iter(gathered.values()))), size):
+            summariser.add({name: feature[start : start + size] for name, feature in gathered.items()})
+
+    def _kept(self) -> Path:
+        """The file of the reference's statistics; its name changes with whatever they depend on."""
+        images = self.reference.images
+        settings = {
+            "images": images.identity if images is not None else self.reference.name,
+            "networks": [[m.metrics, {k: v for k, v in m.network.about.items() if k != "file"}] for m in self.networks],
+        }
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return self.folder / f"reference-{digest[:16]}.npz"
+
+    def _measure(self, kept: Path) -> None:
+        if self.world.is_main:
+            logger.info(f"measuring {len(self.reference.images)} images of the dataset, once, for [evaluation]")
+        self._to(self.world.device)
+        try:
+            summaries, caches = summarise_reference(
+                self.reference, self.networks, self.folder, batch_size=self.settings.batch_size, world=self.world
+            )
+        finally:
+            self._to(torch.device("cpu"))
+
+        def write() -> None:
+            for summary in summaries:
+                if summary.pool is not None:
+                    temporary = kept.with_suffix(f".{os.getpid()}.tmp.npy")
+                    np.save(temporary, summary.pool.numpy())
+                    os.replace(temporary, kept.with_suffix(".pool.npy"))
+            write_statistics(str(kept), self.networks, summaries)  # last: it says that all is there
+            for cache in caches:
+                cache.remove()
+
+        Ranks(None).first(write)
+
+    def _to(self, device: torch.device) -> None:
+        for m in self.networks:
+            m.network.to(device)
