@@ -92,8 +92,9 @@ def read_tree(path: str | Path, what: str) -> dict[str, Any]:
         with safe_globals(ALLOWED):
             tree = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:
-        reason = str(error).split("\n", 1)[0]
-        if code := _code_in(file):
+        # PyTorch's first paragraph advises to read the file with weights_only=False.
+        reason = next((line for line in str(error).split("\n") if line and "weights_only" not in line), "")
+        if code := _code_in(file, str(error)):
             raise WeightsError(
                 f"{what}: checkpoint '{path}' is refused: it pickles {', '.join(code)}, and reading that could run "
                 "code. Take it as .safetensors, or, only if you trust its source, save its state dict anew with "
@@ -108,13 +109,13 @@ def read_tree(path: str | Path, what: str) -> dict[str, Any]:
     return tree
 
 
-def _code_in(file: Path) -> list[str]:
-    """Names of the classes and functions that a file pickles and that are not allowed, if it can be told."""
+def _code_in(file: Path, message: str) -> list[str]:
+    """Names of the classes and functions that a file pickles and that are not allowed, as far as it can be told."""
     try:
         with safe_globals(ALLOWED):
             return sorted(get_unsafe_globals_in_checkpoint(file))
-    except Exception:  # not such a file at all, or damaged
-        return []
+    except Exception:  # in PyTorch's old format, damaged, or no such file at all
+        return re.findall(r"GLOBAL (\S+) (?:was not an allowed|whose module)", message)
 
 
 def local_file(path: str | Path, what: str) -> Path:

@@ -77,7 +77,7 @@ def read(path: str | Path, what: str, part: str = "tokenizer") -> WeightsFile:
     found = WeightsFile(str(path))
     file = local_file(path, what)
     if not file.is_dir():
-        _flatten(read_tree(path, what), "", found)
+        _flatten(read_tree(file, what), "", found)
     elif (file / "config.json").is_file():
         try:
             found.config = json.loads((file / "config.json").read_text(encoding="utf-8"))
