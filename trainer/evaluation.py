@@ -74,8 +74,7 @@ def summarise(
     """
     found, caches = [], []
     for m in networks:
-        about = {k: v for k, v in m.network.about.items() if k != "file"}
-        cache = FeatureCache(place, {"images": images.identity, "network": about, "batch_size": batch_size})
+        cache = FeatureCache(place, {"images": images.identity, "network": m.identity, "batch_size": batch_size})
         summariser = Summariser(m.network, m.metrics, world.device, generated=generated, main=world.is_main)
         named = f"{title}, {m.label or 'inception'}"
         for values in extract(images, m.network, cache, batch_size=batch_size, device=world.device, title=named):

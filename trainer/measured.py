@@ -66,6 +66,11 @@ class Measured:
     network: Network
     metrics: tuple[str, ...]
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells the network from others, wherever its file lies."""
+        return {key: value for key, value in self.network.about.items() if key != "file"}
+
     def name(self, metric: str) -> str:
         """As it is reported: "fid", "fd_dinov2"."""
         return f"{metric}_{self.label}" if self.label else metric

@@ -98,7 +98,7 @@ def evaluate_reconstruction(
         "images": images.identity,
         "metrics": sorted(pixelwise),
         "lpips": fingerprint(lpips) if lpips is not None else None,
-        "networks": [{k: v for k, v in m.network.about.items() if k != "file"} for m in networks],
+        "networks": [m.identity for m in networks],
         "batch_size": batch_size,
     }
     cache = FeatureCache(place, Ranks(None).first(lambda: settings))

@@ -39,11 +39,11 @@ class Reference:
         """The kept statistics of a network's feature, if there are any; ConfigError if they are another network's."""
         found = self.statistics.get(m.ending(feature))
         if found is not None and self.about is not None:
-            theirs = self.about.get(m.label, {}).get("sha256")
-            if theirs != m.network.about["sha256"]:
+            theirs = {key: value for key, value in self.about.get(m.label, {}).items() if key != "file"}
+            if theirs != m.identity:
                 raise ConfigError(
-                    f"the statistics of '{self.name}' were measured by another network (sha256 {str(theirs)[:8]}, "
-                    f"here {m.network.about['sha256'][:8]}); use the same weights, or measure them again"
+                    f"the statistics of '{self.name}' were measured by another network:\n  there {theirs}\n"
+                    f"  here  {m.identity}\nUse the same, or measure them again"
                 )
         return found
 

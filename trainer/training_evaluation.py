@@ -47,9 +47,10 @@ class TrainingEvaluation:
         self.config, self.settings, self.world = config, config.evaluation, world
         self.folder = Path(config.run.dir) / "evaluation"
         e = self.settings
-        if config.denoiser is None:
+        if "denoiser" not in registry.recipes.get(config.recipe.name).cls.uses:
             raise ConfigError(
-                f"evaluation.every = {e.every}: recipe '{config.recipe.name}' makes no samples; set it to 0"
+                f"evaluation.every = {e.every}, but recipe '{config.recipe.name}' has no denoiser to sample from; set "
+                "it to 0 (python -m trainer evaluate --reconstruction measures a tokenizer)"
             )
         if not e.metrics and not e.encoders:
             raise ConfigError(f"evaluation.every = {e.every}, but evaluation.metrics and evaluation.encoders are empty")
@@ -146,7 +147,7 @@ class TrainingEvaluation:
         images = self.reference.images
         settings = {
             "images": images.identity if images is not None else self.reference.name,
-            "networks": [[m.metrics, {k: v for k, v in m.network.about.items() if k != "file"}] for m in self.networks],
+            "networks": [[m.metrics, m.identity] for m in self.networks],
         }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return self.folder / f"reference-{digest[:16]}.npz"

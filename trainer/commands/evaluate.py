@@ -74,7 +74,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     world = parallel.join_world()
     try:
         with parallel.lost_rank_named(lambda: "while evaluating"):
-            evaluate = _reconstruction if arguments.reconstruction else _samples
             evaluate(arguments, overrides, world)
         return 0
     except KeyboardInterrupt:
@@ -82,6 +81,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return 130
     finally:
         parallel.leave_world()
+
+
+def evaluate(arguments: argparse.Namespace, overrides: list[str], world: World) -> None:
+    """The command on one of the ranks."""
+    (_reconstruction if arguments.reconstruction else _samples)(arguments, overrides, world)
 
 
 def _samples(arguments: argparse.Namespace, overrides: list[str], world: World) -> None:
