@@ -257,7 +257,7 @@ class Config(Table):
     dataset: PluginTable
     loader: Loader = Loader()
     parallel: ParallelTable = ParallelTable()
-    activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
+    activation_checkpoint: ActivationCheckpoint = Field(default_factory=ActivationCheckpoint)  # checked with torch
     guard: GuardTable = GuardTable()
     flow: FlowTable = FlowTable()
     latent_cache: LatentCacheTable = LatentCacheTable()
