@@ -102,7 +102,7 @@ def _take_denoiser(file: WeightsFile, own: dict[str, State], weights: str, found
     keys = published.join_denoiser(own) if "denoiser" in own else {}
     if weights == "ema" and not files.holds(file, "ema", keys) and files.holds(file, "model", keys):
         found.notes.append(f"'{file.source}' has no averaged weights: these are its `model`")
-        found.weights = weights = "model"
+        found.weights, weights = "online", "model"
     if not files.holds(file, weights, keys):
         return
     chosen: list[tuple[str, dict[str, State]]] = [(weights, found.states)]

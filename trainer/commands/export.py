@@ -132,7 +132,7 @@ def _safetensors(stored: Stored, out: Path, needs: Sequence[str], explicit: bool
     states = {name: stored.states[name] for name in needs if name in stored.states}
     lacking = [name for name in needs if name not in states]
     if lacking and explicit:
-        raise ConfigError(f"'{stored.path}' holds no {lacking[0]}; it has {', '.join(states)}")
+        raise ConfigError(f"--parts: '{stored.path}' holds no {lacking[0]}")
     files = write_model(out, states, stored.config.to_toml(), stored.step, stored.weights)
     takers = ["sample", "evaluate", "encode"] if {"tokenizer", "denoiser", "latent_norm"} <= states.keys() else []
     uses = [f"Use it: python -m trainer {'|'.join(takers)} {out}"] if takers else []
