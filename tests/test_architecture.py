@@ -75,3 +75,13 @@ def test_every_option_of_every_plugin_is_documented():
             assert plugin.summary, f"{plugin.kind} {plugin.name} has no docstring"
             for option in plugin.options.values():
                 assert option.doc, f"{plugin.kind} {plugin.name}: option {option.name} is not in its Args"
+
+
+def test_help_comes_without_torch():
+    code = (
+        "import sys\nfrom trainer.__main__ import main\n"
+        "try: main(['train', '--help'])\nfinally: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "[training]" in done.stdout
