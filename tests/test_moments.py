@@ -107,6 +107,16 @@ def test_too_few_images_give_an_error_or_a_warning_but_no_bare_number():
         moments(features(1), 1).gaussian()
 
 
+def test_the_distance_of_few_images_has_no_rounding_noise():
+    """Of N < D images, tr (C1 C2)^1/2 is the sum of the singular values of X1 X2^T, centred and scaled."""
+    x, y = features(12, 200, seed=4), features(15, 200, seed=5)
+    cx, cy = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))
+    traces = cx.square().sum() + cy.square().sum() - 2 * torch.linalg.svdvals(cx @ cy.T).sum()
+    expected = (x.mean(0) - y.mean(0)).square().sum() + traces
+    found = frechet_distance(moments(x, 5).gaussian(), moments(y, 5).gaussian(), allow_singular=True)
+    assert found.value == pytest.approx(float(expected), rel=1e-12)
+
+
 def test_images_that_are_all_alike_have_no_distance():
     alike = moments(torch.ones(100, 8), 10).gaussian()
     with pytest.raises(EvaluationError, match="all have the same features"):
