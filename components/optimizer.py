@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_
 
 from components.parallel import local
 
@@ -120,7 +119,9 @@ class ParameterGroup:
         if norm is not None:
             device = self.parameters[0].device
             if self.clip_norm > 0:
-                clip_grads_with_norm_(self.parameters, self.clip_norm, norm.to(device, self.parameters[0].dtype))
+                parts = [local(p.grad) for p in self.parameters if p.grad is not None]
+                norm = norm.to(device, parts[0].dtype)
+                torch._foreach_mul_(parts, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
             self.optimizer.found_inf = (~finite).float().to(device)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

@@ -192,7 +192,9 @@ def _fully_shard(module: nn.Module, sharding: Sharding, reshard: bool, keep_fp32
     offload = CPUOffloadPolicy(pin_memory=pinned) if sharding.cpu_offload else OffloadPolicy()
     # Where every rank holds the whole, freeing saves little, and gathering is a copy.
     reshard = reshard and sharding.shape[1] > 1
-    fully_shard(module, mesh=sharding.mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
+    # A second dimension costs another reduction per unit, and DTensor tries the square of an operator's placements.
+    mesh = sharding.mesh if sharding.shape[0] > 1 else sharding.mesh["shard"]
+    fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
 
 
 def _keeps_fp32(*modules: nn.Module) -> bool:

@@ -106,7 +106,7 @@ def flops_of_a_step(rank: int, world: int, shape: tuple[int, int]) -> int:
         sum(weight * value for weight, value in terms.values()).backward()
 
     with FlopCounterMode(display=False) as counter:
-        recipe.step(m, type(batch)(*(x[share] for x in batch)), type(draws)(*(x[share] for x in draws)), update, 0)
+        recipe.step(m, type(batch)(*(x[share] for x in batch[:2])), type(draws)(*(x[share] for x in draws)), update, 0)
     return counter.get_total_flops()
 
 
