@@ -69,23 +69,33 @@ def save_tensors(path: Path, state: dict[str, Tensor], metadata: dict[str, str])
     from safetensors.torch import save_file
 
     partial = path.with_name(f"{path.name}.partial")
-    # Cloned: safetensors refuses tensors that share memory.
-    save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, partial, metadata)
+    seen: set[int] = set()
+    save_file({key: _alone(value, seen) for key, value in state.items()}, partial, metadata)
     replace(partial, path)
 
 
 def save_tree(path: Path, tree: dict[str, Any]) -> None:
     """Writes nested dicts of tensors and plain values with torch.save, whole or not at all."""
+    seen: set[int] = set()
 
     def bare(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: bare(inner) for key, inner in value.items()}
-        # torch.save writes all the memory that a view looks into.
-        return value.detach().cpu().contiguous().clone() if isinstance(value, Tensor) else value
+        return _alone(value, seen) if isinstance(value, Tensor) else value
 
     partial = path.with_name(f"{path.name}.partial")
     torch.save(bare(tree), partial)
     replace(partial, path)
+
+
+def _alone(tensor: Tensor, seen: set[int]) -> Tensor:
+    """The tensor in host memory of its own: torch.save writes all that a view looks into, safetensors shares none."""
+    tensor = tensor.detach().cpu().contiguous()
+    memory = tensor.untyped_storage()
+    if memory.nbytes() != tensor.nbytes or memory.data_ptr() in seen:
+        tensor = tensor.clone()
+    seen.add(tensor.untyped_storage().data_ptr())
+    return tensor
 
 
 def read_part(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

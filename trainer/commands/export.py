@@ -63,7 +63,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         files, uses = _safetensors(stored, out, needs, explicit=bool(arguments.parts))
     else:
         files, uses = _repae(stored, out, arguments, overrides)
-    print(f"Exported {stored.label}:")
+    both = f"{stored.path} at step {stored.step}, averaged and raw weights"
+    print(f"Exported {both if form == 'repae' else stored.label}:")
     for file in files:
         print(f"  {file}  ({file.stat().st_size / 2**20:,.1f} MiB)")
     print(uses)
