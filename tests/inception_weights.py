@@ -9,8 +9,13 @@ import torch
 from torch import nn
 
 
-def write_random_inception(path: Path, seed: int = 0) -> Path:
-    """Writes a file in the layout of the published weights; activations keep their size through the layers."""
+def random_inception(tmp_path_factory) -> Path:
+    """A file of 100 MB, made once per session: activations keep their size through the layers."""
+    path = tmp_path_factory.getbasetemp() / "random_inception.pth"
+    return path if path.is_file() else _write(path)
+
+
+def _write(path: Path) -> Path:
     from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
     made = fidelity.FeatureExtractorInceptionV3
@@ -19,7 +24,7 @@ def write_random_inception(path: Path, seed: int = 0) -> Path:
         mock.patch.object(made, "load_state_dict"),
     ):
         network = made("inception", ["2048"])
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=(2 / module.weight[0].numel()) ** 0.5)

@@ -20,7 +20,7 @@ from components.parallel import World
 from plugins.datasets.shapes import Shapes
 from plugins.encoders.tiny_vit import TinyViT
 from tests import toys
-from tests.inception_weights import write_random_inception
+from tests.inception_weights import random_inception
 from tests.ranks import run_ranks
 from trainer import config as configs
 from trainer import reconstruction
@@ -163,11 +163,11 @@ def test_archives_and_kept_statistics_give_the_same_number(data, whole, tmp_path
     assert "another network" in capsys.readouterr().err
 
 
-def test_the_suite_of_inception(data, tmp_path, monkeypatch, capsys):
+def test_the_suite_of_inception(data, tmp_path, tmp_path_factory, monkeypatch, capsys):
     """FID, sFID, IS, precision and recall of few images with random weights: numbers of independent code, warned of."""
     from torch_fidelity.metric_isc import isc_features_to_metric
 
-    weights = write_random_inception(tmp_path / "random.pth")
+    weights = random_inception(tmp_path_factory)
     seen: list[dict] = []
     forward = Inception.forward
 
@@ -176,10 +176,10 @@ def test_the_suite_of_inception(data, tmp_path, monkeypatch, capsys):
         return seen[-1]
 
     monkeypatch.setattr(Inception, "forward", recorded)
-    words = [data / "samples", "--reference", data / "reference", "--inception-weights", weights, "--max-images=6",
-             "--reference-images=5", "--output", tmp_path / "evaluation.json", "--batch-size=6"]  # fmt: skip
+    words = [data / "samples", "--reference", data / "reference", "--inception-weights", weights, "--max-images=5",
+             "--reference-images=4", "--output", tmp_path / "evaluation.json", "--batch-size=6"]  # fmt: skip
     assert evaluate(*words) == 2 and not seen  # known before anything is computed
-    assert "6 images of the samples are too few for 2048 features" in capsys.readouterr().err
+    assert "5 images of the samples are too few for 2048 features" in capsys.readouterr().err
     # The roots of 2048 x 2048 matrices take long; those of 40 features tell as much.
     monkeypatch.setattr(Inception, "dims", {"pool": 40, "spatial": 30})
     monkeypatch.setattr(Inception, "logits", lambda self, pool: pool @ self.network.fc.weight[:, :40].T)
@@ -227,7 +227,7 @@ def test_samples_of_a_run_know_their_dataset_and_their_curves(data, tmp_path):
     assert scalar.step == 7 and scalar.value == pytest.approx(value, rel=1e-6)
 
 
-def test_errors_name_the_file_and_what_to_do(data, tmp_path, capsys):
+def test_errors_name_the_file_and_what_to_do(data, tmp_path, tmp_path_factory, capsys):
     def refused(*words) -> str:
         assert evaluate(*words) == 2
         return capsys.readouterr().err
@@ -254,7 +254,7 @@ def test_errors_name_the_file_and_what_to_do(data, tmp_path, capsys):
     np.savez(tmp_path / "wrong.npz", arr_0=np.zeros((4, 3, 8, 8), np.uint8))
     assert "expected uint8 (N, H, W, 3)" in refused(tmp_path / "wrong.npz", *to_reference)
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    weights = write_random_inception(tmp_path / "random.pth")
+    weights = random_inception(tmp_path_factory)
     text = refused(samples, "--reference", tmp_path / "adm.npz", "--metrics=precision,sfid",
                    "--inception-weights", weights)  # fmt: skip
     assert "precision, recall: " in text and "holds statistics only" in text and "no mu_s" in text
