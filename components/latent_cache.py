@@ -39,10 +39,11 @@ While a cache is being made, ``progress/`` holds its settings and a record of ev
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,9 @@ class ShardWriter:
     Args:
         path: of the shard; it is written beside, under another name.
         tensors: dtype and shape by name.
+
+    Raises:
+        DataError: the file cannot be written, as on a full disk; also from every method.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> None:
@@ -167,30 +171,43 @@ class ShardWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._base = 8 + len(text)
-        self._file = open(self.partial, "wb")  # noqa: SIM115, closed by commit or on the way out
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        with self._writing():
+            self._file = open(self.partial, "wb")  # noqa: SIM115, closed by commit or on the way out
+            self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, first: int, rows: Tensor) -> None:
         """Rows ``first`` and following of a tensor, in the shard's dtype, on the CPU."""
         offset, size = self._rows[name]
-        self._file.seek(self._base + offset + first * size)
-        self._file.write(memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        with self._writing():
+            self._file.seek(self._base + offset + first * size)
+            self._file.write(memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy()))
 
     def commit(self) -> dict[str, Any]:
         """Puts the file on the disk and in its place; its ``size`` and ``crc32``."""
-        self._file.close()
-        found = manifest.checksum(self.partial, sync=True)
-        if isinstance(found, str):
-            raise DataError(f"{self.partial} cannot be read back: {found}")
-        os.replace(self.partial, self.path)
-        manifest.sync_folder(self.path.parent)
-        return found
+        with self._writing():
+            self._file.close()
+            found = manifest.checksum(self.partial, sync=True)
+            if isinstance(found, str):
+                raise DataError(f"{self.partial} cannot be read back: {found}")
+            os.replace(self.partial, self.path)
+            manifest.sync_folder(self.path.parent)
+            return found
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"{self.partial} cannot be written: {error.strerror}; the same command goes on once that is mended"
+            ) from error
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of what could not be written
+            self._file.close()
         self.partial.unlink(missing_ok=True)
 
 

@@ -46,10 +46,10 @@ def load(place: Path, *overrides: str) -> config.Config:
     return config.load(str(place / "toy.toml"), list(overrides))
 
 
-def losses(place: Path, *overrides: str) -> list[dict[str, float]]:
+def losses(place: Path, *overrides: str, world: World = World()) -> list[dict[str, float]]:
     """Of the first six steps, as the training loop takes them."""
-    trainer = Trainer(load(place, *overrides), World())
-    prepare_latent_norm(trainer.config, trainer.parts, World())
+    trainer = Trainer(load(place, *overrides), world)
+    prepare_latent_norm(trainer.config, trainer.parts, world)
     with trainer._batches() as batches:
         steps = [trainer.train_step(step, trainer._micro_batches(batches)).read() for step in range(6)]
     return [{k: v for k, v in values.items() if k.startswith(("denoiser/", "grad_norm/"))} for values in steps]
@@ -174,3 +174,14 @@ def test_recipes_that_train_the_tokenizer_refuse_a_cache(place, recipe):
 def test_a_widened_tokenizer_is_the_same_tokenizer(place):
     overrides = ["--training.precision=fp64", f"--latent_cache.path={place / 'plain-fp32'}"]
     assert isinstance(assemble.build(load(place, *overrides), World()).dataset, CachedDataset)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_same_losses_on_a_gpu(place):
+    """The cache of a CPU, against images encoded on the GPU: to the GPU's rounding."""
+    gpu = World(device=torch.device("cuda", 0))
+    options = [f"--latent_norm.statistics={place / 'flip-fp32' / 'latents-stats.safetensors'}", "--dataset.flip=true"]
+    options += ["--training.tf32=false", "--loader.workers=2"]
+    cached = losses(place, f"--latent_cache.path={place / 'flip-fp32'}", *options, world=gpu)
+    assert_close(cached, losses(place, *options, world=gpu), 1e-3)

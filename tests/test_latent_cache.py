@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,6 +119,15 @@ def test_damage_behind_a_running_training_is_named(made):
     (path / shard_name(1)).write_bytes(b"\0" * size)
     with pytest.raises(DataError, match=r"latents-00001.safetensors is damaged"):
         cache.read(5)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_named(tmp_path):
+    with ShardWriter(tmp_path / "a", {"labels": (torch.int64, (1,))}) as writer:
+        writer._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115, the writer closes it
+        with pytest.raises(DataError, match=r"a\.partial cannot be written: No space left on device"):
+            writer.write("labels", 0, torch.zeros(1, dtype=torch.int64))
+    assert not any(tmp_path.iterdir())
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
