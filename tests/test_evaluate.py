@@ -298,3 +298,17 @@ def test_lpips_sees_images_in_the_range_it_was_made_for(tmp_path, monkeypatch):
     toml.write_text(toys.TOML + '\n[losses.percept]\nname = "lpips"\nvgg_checkpoint = "vgg.pth"\nweight = 2.0\n')
     loss = reconstruction.make_lpips(configs.load(str(toml)), torch.device("cpu"))
     assert loss.input_range == "unit" and loss.vgg_checkpoint == "vgg.pth"
+
+
+def test_vision_transformers_are_compared_by_their_class_token():
+    """As timm's own model gives it, behind its final norm, for images of another size and range."""
+    from plugins.encoders.dinov2 import DINOv2
+
+    torch.manual_seed(0)
+    encoder = DINOv2(32, 2, size="s", pretrained=False)  # two patches of 14 pixels per side
+    batch = images(2, 0.0, "heldout")
+    found = EncoderNetwork(encoder, {})(batch)["embedding"]
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    x = nn.functional.interpolate((batch / 255 - mean) / std, (28, 28), mode="bicubic")
+    torch.testing.assert_close(found, encoder.model.forward_features(x)[:, 0], rtol=1e-4, atol=1e-5)
+    assert found.shape == (2, encoder.embed_dim) and found.std() > 0.1
