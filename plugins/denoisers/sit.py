@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,8 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.contracts import DenoiserOutput, LatentShape
-from components.precision import at_least_fp32
 from components.registry import denoisers
+from components.transformer import (
+    PatchEmbedding,
+    TimeEmbedding,
+    check_blocks,
+    check_patches,
+    sincos_positions,
+    unpatchify,
+)
 
 # (width, depth, heads)
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -61,9 +67,10 @@ class SiT(nn.Module):
         super().__init__()
         preset = SIZES[size]
         width, depth, heads = width or preset[0], depth or preset[1], heads or preset[2]
-        _check(latent, patch_size, align_depth, label_dropout, width, depth, heads)
+        check_patches("sit", latent, patch_size)
+        check_blocks(depth, align_depth, label_dropout)
+        _check_width(width, heads)
         self.width = width
-        self.patch_size = patch_size
         self.align_depth = align_depth
         self.label_dropout = label_dropout
         self.label_std = label_std
@@ -88,9 +95,7 @@ class SiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        patch = self.x_embedder.proj
-        nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1))
-        nn.init.zeros_(patch.bias)
+        self.x_embedder.init_weights()
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=self.label_std)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
@@ -110,7 +115,7 @@ class SiT(nn.Module):
         tokens = x
         for block in self.blocks[self.align_depth :]:
             x = block(x, c)
-        return DenoiserOutput(self._unpatchify(self.final_layer(x, c)), tokens)
+        return DenoiserOutput(unpatchify(self.final_layer(x, c), self.channels), tokens)
 
     def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Hidden tokens (B, N, width) after block ``align_depth``; the blocks behind it do not run."""
@@ -127,12 +132,6 @@ class SiT(nn.Module):
         x = self.x_embedder(x_t)
         x = x + self.pos_embed.to(x.dtype)
         return x, self.t_embedder(t, x.dtype) + self.y_embedder.embedding_table(labels).to(x.dtype)
-
-    def _unpatchify(self, x: Tensor) -> Tensor:
-        """(B, N, p * p * C), channels fastest -> (B, C, h, w)."""
-        p, n = self.patch_size, self.grid
-        x = x.view(-1, n, n, p, p, self.channels).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(-1, self.channels, n * p, n * p)
 
 
 class Block(nn.Module):
@@ -190,68 +189,9 @@ class FinalLayer(nn.Module):
         return self.linear(self.norm_final(x) * (1 + scale) + shift)
 
 
-class PatchEmbedding(nn.Module):
-    """(B, C, h, w) -> (B, N, width), rows first."""
-
-    def __init__(self, channels: int, patch_size: int, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class TimeEmbedding(nn.Module):
-    """256 sinusoids of t, then an MLP to (B, width)."""
-
-    FREQUENCIES, MAX_PERIOD = 256, 10_000
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(self.FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        # At least float32 whatever the network's dtype: bf16 cannot tell t = 0.999 from 1.
-        half = self.FREQUENCIES // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=t.device) * -math.log(self.MAX_PERIOD) / half
-        angles = at_least_fp32(t)[:, None] * exponent.exp()[None]
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
-
-
-def sincos_positions(width: int, grid: int) -> Tensor:
-    """Fixed 2-D sine-cosine embedding (1, grid * grid, width), rows first: columns' half, then rows' half (MAE)."""
-    frequency = 1.0 / 10_000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency[None]
-    axis = torch.cat([angle.sin(), angle.cos()], dim=1)
-    columns = axis[None].expand(grid, -1, -1)
-    rows = axis[:, None].expand(-1, grid, -1)
-    return torch.cat([columns, rows], dim=-1).reshape(1, grid * grid, width).float()
-
-
-def _check(
-    latent: LatentShape,
-    patch_size: int,
-    align_depth: int,
-    label_dropout: float,
-    width: int,
-    depth: int,
-    heads: int,
-) -> None:
-    if latent.height != latent.width:
-        raise ValueError(f"denoiser.name = 'sit' takes square latents; got {latent.height} x {latent.width}")
-    if patch_size < 1 or latent.height % patch_size:
-        raise ValueError(
-            f"denoiser.patch_size = {patch_size} does not divide the latent's side of {latent.height}; "
-            f"allowed: {', '.join(str(p) for p in range(1, latent.height + 1) if latent.height % p == 0)}"
-        )
-    if depth < 1:
-        raise ValueError(f"denoiser.depth = {depth}: expected at least 1 block")
-    if not 1 <= align_depth <= depth:
-        raise ValueError(f"denoiser.align_depth = {align_depth}: expected 1 to {depth} (the denoiser's depth)")
+def _check_width(width: int, heads: int) -> None:
     if width < 4 or width % 4 or heads < 1 or width % heads:
         raise ValueError(
             f"denoiser.width = {width} with denoiser.heads = {heads}: the width must be a multiple of 4 "
             "(position embedding) and of the heads"
         )
-    if not 0 <= label_dropout < 1:
-        raise ValueError(f"denoiser.label_dropout = {label_dropout}: expected a probability in [0, 1)")
