@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import os
+from pathlib import Path
 
 from components import registry
 from components.registry import Plugin
@@ -22,12 +24,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE_OR_FILE",
         help="also import this module or .py file (what a config names in plugins = [...]); may be repeated",
     )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--schema", action="store_true", help="JSON Schema of a config with all plugins, for editors")
+    form.add_argument("--docs", action="store_true", help="a Markdown page of all plugins: docs/plugins.md")
+    parser.add_argument("--out", metavar="FILE", help="write --schema or --docs there instead of printing it")
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     if rest:
         raise registry.PluginError(f"unexpected argument '{rest[0]}'; see python -m trainer plugins --help")
+    if arguments.out and not (arguments.schema or arguments.docs):
+        raise registry.PluginError("--out FILE goes with --schema or --docs")
     registry.discover("plugins", arguments.plugins)
+    if arguments.schema or arguments.docs:
+        return _write(_page(arguments.schema), arguments)
     if arguments.name:
         print(describe(registry.KINDS[arguments.kind].get(arguments.name)))
         return 0
@@ -55,6 +65,32 @@ def describe(plugin: Plugin) -> str:
         lines.append(f"  {option.name}: {option.type_name}, {default}")
         lines.append(f"      {option.doc}")
     return "\n".join(lines)
+
+
+def _page(schema: bool) -> str:
+    if schema:
+        from trainer.json_schema import json_schema
+
+        return json.dumps(json_schema(), indent=2) + "\n"
+    from trainer.plugins_page import plugins_page
+
+    return plugins_page()
+
+
+def _write(text: str, arguments: argparse.Namespace) -> int:
+    if not arguments.out:
+        print(text, end="")
+        return 0
+    path = Path(arguments.out).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise registry.PluginError(f"--out: '{path}' cannot be written ({error})") from error
+    print(f"Wrote {path}")
+    if arguments.schema:
+        print(f"Editors check a config by it whose first line is, for one beside it:\n#:schema ./{path.name}")
+    return 0
 
 
 def _place(plugin: Plugin) -> str:
