@@ -1,8 +1,8 @@
 """diffusers' ``AutoencoderKL``: its keys, its config.json, and the latent statistics in it.
 
 Our keys are those of CompVis's latent diffusion. An architecture is the dict that a tokenizer states as its
-``architecture``: latent_channels, channels, multipliers, attention_levels, res_blocks, mid_attention, norm_groups,
-quant_conv (see ``plugins/tokenizers/autoencoder_kl.py`` for their meaning).
+``architecture``: latent_channels, channels (at full resolution), multipliers (of them, per level), attention_levels
+(with attention behind each residual block), res_blocks (per encoder level), mid_attention, norm_groups, quant_conv.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def architecture(config: dict[str, Any], source: str) -> dict[str, Any]:
     """
 
     def refuse(why: str) -> WeightsError:
-        return WeightsError(f"{source}: {why}, which the tokenizer autoencoder_kl does not have")
+        return WeightsError(f"{source}: {why}, which our autoencoders do not have")
 
     if config.get("_class_name") != "AutoencoderKL":
         raise refuse(f"_class_name = {config.get('_class_name')!r} instead of 'AutoencoderKL'")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,18 +58,28 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if "tokenizer" in needs and "tokenizer" not in stored.states:
         stored.states["tokenizer"] = _tokenizer_of_config(stored)
     out = Path(arguments.out).expanduser() if arguments.out else _default_out(arguments, stored)
-    if form == "diffusers":
-        files, uses = _diffusers(stored, out)
-    elif form == "safetensors":
-        files, uses = _safetensors(stored, out, needs, explicit=bool(arguments.parts))
-    else:
-        files, uses = _repae(stored, out, arguments, overrides)
+    with writing_to(out):
+        if form == "diffusers":
+            files, uses = _diffusers(stored, out)
+        elif form == "safetensors":
+            files, uses = _safetensors(stored, out, needs, explicit=bool(arguments.parts))
+        else:
+            files, uses = _repae(stored, out, arguments, overrides)
     both = f"{stored.path} at step {stored.step}, averaged and raw weights"
     print(f"Exported {both if form == 'repae' else stored.label}:")
     for file in files:
         print(f"  {file}  ({file.stat().st_size / 2**20:,.1f} MiB)")
     print(uses)
     return 0
+
+
+@contextlib.contextmanager
+def writing_to(out: Path) -> Iterator[None]:
+    """A folder that cannot be written, or a full disk, as an error of --out."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--out={out}: cannot be written: {error.strerror or error}") from error
 
 
 def _wanted(text: str | None) -> Sequence[str]:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from trainer import config as configs
+from trainer.commands.export import writing_to
 
 SUMMARY = "make a model folder of a published checkpoint, a tokenizer file, or a diffusers folder"
 
@@ -43,9 +44,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         config, arguments.file, tokenizer=arguments.tokenizer, stats=arguments.stats, weights=arguments.weights
     )
     out, toml = Path(arguments.out).expanduser(), config.to_toml()
-    written = write_model(out, found.states, toml, found.step, found.weights)
-    if found.online:
-        written += write_model(out / "online", found.online, toml, found.step, "online")
+    with writing_to(out):
+        written = write_model(out, found.states, toml, found.step, found.weights)
+        if found.online:
+            written += write_model(out / "online", found.online, toml, found.step, "online")
     print(f"Imported '{arguments.file}' (step {found.step}, {found.weights} weights):")
     for path in written:
         print(f"  {path}  ({path.stat().st_size / 2**20:,.1f} MiB)")
