@@ -35,9 +35,9 @@ def make_lpips(config: Config, device: torch.device) -> Any:
     Raises:
         WeightsError: its weights are missing; says how to get them.
     """
-    given = next((table.options for table in config.losses.values() if table.name == "lpips"), {})
-    known = registry.losses.get("lpips").options
-    files = {key: value for key, value in given.items() if key.endswith("checkpoint") and key in known}
+    plugin = registry.losses.get("lpips")
+    given = next((t.options for t in config.losses.values() if registry.losses.get(t.name) is plugin), {})
+    files = {key: value for key, value in given.items() if key.endswith("checkpoint")}
     loss = make_plugin("losses.lpips", "loss", PluginTable(name="lpips", input_range="unit", **files))
     loss.load_weights()
     return loss.to(device)
