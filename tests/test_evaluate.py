@@ -23,7 +23,7 @@ from tests import toys
 from tests.inception_weights import random_inception
 from tests.ranks import run_ranks
 from trainer import config as configs
-from trainer import reconstruction
+from trainer import measured, reconstruction
 from trainer.__main__ import main
 
 SAMPLES, REFERENCE = 110, 130  # more than tiny_vit's 96 features, and no multiple of a batch
@@ -178,8 +178,6 @@ def test_the_suite_of_inception(data, tmp_path, tmp_path_factory, monkeypatch, c
     monkeypatch.setattr(Inception, "forward", recorded)
     words = [data / "samples", "--reference", data / "reference", "--inception-weights", weights, "--max-images=5",
              "--reference-images=4", "--output", tmp_path / "evaluation.json", "--batch-size=6"]  # fmt: skip
-    assert evaluate(*words) == 2 and not seen  # known before anything is computed
-    assert "5 images of the samples are too few for 2048 features" in capsys.readouterr().err
     # The roots of 2048 x 2048 matrices take long; those of 40 features tell as much.
     monkeypatch.setattr(Inception, "dims", {"pool": 40, "spatial": 30})
     monkeypatch.setattr(Inception, "logits", lambda self, pool: pool @ self.network.fc.weight[:, :40].T)
@@ -227,7 +225,17 @@ def test_samples_of_a_run_know_their_dataset_and_their_curves(data, tmp_path):
     assert scalar.step == 7 and scalar.value == pytest.approx(value, rel=1e-6)
 
 
-def test_errors_name_the_file_and_what_to_do(data, tmp_path, tmp_path_factory, capsys):
+class NoInception(nn.Module):
+    """Stands for a network that nothing is computed by."""
+
+    dims = Inception.dims
+    about = {"sha256": "0", "published": True}
+
+    def __init__(self, weights):
+        super().__init__()
+
+
+def test_errors_name_the_file_and_what_to_do(data, tmp_path, monkeypatch, capsys):
     def refused(*words) -> str:
         assert evaluate(*words) == 2
         return capsys.readouterr().err
@@ -244,6 +252,10 @@ def test_errors_name_the_file_and_what_to_do(data, tmp_path, tmp_path_factory, c
     samples = data / "samples"
     assert "50 images of the samples are too few" in refused(samples, *to_reference, "--max-images=50")
     assert "60 images of the reference are too few" in refused(samples, *to_reference, "--reference-images=60")
+    monkeypatch.setattr(measured, "Inception", NoInception)
+    assert "110 images of the samples are too few for 2048" in refused(samples, *to_reference[:2], "--metrics=fid")
+    few = ["--metrics=recall", "--max-images=3"]
+    assert "need more than 3 images" in refused(samples, *to_reference[:2], *few)
     assert "--reference is missing" in refused(samples)
     assert "give --config=TOML_OR_RUN" in refused(samples, "--reference=dataset", "--encoder=tiny_vit")
     assert "nowhere does not exist" in refused(samples, "--reference=nowhere", "--encoder=tiny_vit")
@@ -254,9 +266,7 @@ def test_errors_name_the_file_and_what_to_do(data, tmp_path, tmp_path_factory, c
     np.savez(tmp_path / "wrong.npz", arr_0=np.zeros((4, 3, 8, 8), np.uint8))
     assert "expected uint8 (N, H, W, 3)" in refused(tmp_path / "wrong.npz", *to_reference)
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    weights = random_inception(tmp_path_factory)
-    text = refused(samples, "--reference", tmp_path / "adm.npz", "--metrics=precision,sfid",
-                   "--inception-weights", weights)  # fmt: skip
+    text = refused(samples, "--reference", tmp_path / "adm.npz", "--metrics=precision,sfid")
     assert "precision, recall: " in text and "holds statistics only" in text and "no mu_s" in text
 
 
@@ -301,14 +311,14 @@ def test_lpips_sees_images_in_the_range_it_was_made_for(tmp_path, monkeypatch):
 
 
 def test_vision_transformers_are_compared_by_their_class_token():
-    """As timm's own model gives it, behind its final norm, for images of another size and range."""
-    from plugins.encoders.dinov2 import DINOv2
+    """As timm's own model gives it, behind its final norm, for images of another range."""
+    from components.timm_encoder import TimmEncoder
 
     torch.manual_seed(0)
-    encoder = DINOv2(32, 2, size="s", pretrained=False)  # two patches of 14 pixels per side
+    encoder = TimmEncoder("vit_tiny_patch16_224", 2, pretrained=False)  # two patches of 16 pixels per side
     batch = images(2, 0.0, "heldout")
     found = EncoderNetwork(encoder, {})(batch)["embedding"]
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    x = nn.functional.interpolate((batch / 255 - mean) / std, (28, 28), mode="bicubic")
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
+    x = (batch / 255 - mean) / std
     torch.testing.assert_close(found, encoder.model.forward_features(x)[:, 0], rtol=1e-4, atol=1e-5)
     assert found.shape == (2, encoder.embed_dim) and found.std() > 0.1

@@ -12,6 +12,7 @@ from components.evaluation.frechet import few_images
 from components.evaluation.images import Images
 from components.evaluation.measures import FRECHET, Summariser, Summary, compare, needs_neighbours
 from components.evaluation.moments import save_statistics
+from components.evaluation.precision_recall import NEIGHBOURS
 from components.parallel import World
 from trainer.measured import Measured, network_warnings
 from trainer.references import Reference
@@ -44,10 +45,12 @@ def check_counts(networks: Sequence[Measured], samples: int, reference: Referenc
                 f"precision, recall: '{reference.name}' holds statistics only, but these compare image with image; "
                 "leave them out of --metrics, or give a reference with images"
             )
+        elif needs_neighbours(m.metrics) and min(samples, len(reference.images)) <= NEIGHBOURS:
+            problems.append(f"precision, recall: they need more than {NEIGHBOURS} images on both sides")
     if problems:
         raise EvaluationError(
-            "\n".join(problems) + "\nGive more images, choose other --metrics or an --encoder of fewer features, "
-            "or get a number all the same, with a warning: --allow-singular"
+            "\n".join(problems) + "\nGive more images, choose other metrics or an encoder of fewer features; a number "
+            "with a warning: --allow-singular, in a config evaluation.allow_singular = true"
         )
 
 
