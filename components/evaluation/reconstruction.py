@@ -25,7 +25,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity of each image (Wang et al. 2004), (B,) float64, at most 1.
 
     Gaussian window of 11 pixels with a deviation of 1.5, per colour channel, K1 = 0.01, K2 = 0.03; at the borders the
-    image is reflected, and every pixel counts (as torchmetrics has it, which published tokenizers are measured with).
+    image is reflected, and every pixel counts, as in torchmetrics.
 
     Args:
         x: uint8 (B, 3, R, R), R at least 11.
