@@ -103,7 +103,7 @@ def build(config: Config, world: World, files: bool = True, backend: str = "indu
         if cache is None or cached.needs_images(config, recipe, cache):
             missing.append(f"dataset: {error}")
     statistics = config.latent_norm.statistics
-    if files and statistics and not statistics.startswith("hf://") and not Path(statistics).is_file():
+    if files and statistics and not statistics.startswith("hf://") and not Path(statistics).exists():
         missing.append(
             f"latent_norm.statistics = '{statistics}' does not exist; get the file that belongs to the tokenizer, or "
             'set it to "" to measure the statistics before the first step'

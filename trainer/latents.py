@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,8 +13,10 @@ from components.cached_dataset import CachedDataset
 from components.contracts import Modules
 from components.data import make_loader
 from components.draws import draw
+from components.layouts import diffusers_kl
 from components.parallel import World
-from components.weights import WeightsError, read_state
+from components.precision import parameter_dtype
+from components.weights import WeightsError, local_file, read_state
 from trainer.assemble import Parts
 from trainer.config import Config, ConfigError
 
@@ -21,13 +26,18 @@ def read_statistics(path: str) -> tuple[Tensor, Tensor]:
 
     Args:
         path: tensors ``mean`` and ``std``, or ``latents_bias`` and ``latents_scale`` = 1 / std, as published, or
-            ``running_mean`` and ``running_var``, as export writes the latent norm of a joint run.
+            ``running_mean`` and ``running_var``, as export writes the latent norm of a joint run; or a diffusers
+            folder or its config.json: ``latents_mean`` and ``latents_std``, else ``shift_factor`` and
+            1 / ``scaling_factor``.
 
     Raises:
         ConfigError: the file is missing or holds no such pair.
     """
     try:
-        state = read_state(path, "latent_norm.statistics")
+        file = local_file(path, "latent_norm.statistics")
+        if file.is_dir() or file.suffix == ".json":
+            return _read_diffusers(file / "config.json" if file.is_dir() else file, path)
+        state = read_state(file, "latent_norm.statistics")
     except WeightsError as error:
         raise ConfigError(str(error)) from error
     if {"latents_bias", "latents_scale"} <= state.keys():
@@ -40,6 +50,22 @@ def read_statistics(path: str) -> tuple[Tensor, Tensor]:
         f"latent_norm.statistics = '{path}': expected tensors mean and std, latents_bias and latents_scale, or "
         f"running_mean and running_var; found {', '.join(sorted(state))}"
     )
+
+
+def _read_diffusers(file: Path, path: str) -> tuple[Tensor, Tensor]:
+    what = f"latent_norm.statistics = '{path}'"
+    try:
+        found = diffusers_kl.statistics(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"{what}: '{file}' cannot be read ({error.strerror}); expected a diffusers folder") from error
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{what}: '{file}' is not the JSON of a diffusers autoencoder: {error}") from error
+    if found is None:
+        raise ConfigError(
+            f"{what}: '{file}' states neither latents_mean and latents_std nor scaling_factor; leave it empty to "
+            "measure them"
+        )
+    return found
 
 
 @torch.no_grad()
@@ -59,7 +85,7 @@ def measure_statistics(config: Config, parts: Parts, world: World) -> tuple[Tens
         if position >= max(config.latent_norm.images, batch_size):
             break
         x = loaded.images.to(world.device).float().div_(127.5).sub_(1)
-        x = x.to(next(m.tokenizer.parameters()).dtype)
+        x = x.to(parameter_dtype(m.tokenizer))
         step, first = divmod(position, batch_size)
         here = range(first, first + len(x))
         # A key of its own: training must not see these numbers again.

@@ -10,6 +10,7 @@ from torch import Tensor
 from components.ema import Ema
 from components.image_sampler import ImageSampler, SamplingPlan
 from components.parallel import World, gather_rows
+from components.precision import parameter_dtype
 from components.samplers import Guidance
 from trainer.assemble import Parts
 from trainer.config import Config
@@ -52,7 +53,7 @@ def sample_images(config: Config, parts: Parts, ema: Ema | None, world: World, c
 def reconstruct(parts: Parts, ema: Ema | None, images: Tensor) -> Tensor:
     """Decoded posterior means of images (B, 3, R, R) in [-1, 1]."""
     tokenizer = averaged(parts, ema, "tokenizer")
-    x = images.to(next(tokenizer.parameters()).dtype)
+    x = images.to(parameter_dtype(tokenizer))
     return tokenizer.decode(tokenizer.encode(x).mean).float().clamp(-1, 1)
 
 

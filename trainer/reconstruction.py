@@ -19,6 +19,7 @@ from components.evaluation.reconstruction import psnr, ssim
 from components.fingerprint import fingerprint
 from components.image_sampler import to_uint8
 from components.parallel import World
+from components.precision import parameter_dtype
 from trainer.assemble import make_plugin
 from trainer.config import Config
 from trainer.evaluation import check_counts
@@ -133,6 +134,5 @@ def evaluate_reconstruction(
 @torch.no_grad()
 def reconstruct(tokenizer: Any, images: Tensor) -> Tensor:
     """uint8 (B, 3, R, R) -> the decoded posterior mean, uint8 likewise."""
-    dtype = next(tokenizer.parameters()).dtype
-    x = (images.float() / 127.5 - 1).to(dtype)
+    x = (images.float() / 127.5 - 1).to(parameter_dtype(tokenizer))
     return to_uint8(tokenizer.decode(tokenizer.encode(x).mean).float().clamp(-1, 1))

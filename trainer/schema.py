@@ -162,7 +162,8 @@ class LatentNormTable(Table):
     eps: Annotated[float, Field(gt=0)] = 1e-4
     """Added to the variance."""
     statistics: str = ""
-    """File with the tokenizer's latent mean and standard deviation; empty: measured before the first step."""
+    """File with the tokenizer's latent mean and standard deviation, or a diffusers folder, whose config.json has them;
+    empty: measured before the first step."""
     images: Positive = 2048
     """Training images from which the statistics are measured when there is no file."""
 

@@ -1,4 +1,4 @@
-"""The convolutional KL autoencoder of latent diffusion (arXiv 2112.10752): SD-VAE, IN-VAE and VA-VAE are presets."""
+"""The convolutional KL autoencoder of latent diffusion (arXiv 2112.10752), from SD 1 to FLUX."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from components.precision import at_least_fp32
 from components.registry import tokenizers
 from components.weights import load_strict
 
-# (latent channels, multipliers, levels with attention)
+# (latent channels, multipliers, levels with attention, convolutions around the latent)
 PRESETS = {
-    "f8d4": (4, (1, 2, 4, 4), ()),
-    "f8d16": (16, (1, 2, 4, 4), ()),
-    "f16d32": (32, (1, 1, 2, 2, 4), (4,)),
+    "f8d4": (4, (1, 2, 4, 4), (), True),
+    "f8d16": (16, (1, 2, 4, 4), (), False),
+    "f16d32": (32, (1, 1, 2, 2, 4), (4,), True),
 }
 
 
 @tokenizers.register("autoencoder_kl")
 class AutoencoderKL(nn.Module):
-    """Convolutional VAE with a Gaussian posterior: presets f8d4 (SD-VAE), f16d32 (IN-VAE, VA-VAE), f8d16, or free.
+    """Convolutional VAE with a Gaussian posterior: SD 1, 2, XL (f8d4), SD3, FLUX (f8d16), VA-VAE (f16d32), or free.
 
     State-dict keys are those of the CompVis and REPA-E checkpoints.
 
     Args:
-        preset: published architecture; the options below override parts of it.
+        preset: published architecture: f8d4 of SD 1.x, 2.x and XL; f8d16 of SD3, SD3.5 and FLUX; f16d32 of IN-VAE and
+            VA-VAE; the options below override parts of it.
         latent_channels: channels C of the latent.
         channels: channels at full resolution; a multiple of ``norm_groups``.
         multipliers: channels of each level as a multiple of ``channels``; the factor is 2 ** (levels - 1).
@@ -37,7 +38,7 @@ class AutoencoderKL(nn.Module):
         res_blocks: residual blocks per encoder level; the decoder has one more.
         mid_attention: attention between the two innermost residual blocks.
         norm_groups: groups of every group norm.
-        quant_conv: 1 x 1 convolutions around the latent; SD3 and FLUX have none.
+        quant_conv: 1 x 1 convolutions around the latent; the preset's: true, but for f8d16.
         checkpoint: weights to start from: a file of CompVis, SD, REPA-E, diffusers or ours, a diffusers folder, or
             hf://organisation/name/file[@revision]; none: random weights.
         trainable: false freezes the tokenizer; recipes that train it refuse that.
@@ -57,12 +58,13 @@ class AutoencoderKL(nn.Module):
         res_blocks: int = 2,
         mid_attention: bool = True,
         norm_groups: int = 32,
-        quant_conv: bool = True,
+        quant_conv: bool | None = None,
         checkpoint: str | None = None,
         trainable: bool = True,
     ) -> None:
         super().__init__()
-        preset_channels, preset_multipliers, preset_attention = PRESETS[preset]
+        preset_channels, preset_multipliers, preset_attention, preset_quant_conv = PRESETS[preset]
+        quant_conv = preset_quant_conv if quant_conv is None else quant_conv
         multipliers = list(preset_multipliers) if multipliers is None else multipliers
         if attention_levels is None:
             # The preset's levels belong to the preset's multipliers.
