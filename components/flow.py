@@ -1,6 +1,7 @@
 """Interpolants between latents and noise: x_t = alpha(t) x_0 + sigma(t) e, and the velocity that the denoiser learns.
 
-SiT (arXiv 2401.08740), section 2; REPA-E (arXiv 2504.10483) trains the linear path with uniform times.
+SiT (arXiv 2401.08740), section 2; REPA-E (arXiv 2504.10483) trains the linear path with uniform times. The shift of
+times is SD3's (arXiv 2403.03206), by the latent's dimensions as in RAE (arXiv 2510.11690).
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from components.contracts import LatentShape
+
+SHIFT_BASE = 4096  # dimensions of a latent whose times are not shifted: 4 x 32 x 32 (RAE)
 
 
 class Coefficients(NamedTuple):
@@ -35,11 +40,17 @@ class Flow:
 
     Attributes:
         path: "linear" (alpha = 1 - t, sigma = t) or "cosine" (alpha = cos(pi t / 2), sigma = sin(pi t / 2)).
-        time: "uniform", or "lognormal": sigma / alpha is log-normal(0, 1), as EDM draws its noise levels.
+        time: "uniform", or "lognormal": sigma / alpha is log-normal, as EDM draws its noise levels; on the linear path
+            t is then logit-normal, as in SD3.
+        mean, std: for "lognormal", of log(sigma / alpha).
+        shift: factor by which sigma / alpha of every time is multiplied; 1 leaves times alone.
     """
 
     path: Literal["linear", "cosine"] = "linear"
     time: Literal["uniform", "lognormal"] = "uniform"
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float = 1.0
 
     def coefficients(self, t: Tensor) -> Coefficients:
         """Of times in [0, 1] of any shape."""
@@ -53,10 +64,23 @@ class Flow:
     def times(self, u: Tensor) -> Tensor:
         """Training times from uniform draws: the quantile function of the time distribution at u in (0, 1)."""
         if self.time == "uniform":
-            return u
+            return self.shifted(u)
         # u = 0 would be t = 0 exactly, but infinite on the way there in float32.
-        ratio = torch.special.ndtri(u.clamp_min(torch.finfo(u.dtype).tiny)).exp()
-        return ratio / (1 + ratio) if self.path == "linear" else torch.atan(ratio) * (2 / math.pi)
+        normal = torch.special.ndtri(u.clamp_min(torch.finfo(u.dtype).tiny))
+        ratio = (self.mean + self.std * normal).exp()
+        return self.shifted(ratio / (1 + ratio) if self.path == "linear" else torch.atan(ratio) * (2 / math.pi))
+
+    def shifted(self, t: Tensor) -> Tensor:
+        """Times in [0, 1] with sigma / alpha multiplied by ``shift``; 0 and 1 stay where they are.
+
+        On the linear path s t / (1 + (s - 1) t), as in SD3.
+        """
+        if self.shift == 1:
+            return t
+        if self.path == "linear":
+            return self.shift * t / (1 + (self.shift - 1) * t)
+        c = self.coefficients(t)
+        return torch.atan2(self.shift * c.sigma, c.alpha) * (2 / math.pi)
 
     def at(self, x_0: Tensor, t: Tensor, noise: Tensor) -> PathPoint:
         """The point of the path from x_0 (t = 0) to noise (t = 1).
@@ -75,3 +99,11 @@ class Flow:
         c = self.coefficients(t)
         ratio = c.alpha / c.d_alpha
         return (ratio * velocity - x_t) / (c.sigma.square() - ratio * c.d_sigma * c.sigma)
+
+
+def dimension_shift(latent: LatentShape) -> float:
+    """The shift for latents of this shape: the root of their dimensions over ``SHIFT_BASE`` (RAE).
+
+    More dimensions, more noise: at the same t the noise hides less of a latent whose dimensions are redundant.
+    """
+    return math.sqrt(math.prod(latent) / SHIFT_BASE)

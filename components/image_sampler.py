@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -24,12 +24,14 @@ class SamplingPlan:
         steps: of the integrator, at least 2; Heun evaluates the denoiser twice in each.
         guidance: its scale and times.
         seed: of all noise.
+        shift: of the integrator's times, as ``Flow.shift``; 0: the flow's own.
     """
 
     method: Literal["euler", "heun", "sde"] = "euler"
     steps: int = 50
     guidance: Guidance = field(default_factory=Guidance)
     seed: int = 0
+    shift: float = 0.0
 
 
 class ImageSampler:
@@ -40,7 +42,7 @@ class ImageSampler:
         denoiser: contract ``Denoiser``.
         latent_norm: :class:`components.latent_norm.LatentNorm`, whose inverse leads back to the tokenizer's scale.
         tokenizer: contract ``Tokenizer``.
-        flow: the path that the denoiser was trained on.
+        flow: the path that the denoiser was trained on, with its shift.
         latent: shape of one latent.
         guide: a weaker denoiser for autoguidance; none: classifier-free guidance.
 
@@ -64,7 +66,8 @@ class ImageSampler:
                 "set the guidance scale to 1, or give a weaker checkpoint as guide"
             )
         self.plan, self.denoiser, self.latent_norm, self.tokenizer = plan, denoiser, latent_norm, tokenizer
-        self.flow, self.latent, self.guide = flow, latent, guide
+        self.flow = replace(flow, shift=plan.shift or flow.shift)
+        self.latent, self.guide = latent, guide
 
     @torch.no_grad()
     def __call__(self, ids: Sequence[int], labels: Tensor) -> Tensor:
@@ -85,7 +88,7 @@ class ImageSampler:
             drawn = torch.stack([torch.randn(self.latent, generator=g) for g in generators])
             return drawn.to(device, dtype)
 
-        common = {"steps": plan.steps, "guidance": plan.guidance, "guide": self.guide}
+        common = {"steps": plan.steps, "guidance": plan.guidance, "guide": self.guide, "warp": self.flow.shifted}
         if plan.method == "sde":
             z = sample_sde(self.denoiser, noise(), labels, step_noise=noise, flow=self.flow, **common)
         else:

@@ -15,6 +15,7 @@ from torch import Tensor
 from components.flow import Flow
 
 LAST_SDE_TIME = 0.04  # the SDE's last step goes from here to 0 without noise (REPA, appendix)
+Warp = Callable[[Tensor], Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -78,20 +79,22 @@ def sample_ode(
     guidance: Guidance = Guidance(),
     heun: bool = False,
     guide=None,
+    warp: Warp = None,
 ) -> Tensor:
-    """Integrates dx/dt = v from t = 1 to 0 in ``steps`` equal steps.
+    """Integrates dx/dt = v from t = 1 to 0 in ``steps`` steps, equal ones unless ``warp`` says otherwise.
 
     Args:
         noise: x at t = 1, (B, C, h, w) ~ N(0, I); its dtype is the network's.
         labels: (B,) int64.
         heun: second order: averages the slopes at both ends of every step but the last.
         guide: see :class:`GuidedVelocity`.
+        warp: maps equally spaced times to those of the integrator; 0 and 1 to themselves, as ``Flow.shifted`` does.
 
     Returns:
         Normalised latents (B, C, h, w), float64.
     """
     velocity = GuidedVelocity(denoiser, labels, guidance, noise.dtype, guide)
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    times = _times(torch.linspace(1, 0, steps + 1, dtype=torch.float64), warp)
     x = noise.double()
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
         slope = velocity(x, t)
@@ -113,6 +116,7 @@ def sample_sde(
     flow: Flow,
     guidance: Guidance = Guidance(),
     guide=None,
+    warp: Warp = None,
 ) -> Tensor:
     """Euler-Maruyama on the reverse SDE with diffusion 2t, from t = 1 to 0.04, then one step to 0 without noise.
 
@@ -123,12 +127,13 @@ def sample_sde(
         step_noise: the N(0, I) noise of step i in [0, steps - 1), like ``noise``.
         flow: the path that the denoiser was trained on.
         guide: see :class:`GuidedVelocity`.
+        warp: as in :func:`sample_ode`; the time before the last step is warped, too.
 
     Returns:
         Normalised latents (B, C, h, w), float64.
     """
     velocity = GuidedVelocity(denoiser, labels, guidance, noise.dtype, guide)
-    times = [*torch.linspace(1.0, LAST_SDE_TIME, steps, dtype=torch.float64).tolist(), 0.0]
+    times = [*_times(torch.linspace(1.0, LAST_SDE_TIME, steps, dtype=torch.float64), warp), 0.0]
     x = noise.double()
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
         diffusion, dt, now = 2 * t, t_next - t, torch.tensor(t, dtype=torch.float64, device=x.device)
@@ -136,3 +141,7 @@ def sample_sde(
         if i < steps - 1:
             x = x + (diffusion * -dt) ** 0.5 * step_noise(i).double()
     return x
+
+
+def _times(equal: Tensor, warp: Warp) -> list[float]:
+    return (equal if warp is None else warp(equal)).tolist()

@@ -15,7 +15,7 @@ from components import registry
 from components.contracts import AdversarialLoss, AlignmentLoss, Dataset, LatentShape, Modules, Recipe
 from components.data import DataError
 from components.ema import Ema
-from components.flow import Flow
+from components.flow import Flow, dimension_shift
 from components.latent_norm import LatentNorm
 from components.optimizer import ParameterGroup, Schedule
 from components.parallel import World
@@ -172,7 +172,7 @@ def build_parts(
     """
     recipe: Recipe = make_plugin("recipe", "recipe", config.recipe)
     uses, resolution = recipe.uses if uses is None else uses, config.training.resolution
-    m = Modules(flow=Flow(config.flow.path, config.flow.time))
+    m = Modules()
 
     def construct_plugin(place: str, kind: str, table: PluginTable, *given: Any) -> Any:
         on_meta = hasattr(registry.KINDS[kind].get(table.name).cls, "init_weights")
@@ -197,6 +197,9 @@ def build_parts(
         )
     side = resolution // m.tokenizer.factor
     latent = LatentShape(m.tokenizer.channels, side, side)
+    f = config.flow
+    shift = dimension_shift(latent) if f.shift == "auto" else f.shift
+    m.flow = Flow(f.path, f.time, f.time_mean, f.time_std, shift)
 
     for label, table in config.losses.items():
         loss = construct_plugin(f"losses.{label}", "loss", table)

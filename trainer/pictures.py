@@ -29,7 +29,7 @@ def image_sampler(config: Config, parts: Parts, ema: Ema | None) -> ImageSampler
     """Samples as [sampling] says, from the averaged weights."""
     s = config.sampling
     guidance = Guidance(s.guidance, s.guidance_low, s.guidance_high)
-    plan = SamplingPlan(s.method, s.steps, guidance, config.training.seed)
+    plan = SamplingPlan(s.method, s.steps, guidance, config.training.seed, s.shift)
     denoiser, norm, tokenizer = (averaged(parts, ema, name) for name in ("denoiser", "latent_norm", "tokenizer"))
     return ImageSampler(plan, denoiser, norm, tokenizer, parts.modules.flow, parts.latent)
 

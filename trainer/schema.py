@@ -146,7 +146,14 @@ class FlowTable(Table):
     path: Literal["linear", "cosine"] = "linear"
     """Interpolant between latents and noise."""
     time: Literal["uniform", "lognormal"] = "uniform"
-    """Distribution of the training times."""
+    """Distribution of the training times; lognormal: of sigma / alpha, so that t is logit-normal on the linear path."""
+    time_mean: Annotated[float, Field(ge=-10, le=10)] = 0.0
+    """For lognormal: mean of log(sigma / alpha); above 0: more noise."""
+    time_std: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """For lognormal: standard deviation of log(sigma / alpha)."""
+    shift: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
+    """Factor on sigma / alpha of every time, in training and in sampling; above 1: more noise; auto: the root of the
+    latent's dimensions over 4096; 1: none."""
 
 
 class LatentCacheTable(Table):
@@ -220,6 +227,8 @@ class Sampling(Table):
     """Earliest time t with guidance, included (t = 0 is data)."""
     guidance_high: Fraction = 1.0
     """Latest time t with guidance, included (t = 1 is noise)."""
+    shift: Annotated[float, Field(ge=0)] = 0.0
+    """Factor on sigma / alpha of the integrator's equal steps; above 1: more of them at noise; 0: as in [flow]."""
 
 
 class EvaluationTable(Table):

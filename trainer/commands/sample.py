@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 for none (default: the run's)")
     parser.add_argument("--guidance-low", type=float, help="earliest time with guidance; t = 0 is data")
     parser.add_argument("--guidance-high", type=float, help="latest time with guidance; t = 1 is noise")
+    parser.add_argument("--shift", type=float, help="shift of the integrator's times, 1 for none (default: the run's)")
     parser.add_argument("--guide", metavar="SOURCE", help="autoguidance: a weaker checkpoint to guide away from")
     parser.add_argument("--labels", default="balanced", help="balanced (all classes in turn), random, or 0,3,7")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; image i depends on it and on i (default: 0)")
@@ -157,12 +158,12 @@ def make_plan(arguments: argparse.Namespace, config: configs.Config) -> Sampling
         name: value if (value := getattr(arguments, option)) is not None else getattr(table, name)
         for name, option in (
             ("method", "method"), ("steps", "steps"), ("guidance", "guidance"),
-            ("guidance_low", "guidance_low"), ("guidance_high", "guidance_high"),
+            ("guidance_low", "guidance_low"), ("guidance_high", "guidance_high"), ("shift", "shift"),
         )
     }  # fmt: skip
     checked = configs.check_table(type(table), table.model_dump() | given, "--")
     guidance = Guidance(checked.guidance, checked.guidance_low, checked.guidance_high)
-    return SamplingPlan(checked.method, checked.steps, guidance, arguments.seed)
+    return SamplingPlan(checked.method, checked.steps, guidance, arguments.seed, checked.shift)
 
 
 def make_sampler(source: Source, guide: Source | None, plan: SamplingPlan, precision: str) -> ImageSampler:
@@ -200,6 +201,7 @@ def describe(
         "method": plan.method,
         "steps": plan.steps,
         "guidance": [plan.guidance.scale, plan.guidance.low, plan.guidance.high],
+        "shift": plan.shift or source.parts.modules.flow.shift,
         "seed": plan.seed,
         "labels": kind,
         "num_classes": source.parts.num_classes,
@@ -215,6 +217,8 @@ def folder_name(arguments: argparse.Namespace, source: Source, plan: SamplingPla
     if g.scale > 1:
         interval = "" if (g.low, g.high) == (0.0, 1.0) else f"_{g.low:g}-{g.high:g}"
         words.append(f"{'guide' if arguments.guide else 'cfg'}{g.scale:g}{interval}")
+    if (shift := plan.shift or source.parts.modules.flow.shift) != 1:
+        words.append(f"shift{shift:g}")
     if arguments.labels != "balanced":
         words.append(f"labels-{arguments.labels}"[:40])
     if arguments.precision != "fp32":
