@@ -15,5 +15,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 style=0
 "$PYTHON" -m ruff check . || style=$?
 "$PYTHON" -m ruff format --check . || style=$?
-"$PYTHON" -m pytest "$@"
+# A file's tests stay together, since they share what is made once.
+"$PYTHON" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
 exit "$style"

@@ -38,7 +38,8 @@ case $1 in
       venv) mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python" ;;
       pip) sleep "$(answer slow 0)"; exit "$(answer pip 0)" ;;
       trainer) env >"$LOG.env" ;;
-      ruff | pytest) exit "$(answer "$2${3:+-$3}" 0)" ;;
+      ruff) exit "$(answer "$2-$3" 0)" ;;
+      pytest) exit "$(answer "$2" 0)" ;;
     esac
     ;;
 esac

@@ -7,6 +7,8 @@ import pytest
 
 from tests.script_stubs import ROOT, Repository
 
+PYTEST = "python3 -m pytest -n auto --maxprocesses 4 --dist loadfile"
+
 
 @pytest.fixture
 def repo(tmp_path):
@@ -200,14 +202,14 @@ def test_run_tests_checks_the_style_and_runs_everything(repo):
         "python3 check test",
         "python3 -m ruff check .",
         "python3 -m ruff format --check .",
-        "python3 -m pytest -k a b",
+        f"{PYTEST} -k a b",
     ]
     assert repo.run(".ci/run", cwd=repo.bin).returncode == 0
-    assert repo.calls[-1] == "python3 -m pytest"
+    assert repo.calls[-1] == PYTEST
 
 
 @pytest.mark.parametrize("failing", ["ruff_check", "ruff_format", "pytest"])
 def test_run_tests_fails_if_one_of_them_does_and_runs_them_all(repo, failing):
     repo.python("python3", **{failing: 5})
     assert repo.run(".ci/run").returncode == 5
-    assert repo.calls[-1] == "python3 -m pytest"
+    assert repo.calls[-1] == PYTEST

@@ -58,7 +58,7 @@ for requirement in requirements:
         continue
     name = re.match(r"[\w.-]+", requirement).group()
     at_least = re.search(r">=\s*([\d.]+)", requirement)
-    module = {"pillow": "PIL"}.get(name, name.replace("-", "_"))
+    module = {"pillow": "PIL", "pytest-xdist": "xdist"}.get(name, name.replace("-", "_"))
     try:
         found = metadata.version(name)
     except metadata.PackageNotFoundError:
