@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from components.parallel import World
 from tests import toys
 from trainer import config
+from trainer.__main__ import main
 from trainer.loop import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,20 +46,28 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert first[step] == second[step], f"step {step}"
 
 
-def test_resumed_equals_uninterrupted_bit_for_bit(toml, tmp_path):
-    train(toml, tmp_path / "whole")
-    train(toml, tmp_path / "parts", "--training.steps=3")
-    train(toml, tmp_path / "parts", "--training.steps=5")
-    resumed = train(toml, tmp_path / "parts")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of an uninterrupted run of six steps, for tests that only read it."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "toy.toml").write_text(toys.TOML)
+    train(str(folder / "toy.toml"), folder / "run", "--run.keep_checkpoints=2")
+    return folder / "run"
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(toml, tmp_path, whole):
+    """Here between two epochs, in test_a_damaged_checkpoint_is_skipped... within one."""
+    train(toml, tmp_path / "parts", "--training.steps=5", "--run.checkpoint_every=0")
+    resumed = train(toml, tmp_path / "parts", "--run.checkpoint_every=0")
     assert resumed.step == 6
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_same_run(whole, tmp_path / "parts")
 
     def final(folder):
         other = Trainer(config.load(toml, [f"--run.dir={folder}"]), World())
         other.resume()
         return other.state()
 
-    a, b = final(tmp_path / "whole"), final(tmp_path / "parts")
+    a, b = final(whole), resumed.state()
     assert a["progress"] == b["progress"]
     for kind in ("modules", "ema", "optimizers"):
         for name in a[kind]:
@@ -68,11 +78,13 @@ def test_resumed_equals_uninterrupted_bit_for_bit(toml, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["repa", "ldm", "naive_e2e", "tokenizer"])
 def test_every_recipe_trains_and_resumes(toml, tmp_path, recipe):
-    options = [f"--recipe.name={recipe}", "--training.steps=2"]
-    train(toml, tmp_path / "whole", *options)
-    train(toml, tmp_path / "parts", *options, "--training.steps=1")
-    train(toml, tmp_path / "parts", *options)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    options = [f"--recipe.name={recipe}", "--training.steps=2", "--run.checkpoint_every=1"]
+    train(toml, tmp_path / "run", *options)
+    first = numbers(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000002")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    train(toml, tmp_path / "run", *options)
+    assert numbers(tmp_path / "run") == {2: first[2]}
 
 
 def test_several_encoders_have_a_head_each(toml, tmp_path):
@@ -86,7 +98,7 @@ def test_several_encoders_have_a_head_each(toml, tmp_path):
 
 def test_accumulation_sees_the_same_images_and_draws(toml, tmp_path):
     """`ldm` has no batch norm that depends on the micro-batch: two micro-batches of 4 equal one batch of 8."""
-    options = ["--recipe.name=ldm", "--training.precision=fp64", "--training.steps=3"]
+    options = ["--recipe.name=ldm", "--training.precision=fp64", "--training.steps=3", "--run.checkpoint_every=0"]
     train(toml, tmp_path / "one", *options)
     train(toml, tmp_path / "two", *options, "--training.accumulation=2")
     one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
@@ -96,22 +108,22 @@ def test_accumulation_sees_the_same_images_and_draws(toml, tmp_path):
 
 
 def test_a_finished_run_says_so_and_changes_nothing(toml, tmp_path, caplog):
-    train(toml, tmp_path / "run", "--training.steps=2")
+    options = ["--recipe.name=ldm", "--training.steps=2"]
+    train(toml, tmp_path / "run", *options)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").rglob("*")}
     with caplog.at_level("INFO", logger="titanrepa"):
-        train(toml, tmp_path / "run", "--training.steps=2")
+        train(toml, tmp_path / "run", *options)
     assert "already complete: step 2 of 2" in caplog.text
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").rglob("*")}
 
 
-def test_a_damaged_checkpoint_is_skipped_for_the_one_before(toml, tmp_path, caplog):
-    train(toml, tmp_path / "whole")
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(toml, tmp_path, caplog, whole):
     train(toml, tmp_path / "run", "--training.steps=4")
     damaged = next((tmp_path / "run" / "checkpoints" / "step_00000004").glob("*.distcp"))
     damaged.write_bytes(damaged.read_bytes()[:-100])
     train(toml, tmp_path / "run")
     assert "step_00000004 is skipped" in caplog.text and damaged.name in caplog.text
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert_same_run(whole, tmp_path / "run")
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(toml, tmp_path):
@@ -122,11 +134,10 @@ def test_a_checkpoint_of_another_architecture_is_refused(toml, tmp_path):
         train(toml, tmp_path / "run", "--denoiser.width=64")
 
 
-def test_what_a_run_folder_holds(toml, tmp_path):
+def test_what_a_run_folder_holds(whole):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = tmp_path / "run"
-    train(toml, folder, "--run.keep_checkpoints=2")
+    folder = whole
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
     assert {p.name for p in (folder / "images").iterdir()} == {
         "reconstructions_00000006.png",
@@ -164,31 +175,35 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError("the run did not get there")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_same_command_goes_on(toml, tmp_path, number):
-    options = ["--training.steps=200", "--run.checkpoint_every=0", "--training.threads=1", "--training.deterministic"]
-    process = start(toml, tmp_path / "run", *options)
-    wait_for_step(tmp_path / "run", 3, process)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
-    assert "run the same command to go on" in output and "Traceback" not in output
-    stopped = len(numbers(tmp_path / "run"))
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_{stopped:08d}"]
+def test_a_signal_saves_and_the_same_command_goes_on(toml, tmp_path, capsys):
+    """Ctrl-C in the terminal, then the end of a job, then to the end of the run."""
+    options = ["--recipe.name=ldm", "--training.steps=500", "--run.checkpoint_every=0", "--training.threads=1"]
+    stopped = 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = start(toml, tmp_path / "run", *options, "--training.deterministic")
+        wait_for_step(tmp_path / "run", stopped + 3, process)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+        assert "run the same command to go on" in output and "Traceback" not in output
+        assert not stopped or f"at step {stopped}" in output
+        stopped = len(numbers(tmp_path / "run"))
+        names = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
+        assert f"step_{stopped:08d}" in names and len(names) <= 2
 
-    again = [o.replace("=200", f"={stopped + 1}") for o in options]
-    process = start(toml, tmp_path / "run", *again)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and f"at step {stopped}" in output, output
-    assert "tensorboard --logdir" in output.strip().splitlines()[-1]
+    again = [o.replace("=500", f"={stopped + 1}") for o in options]
+    assert main(["train", toml, f"--run.dir={tmp_path / 'run'}", *again]) == 0
+    assert len(numbers(tmp_path / "run")) == stopped + 1
+    output = capsys.readouterr()
+    assert "tensorboard --logdir" in (output.err + output.out).strip().splitlines()[-1], output
 
 
 def test_kill_9_loses_no_complete_checkpoint(toml, tmp_path):
-    options = ["--training.steps=500", "--run.checkpoint_every=1", "--training.threads=1"]
+    options = ["--recipe.name=ldm", "--training.steps=500", "--run.checkpoint_every=1", "--training.threads=1"]
     process = start(toml, tmp_path / "run", *options)
     wait_for_step(tmp_path / "run", 4, process)
     process.kill()
     process.communicate()
     reached = len(numbers(tmp_path / "run"))
-    trainer = Trainer(config.load(toml, [f"--run.dir={tmp_path / 'run'}"]), World())
+    trainer = Trainer(config.load(toml, [f"--run.dir={tmp_path / 'run'}", *options]), World())
     assert trainer.resume() and trainer.step >= reached - 2
