@@ -64,11 +64,15 @@ class Posterior:
         return kl.flatten(1).sum(1).mean()
 
 
+Tokens = Tensor | tuple[Tensor, ...]
+"""Hidden tokens (B, N, width) after one block; a tuple of them where ``align_depth`` lists several, in its order."""
+
+
 class DenoiserOutput(NamedTuple):
-    """``velocity`` (B, C, h, w) and the hidden ``tokens`` (B, N, width) after block ``align_depth``."""
+    """``velocity`` (B, C, h, w) and the hidden :data:`Tokens` after block ``align_depth``."""
 
     velocity: Tensor
-    tokens: Tensor
+    tokens: Tokens
 
 
 class Weighted(NamedTuple):
@@ -126,22 +130,22 @@ class Denoiser(Protocol):
     Attributes:
         width: features of a hidden token.
         grid: tokens per side; N = grid ** 2.
-        align_depth: the block after which ``tokens`` are taken, counted from 1.
+        align_depth: the block after which ``tokens`` are taken, counted from 1; or a list of several, rising.
         null_label: the label that means "no class"; ``num_classes`` when there is one.
         label_dropout: the probability with which training replaces a label by the null label.
     """
 
     width: int
     grid: int
-    align_depth: int
+    align_depth: int | Sequence[int]
     null_label: int
     label_dropout: float
 
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor) -> DenoiserOutput:
         """x_t (B, C, h, w), t (B,) in [0, 1], labels (B,) int64 in [0, null_label]."""
 
-    def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """The hidden tokens (B, N, width) alone; blocks behind ``align_depth`` do not run."""
+    def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tokens:
+        """The hidden tokens alone; blocks behind the last ``align_depth`` do not run."""
 
     def units(self) -> Sequence[nn.Module]:
         """Sub-modules to compile, checkpoint and shard one by one."""
@@ -199,7 +203,11 @@ class AdversarialLoss(Protocol):
 
 @runtime_checkable
 class AlignmentLoss(Protocol):
-    """Distance between projected denoiser tokens and encoder tokens, with one head per encoder.
+    """Distance between projected denoiser tokens and encoder tokens, with one head per depth and encoder.
+
+    It may offer ``strength(step: int) -> float``, the factor of both weights at a step, counted from 0: a schedule,
+    and a function of the step alone, so that a resumed run goes on as it would have. At 0 neither encoders nor heads
+    run.
 
     Attributes:
         tokenizer_weight: weight in the tokenizer's loss.
@@ -210,10 +218,16 @@ class AlignmentLoss(Protocol):
     denoiser_weight: float
 
     def make_heads(self, width: int, embed_dims: Sequence[int], grid: int) -> nn.ModuleList:
-        """Trainable heads, one per encoder: (B, N, width) -> (B, N, D_k)."""
+        """Trainable heads, one per entry of ``embed_dims``: (B, N, width) -> (B, N, D_k).
+
+        With several depths the encoders' dimensions come once for each depth, the first depth's first.
+        """
 
     def align(self, projected: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        """Projected tokens and targets, per encoder (B, N, D_k) each -> a scalar."""
+        """Projected tokens and targets (B, N, D_k) in pairs -> a scalar, their mean.
+
+        Training hands over one pair at a time, and weights the encoders.
+        """
 
 
 class Cached(NamedTuple):
@@ -269,13 +283,17 @@ class Update(Protocol):
 
 @dataclass
 class Modules:
-    """The parts of a run, as a recipe sees them; a part the recipe does not use is None or empty."""
+    """The parts of a run, as a recipe sees them; a part the recipe does not use is None or empty.
+
+    ``encoder_weights`` are each encoder's part in the alignment loss, by label; empty: all equal.
+    """
 
     tokenizer: Any = None
     denoiser: Any = None
     heads: nn.ModuleList | None = None
     latent_norm: LatentNorm | None = None
     encoders: dict[str, Any] = field(default_factory=dict)
+    encoder_weights: dict[str, float] = field(default_factory=dict)
     reconstruction: dict[str, Any] = field(default_factory=dict)
     discriminator: Any = None
     alignment: Any = None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from components.contracts import Batch, Modules, Posterior, Update, Weighted
+from components.contracts import Batch, Modules, Posterior, Tokens, Update, Weighted
 from components.flow import PathPoint
 from components.precision import at_least_fp32
 
@@ -32,9 +32,31 @@ def velocity_mse(predicted: Tensor, target: Tensor) -> Tensor:
     return (at_least_fp32(predicted) - at_least_fp32(target)).square().mean()
 
 
-def alignment(m: Modules, tokens: Tensor, targets: Sequence[Tensor]) -> Tensor:
-    """Alignment of the denoiser's tokens (B, N, width) with every encoder's, through one head each: a scalar."""
-    return m.alignment.align([head(tokens) for head in m.heads], targets)
+def alignment(m: Modules, tokens: Tokens, targets: Sequence[Tensor], weight: float, step: int) -> dict[str, Weighted]:
+    """The term "align": the denoiser's hidden tokens against every encoder's, at every depth, through a head each.
+
+    Its value is the mean over depths and the weighted mean over encoders.
+
+    Args:
+        tokens: as the denoiser gives them.
+        targets: of :func:`encode_targets`; without any there is no term.
+        weight: of the term at full strength.
+        step: counted from 0; the loss may have a schedule.
+    """
+    if not targets:
+        return {}
+    depths = tokens if isinstance(tokens, tuple) else (tokens,)
+    pairs = [(hidden, y) for hidden in depths for y in targets]
+    values = [m.alignment.align([head(hidden)], [y]) for head, (hidden, y) in zip(m.heads, pairs, strict=True)]
+    shares = [m.encoder_weights.get(label, 1.0) for label in m.encoders] * len(depths)
+    total = torch.stack([share * value for share, value in zip(shares, values, strict=True)]).sum() / sum(shares)
+    return {"align": Weighted(weight * strength(m, step), total)}
+
+
+def strength(m: Modules, step: int) -> float:
+    """The factor of the alignment loss at step ``step``, counted from 0, by its schedule; 1 without one."""
+    schedule = getattr(m.alignment, "strength", None)
+    return 1.0 if schedule is None else schedule(step)
 
 
 def frozen_posterior(m: Modules, batch: Batch) -> Posterior:
@@ -45,8 +67,13 @@ def frozen_posterior(m: Modules, batch: Batch) -> Posterior:
         return m.tokenizer.encode(batch.images)
 
 
-def encode_targets(m: Modules, batch: Batch) -> list[Tensor]:
-    """Each frozen encoder's patch tokens (B, N, D_k): as cached, or else of the images, without gradients."""
+def encode_targets(m: Modules, batch: Batch, step: int) -> list[Tensor]:
+    """Each frozen encoder's patch tokens (B, N, D_k): as cached, or else of the images, without gradients.
+
+    None at steps (counted from 0) where the alignment loss's schedule has come to zero.
+    """
+    if not strength(m, step):
+        return []
     cached = batch.features or {}
     with torch.no_grad():
         return [cached[k] if k in cached else encoder(batch.images) for k, encoder in m.encoders.items()]
@@ -58,11 +85,11 @@ def drop_labels(m: Modules, labels: Tensor, u: Tensor) -> Tensor:
 
 
 def denoising(
-    m: Modules, path: PathPoint, t: Tensor, labels: Tensor, targets: Sequence[Tensor] = ()
+    m: Modules, path: PathPoint, t: Tensor, labels: Tensor, targets: Sequence[Tensor] = (), step: int = 0
 ) -> dict[str, Weighted]:
-    """The denoiser's terms: velocity matching, and alignment where targets are given."""
+    """The denoiser's terms: velocity matching, and :func:`alignment` where targets are given."""
     out = m.denoiser(path.x_t, t, labels)
     terms = {"velocity": Weighted(1.0, velocity_mse(out.velocity, path.velocity))}
-    if len(targets):
-        terms["align"] = Weighted(m.alignment.denoiser_weight, alignment(m, out.tokens, targets))
+    if targets:
+        terms |= alignment(m, out.tokens, targets, m.alignment.denoiser_weight, step)
     return terms

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from components.contracts import LatentShape
+from components.contracts import LatentShape, Tokens
 from components.precision import at_least_fp32
 
 
@@ -72,11 +73,32 @@ def check_patches(name: str, latent: LatentShape, patch_size: int) -> None:
         )
 
 
-def check_blocks(depth: int, align_depth: int, label_dropout: float) -> None:
+def run_blocks(
+    blocks: Sequence[nn.Module], x: Tensor, *condition: Tensor, align_depth: int | Sequence[int]
+) -> tuple[Tensor, Tokens]:
+    """x behind all blocks, and behind those that ``align_depth`` names, counted from 1: a tuple for a list of them."""
+    depths = [align_depth] if isinstance(align_depth, int) else align_depth
+    taken = []
+    for depth, block in enumerate(blocks, 1):
+        x = block(x, *condition)
+        if depth in depths:
+            taken.append(x)
+    return x, taken[0] if isinstance(align_depth, int) else tuple(taken)
+
+
+def last_depth(align_depth: int | Sequence[int]) -> int:
+    """The deepest block that ``align_depth`` names."""
+    return align_depth if isinstance(align_depth, int) else align_depth[-1]
+
+
+def check_blocks(depth: int, align_depth: int | Sequence[int], label_dropout: float) -> None:
     """Raises ValueError for a depth, an alignment depth or a probability out of range."""
     if depth < 1:
         raise ValueError(f"denoiser.depth = {depth}: expected at least 1 block")
-    if not 1 <= align_depth <= depth:
-        raise ValueError(f"denoiser.align_depth = {align_depth}: expected 1 to {depth} (the denoiser's depth)")
+    depths = [align_depth] if isinstance(align_depth, int) else list(align_depth)
+    if not depths or depths != sorted(set(depths)) or not 1 <= depths[0] <= depths[-1] <= depth:
+        raise ValueError(
+            f"denoiser.align_depth = {align_depth}: expected 1 to {depth} (the denoiser's depth), or a rising list"
+        )
     if not 0 <= label_dropout < 1:
         raise ValueError(f"denoiser.label_dropout = {label_dropout}: expected a probability in [0, 1)")

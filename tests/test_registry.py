@@ -142,7 +142,12 @@ def test_plugins_command_lists_everything(capsys):
 
     assert main(["plugins", "denoiser", "sit"]) == 0
     shown = capsys.readouterr().out
-    for text in ("'S' | 'B' | 'L' | 'XL'", "default 'XL'", "plugins/denoisers/sit.py:", "align_depth: int, default 8"):
+    for text in (
+        "'S' | 'B' | 'L' | 'XL'",
+        "default 'XL'",
+        "plugins/denoisers/sit.py:",
+        "align_depth: int | list[int], default 8",
+    ):
         assert text in shown
 
     assert main(["plugins", "denoiser", "sitt"]) == 2

@@ -217,6 +217,7 @@ def build_parts(
         if "encoders" in uses:
             for label, table in config.encoders.items():
                 m.encoders[label] = make(f"encoders.{label}", "encoder", table, resolution, grid)
+                m.encoder_weights[label] = table.weight
             if not m.encoders:
                 raise ConfigError(f"recipe.name = '{config.recipe.name}' needs an [encoders.NAME] table, as dinov2")
         if "denoiser" in uses and not stop():
@@ -239,7 +240,8 @@ def build_parts(
 
 
 def _make_heads(config: Config, m: Modules) -> nn.ModuleList:
-    dims = [e.embed_dim for e in m.encoders.values()]
+    depths = 1 if isinstance(m.denoiser.align_depth, int) else len(m.denoiser.align_depth)
+    dims = [e.embed_dim for e in m.encoders.values()] * depths
 
     def make() -> nn.ModuleList:
         return m.alignment.make_heads(m.denoiser.width, dims, m.denoiser.grid)

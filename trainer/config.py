@@ -154,7 +154,7 @@ _PLUGIN_HELP = {
     "recipe": "name of a recipe and its options: python -m trainer plugins recipe",
     "tokenizer": "name of a tokenizer and its options: python -m trainer plugins tokenizer",
     "denoiser": "name of a denoiser and its options: python -m trainer plugins denoiser",
-    "encoders": "[encoders.LABEL] name (LABEL if missing) and options: python -m trainer plugins encoder",
+    "encoders": "[encoders.LABEL] name (LABEL if missing), weight (1.0) and options: python -m trainer plugins encoder",
     "losses": "[losses.LABEL] name (LABEL if missing) and options: python -m trainer plugins loss",
     "dataset": "name of a dataset and its options: python -m trainer plugins dataset",
 }

@@ -51,7 +51,7 @@ def json_schema() -> dict[str, Any]:
     names = sorted({name for recipe in registry.recipes for name in recipe.cls.trains})
     optimizer["properties"] |= {name: group | {"description": f"Settings of the group '{name}'."} for name in names}
     optimizer["additionalProperties"] = False
-    del definitions["PluginTable"]
+    del definitions["PluginTable"], definitions["EncoderTable"]
     return _plain(schema)
 
 
@@ -60,11 +60,13 @@ def _table(plugin: Plugin, definitions: dict[str, Any]) -> dict[str, Any]:
     table = plugin.schema().model_json_schema(ref_template=REFERENCE)
     definitions |= table.pop("$defs", {})
     name = {"enum": [plugin.name], "description": plugin.summary}
+    # What the trainer reads of every encoder's table: its weight.
+    common = dict(definitions["EncoderTable"]["properties"]) if plugin.kind == "encoder" else {}
     return {
         "title": f"{plugin.kind} {plugin.name}",
         "description": plugin.summary,
         "type": "object",
-        "properties": {"name": name, **table.get("properties", {})},
+        "properties": {**common, "name": name, **table.get("properties", {})},
         "required": ["name", *table.get("required", [])],
         "additionalProperties": False,
     }

@@ -33,6 +33,13 @@ class PluginTable(BaseModel):
         return dict(self.model_extra or {})
 
 
+class EncoderTable(PluginTable):
+    """An encoder's name and its options, with its part in the alignment loss."""
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of this encoder in the mean over encoders that is the alignment loss."""
+
+
 class Run(Table):
     dir: str = ""
     """Folder of the run: checkpoints, TensorBoard events, images, log. Empty: outputs/<name of the config file>."""
@@ -262,7 +269,7 @@ class Config(Table):
     recipe: PluginTable
     tokenizer: PluginTable
     denoiser: PluginTable | None = None
-    encoders: dict[str, PluginTable] = {}
+    encoders: dict[str, EncoderTable] = {}
     losses: dict[str, PluginTable] = {}
     dataset: PluginTable
     loader: Loader = Loader()

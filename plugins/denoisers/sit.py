@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.contracts import DenoiserOutput, LatentShape
+from components.contracts import DenoiserOutput, LatentShape, Tokens
 from components.registry import denoisers
 from components.transformer import (
     PatchEmbedding,
     TimeEmbedding,
     check_blocks,
     check_patches,
+    last_depth,
+    run_blocks,
     sincos_positions,
     unpatchify,
 )
@@ -33,7 +35,7 @@ class SiT(nn.Module):
     Args:
         size: preset of width, depth and heads as published.
         patch_size: latent positions per token side; the latent's side must be a multiple.
-        align_depth: block whose tokens are aligned, counted from 1.
+        align_depth: block whose tokens are aligned, counted from 1; a list aligns those of several.
         label_dropout: probability of replacing a label by the null label in training; 0 leaves no null label.
         qk_norm: layer norm on queries and keys.
         width: features per token; overrides the preset.
@@ -55,7 +57,7 @@ class SiT(nn.Module):
         *,
         size: Literal["S", "B", "L", "XL"] = "XL",
         patch_size: int = 2,
-        align_depth: int = 8,
+        align_depth: int | list[int] = 8,
         label_dropout: float = 0.1,
         qk_norm: bool = False,
         width: int | None = None,
@@ -95,6 +97,8 @@ class SiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
         self.x_embedder.init_weights()
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=self.label_std)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
@@ -110,19 +114,13 @@ class SiT(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> DenoiserOutput:
         """x_t (B, C, h, w), t (B,) in [0, 1], labels (B,) in [0, num_classes]; see ``contracts.Denoiser``."""
         x, c = self._embed(x_t, t, labels)
-        for block in self.blocks[: self.align_depth]:
-            x = block(x, c)
-        tokens = x
-        for block in self.blocks[self.align_depth :]:
-            x = block(x, c)
+        x, tokens = run_blocks(self.blocks, x, c, align_depth=self.align_depth)
         return DenoiserOutput(unpatchify(self.final_layer(x, c), self.channels), tokens)
 
-    def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Hidden tokens (B, N, width) after block ``align_depth``; the blocks behind it do not run."""
+    def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tokens:
+        """Hidden tokens (B, N, width) after each block of ``align_depth``; those behind the last do not run."""
         x, c = self._embed(x_t, t, labels)
-        for block in self.blocks[: self.align_depth]:
-            x = block(x, c)
-        return x
+        return run_blocks(self.blocks[: last_depth(self.align_depth)], x, c, align_depth=self.align_depth)[1]
 
     def units(self) -> Sequence[nn.Module]:
         """The transformer blocks."""

@@ -21,4 +21,4 @@ class Repa:
         z = frozen_posterior(m, batch).sample(draws.posterior)
         path = m.flow.at(m.latent_norm(z), t, draws.noise)
         labels = drop_labels(m, batch.labels, draws.label)
-        update("denoiser", denoising(m, path, t, labels, encode_targets(m, batch)))
+        update("denoiser", denoising(m, path, t, labels, encode_targets(m, batch, step), step))

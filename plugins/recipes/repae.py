@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from components.contracts import Batch, Modules, Update, Weighted
+from components.contracts import Batch, Modules, Update
 from components.draws import Draws
 from components.freeze import frozen
 from components.objectives import alignment, denoising, discriminate, drop_labels, encode_targets, reconstruction
@@ -36,7 +36,7 @@ class RepaE:
 
     def step(self, m: Modules, batch: Batch, draws: Draws, update: Update, step: int) -> None:
         x, labels = batch.images, batch.labels
-        targets = encode_targets(m, batch)
+        targets = encode_targets(m, batch, step)
         t = m.flow.times(draws.time)
 
         posterior = m.tokenizer.encode(x)
@@ -45,12 +45,14 @@ class RepaE:
         with frozen(m.denoiser, m.heads, m.discriminator):
             # Running statistics and no label dropout: this pass must not disturb what the denoiser learns.
             path = m.flow.at(m.latent_norm(z), t, draws.noise)
-            aligned = alignment(m, m.denoiser.tokens(path.x_t, t, labels), targets)
             terms = reconstruction(m, x, x_hat, posterior, step)
-            update("tokenizer", terms | {"align": Weighted(m.alignment.tokenizer_weight, aligned)})
+            if targets:
+                tokens = m.denoiser.tokens(path.x_t, t, labels)
+                terms |= alignment(m, tokens, targets, m.alignment.tokenizer_weight, step)
+            update("tokenizer", terms)
 
         discriminate(m, x, x_hat, step, update)
 
         # Stop-gradient: without it the diffusion loss flattens the latents (FID 444 in the paper's ablation).
         path = m.flow.at(m.latent_norm.batch(z.detach()), t, draws.noise)
-        update("denoiser", denoising(m, path, t, drop_labels(m, labels, draws.label), targets))
+        update("denoiser", denoising(m, path, t, drop_labels(m, labels, draws.label), targets, step))
