@@ -28,8 +28,8 @@ from components.checkpoint import (
 from components.checkpoint_folder import MARGIN_BYTES
 from components.checkpoint_ranks import Ranks
 from components.checkpoint_tensors import OVERHEAD_BYTES, Writer, disk_bytes, share, stage
+from tests.checkpoints import assert_holds, full_disk, state_at, steps
 from tests.ranks import run_ranks
-from tests.test_checkpoint import assert_holds, full_disk, state_at, steps
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -237,7 +237,7 @@ def test_what_cannot_begin_is_told_at_once(tmp_path, monkeypatch):
     assert steps(tmp_path) == []
 
 
-# -- exits (kills: test_checkpoint.py) ------------------------------------------------------------------------------
+# -- exits (kills: test_checkpoint_kills.py) ------------------------------------------------------------------------
 
 
 EXIT = """
