@@ -120,7 +120,7 @@ def all_of(rank: int, world: int, toml: str, folder: str) -> dict[str, Any]:
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     (folder / "toy.toml").write_text(toys.TOML)
-    return folder, run_ranks(all_of, 2, str(folder / "toy.toml"), str(folder))
+    return folder, run_ranks(all_of, 2, str(folder / "toy.toml"), str(folder), timeout_s=300.0)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
