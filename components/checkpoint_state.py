@@ -17,12 +17,13 @@ from torch.distributed.checkpoint.state_dict import (
 
 def module_state(module: nn.Module) -> dict[str, Any]:
     """Parameters and persistent buffers by their names in the bare module, whatever wraps or shards it."""
-    return get_model_state_dict(module)
+    return get_model_state_dict(module) if module.state_dict() else {}  # which PyTorch's own refuses
 
 
 def load_module_state(module: nn.Module, state: dict[str, Any]) -> None:
     """Puts a loaded :func:`module_state` into the module."""
-    set_model_state_dict(module, state)
+    if state:
+        set_model_state_dict(module, state)
 
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)

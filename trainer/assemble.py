@@ -150,7 +150,7 @@ def make_ema(config: Config, parts: Parts) -> Ema | None:
     return Ema(sources, config.ema.decay, parts.averages) if sources else None
 
 
-def trained_modules(recipe: Recipe) -> set[str]:
+def trained_modules(recipe: Recipe | type[Recipe]) -> set[str]:
     """Names of the modules that some loss of the recipe trains."""
     return {name for members in recipe.trains.values() for name in members}
 
@@ -190,11 +190,7 @@ def build_parts(
             f"training.resolution = {resolution}: not divisible by the tokenizer's factor of {m.tokenizer.factor}; "
             f"the nearest sizes are {_multiples(resolution, m.tokenizer.factor)}"
         )
-    if "tokenizer" in recipe.trains and not getattr(m.tokenizer, "trainable", True):
-        raise ConfigError(
-            f"tokenizer.trainable = false, but recipe.name = '{config.recipe.name}' trains the tokenizer; "
-            "set it to true, or choose the recipe 'repa' or 'ldm'"
-        )
+    _check_trainable(config, recipe, m.tokenizer)
     side = resolution // m.tokenizer.factor
     latent = LatentShape(m.tokenizer.channels, side, side)
     f = config.flow
@@ -237,6 +233,22 @@ def build_parts(
         raise ConfigError(f"recipe.name = '{config.recipe.name}' needs a reconstruction loss, as [losses.l1]")
     unused = [place for place, names in (("denoiser", config.denoiser), ("encoders", config.encoders)) if names]
     return Parts(recipe, m, dataset, num_classes, latent, [place for place in unused if place not in uses])
+
+
+def _check_trainable(config: Config, recipe: Recipe, tokenizer: Any) -> None:
+    """Raises ConfigError where a recipe trains what the tokenizer says cannot be trained."""
+    if "tokenizer" not in trained_modules(recipe):
+        return
+    name = config.tokenizer.name
+    if not getattr(tokenizer, "trainable", True):
+        option = "trainable" in registry.tokenizers.get(name).options
+        why = "has tokenizer.trainable = false" if option else "has nothing to train"
+        remedy = "set it to true, or choose" if option else "choose"
+        fit = [r.name for r in registry.recipes if "tokenizer" not in trained_modules(r.cls)]
+        raise ConfigError(
+            f"recipe.name = '{config.recipe.name}' trains the tokenizer, but '{name}' {why}; {remedy} a recipe that "
+            f"leaves it as it is ({', '.join(fit)})"
+        )
 
 
 def _make_heads(config: Config, m: Modules) -> nn.ModuleList:

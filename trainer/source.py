@@ -145,6 +145,8 @@ def open_source(
         module.to(world.device)
         if role in stored.states:
             load_strict(module, stored.states[role], f"{role} of {what}", path)
+        elif not module.state_dict():
+            pass  # pixels need no tokenizer
         elif role == "tokenizer" and getattr(module, "checkpoint", None):
             module.load_weights()
         elif role in SAMPLING:
