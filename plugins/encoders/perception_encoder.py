@@ -39,8 +39,9 @@ class PerceptionEncoder(TimmEncoder):
       an inner block of "core", which is the paper's finding: ``layer`` takes it;
     - images: [0, 1], bilinear without antialiasing to one patch per token (L and G: 256 -> 224 for 16 x 16 tokens;
       T, S and B stay at 256), then mean and deviation 0.5; bilinear is what PE was trained with;
-    - position: rotary, computed for the denoiser's grid, and an absolute embedding of the training's grid, resampled
-      to the denoiser's: bilinear without antialiasing, as the authors' code;
+    - position: rotary, by the row and column of the denoiser's grid (timm stretches them to the training's grid), and
+      an absolute embedding of the training's grid, resampled to the denoiser's: bilinear without antialiasing. Both
+      as in the authors' code;
     - one vector per image: "core": that of its attention pool; else the mean of the patch tokens.
 
     Args:
@@ -80,6 +81,8 @@ class PerceptionEncoder(TimmEncoder):
             resize_first=True,
             resize="bilinear",
             layer=layer,
+            # timm would stretch the rotary positions to the grid of the training.
+            options={"ref_feat_shape": (grid, grid)},
         )
 
     def _converted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
