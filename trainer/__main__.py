@@ -7,7 +7,19 @@ import importlib
 import keyword
 import sys
 
-COMMANDS = ("train", "sample", "evaluate", "encode", "export", "import", "check", "plugins", "benchmark")
+COMMANDS = (
+    "train",
+    "sample",
+    "evaluate",
+    "encode",
+    "export",
+    "import",
+    "check",
+    "plugins",
+    "new",
+    "conform",
+    "benchmark",
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,23 @@
+"""One test for each check of the plugin that ``--plugin`` names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from components.conformance import check, checks, resolve
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    config = metafunc.config
+    if not (spec := config.getoption("--plugin", default=None)):
+        raise SystemExit(
+            "which plugin? pytest -p plugins.conformance.pytest_options --pyargs plugins.conformance "
+            "--plugin my_lab.encoders:my_encoder"
+        )
+    subject = resolve("plugins", spec, config.getoption("--option"), config.getoption("--parts"))
+    found = checks(subject)
+    metafunc.parametrize(("subject", "function"), [(subject, f) for f in found.values()], ids=list(found))
+
+
+def test_plugin(subject: Any, function: Any) -> None:
+    check(subject, function)

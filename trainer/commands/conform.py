@@ -1,0 +1,45 @@
+"""python -m trainer conform: whether a plugin keeps the contract of its kind."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+
+SUMMARY = "check a plugin of yours against the contract of its kind"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "plugin", metavar="MODULE:NAME", help='"my_lab.encoders:my_encoder", or "path/to/file.py:my_encoder"'
+    )
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="of the plugin; may be repeated"
+    )
+    parser.add_argument(
+        "--parts", metavar="TOML", help="for a recipe: a file with the tables of the parts that it works with"
+    )
+    parser.epilog = (
+        "Weights stay random; no file is read. Options that make a model small make this fast.\n"
+        "In a test suite of yours: pytest -p plugins.conformance.pytest_options --pyargs plugins.conformance\n"
+        "  --plugin MODULE:NAME [--option KEY=VALUE]"
+    )
+
+
+def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from components.conformance import examine, resolve
+    from components.registry import PluginError
+
+    if rest:
+        raise PluginError(f"unexpected argument '{rest[0]}'; see python -m trainer conform --help")
+    subject = resolve("plugins", arguments.plugin, arguments.option, arguments.parts)
+    plugin = subject.plugin
+    print(f"{plugin.kind} {plugin.name} ({plugin.where})")
+    failed = count = 0
+    for result in examine(subject):
+        count += 1
+        failed += bool(result.fault)
+        print(f"  {'FAIL' if result.fault else 'ok'}    {result.promise}"[: None if result.fault else 120])
+        if result.fault:
+            print(textwrap.indent(textwrap.fill(result.fault, 110), "          "))
+    print(f"{count} checks, {failed} failed" if failed else f"{count} checks, all kept")
+    return 1 if failed else 0
