@@ -69,10 +69,14 @@ Tokens = Tensor | tuple[Tensor, ...]
 
 
 class DenoiserOutput(NamedTuple):
-    """``velocity`` (B, C, h, w) and the hidden :data:`Tokens` after block ``align_depth``."""
+    """``velocity`` (B, C, h, w) and the hidden :data:`Tokens` after block ``align_depth``.
+
+    ``extra`` (B, D_e) is the velocity of the vector that is denoised with the latent, where there is one.
+    """
 
     velocity: Tensor
     tokens: Tokens
+    extra: Tensor | None = None
 
 
 class Weighted(NamedTuple):
@@ -127,6 +131,11 @@ class Tokenizer(Protocol):
 class Denoiser(Protocol):
     """Predicts the velocity of x_t. Constructed from ``(latent: LatentShape, num_classes: int)`` and options.
 
+    It may denoise a vector together with the latent, as REG's class token: then it has ``extra_dim``, the features D_e
+    of the vector, and its methods take the noised vector (B, D_e) as a fourth argument. Its tokens are then
+    (B, 1 + N, width), the vector's first. Training draws the noise, and samplers integrate latent and vector as one
+    state.
+
     Attributes:
         width: features of a hidden token.
         grid: tokens per side; N = grid ** 2.
@@ -156,7 +165,7 @@ class Encoder(Protocol):
     """A frozen network whose patch tokens are the alignment target.
 
     Constructed from ``(resolution: int, grid: int)``, the images' side in pixels and the denoiser's tokens per
-    side, and its options.
+    side, and its options. It may offer ``embed(images) -> (B, D)``, one vector per image.
 
     Attributes:
         embed_dim: features D of a token.
@@ -314,7 +323,8 @@ class Recipe(Protocol):
     """One step of training, as a paper would write it. Constructed from its options alone.
 
     A recipe whose tokenizer is frozen, and which asks :mod:`components.objectives` for posterior and targets, may say
-    ``cached_latents = True``: then it can train on a latent cache.
+    ``cached_latents = True``: then it can train on a latent cache. One that asks more of the parts than their contracts
+    may offer ``check(m: Modules)``: it raises a ValueError that names the key to change, before the run starts.
 
     Attributes:
         uses: fields of :class:`Modules` that it needs; the others are not built.

@@ -14,13 +14,15 @@ from components.contracts import LatentShape
 class Draws(NamedTuple):
     """The random numbers of one micro-batch of B images.
 
-    ``posterior`` and ``noise`` are N(0, I) of (B, C, h, w); ``time`` and ``label`` are U[0, 1) of (B,).
+    ``posterior`` and ``noise`` are N(0, I) of (B, C, h, w); ``time`` and ``label`` are U[0, 1) of (B,); ``extra`` is
+    N(0, I) of (B, D_e), the noise of what the denoiser denoises besides the latent, and empty where that is nothing.
     """
 
     posterior: Tensor
     noise: Tensor
     time: Tensor
     label: Tensor
+    extra: Tensor = torch.empty(0)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Draws:
         return Draws(*(x.to(device, non_blocking=non_blocking) for x in self))
@@ -32,7 +34,7 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
 
 
-def draw(seed: int, step: int, positions: range, batch_size: int, latent: LatentShape) -> Draws:
+def draw(seed: int, step: int, positions: range, batch_size: int, latent: LatentShape, extra_dim: int = 0) -> Draws:
     """The numbers that belong to some positions of step ``step``'s global batch.
 
     Cost: all ``batch_size`` latents are drawn on the CPU and sliced (2M normals for 256 latents of 4 x 32 x 32,
@@ -44,6 +46,7 @@ def draw(seed: int, step: int, positions: range, batch_size: int, latent: Latent
         positions: this micro-batch's places in the global batch, within [0, batch_size).
         batch_size: images of the global batch.
         latent: shape of one latent.
+        extra_dim: features D_e of the vector that the denoiser denoises with the latent; 0: none.
     """
     rows = slice(positions.start, positions.stop)
 
@@ -55,4 +58,5 @@ def draw(seed: int, step: int, positions: range, batch_size: int, latent: Latent
         noise=numbers("noise", torch.randn, *latent),
         time=numbers("time", torch.rand),
         label=numbers("label", torch.rand),
+        extra=numbers("extra", torch.randn, extra_dim),
     )

@@ -47,6 +47,11 @@ class Parts:
     averages: dict[str, nn.Module] = field(default_factory=dict)
     images: Dataset | None = None
 
+    @property
+    def extra_dim(self) -> int:
+        """Features of the vector that the denoiser denoises with the latent; 0: none."""
+        return getattr(self.modules.denoiser, "extra_dim", 0)
+
 
 def check(config: Config, world_size: int, local_size: int = 1) -> Parts:
     """Builds every module on the meta device, where it costs no memory and reads no file.
@@ -231,6 +236,11 @@ def build_parts(
                 prepare("heads", "heads", m.heads)
     if "reconstruction" in uses and not m.reconstruction:
         raise ConfigError(f"recipe.name = '{config.recipe.name}' needs a reconstruction loss, as [losses.l1]")
+    if uses == recipe.uses and not stop() and hasattr(recipe, "check"):
+        try:
+            recipe.check(m)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
     unused = [place for place, names in (("denoiser", config.denoiser), ("encoders", config.encoders)) if names]
     return Parts(recipe, m, dataset, num_classes, latent, [place for place in unused if place not in uses])
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from components.contracts import Batch, LatentShape
+from components.contracts import Batch
 from components.draws import Draws
 from components.estimate import cuda_autocast, held_tensors, pretended_ranks, prime
 from components.memory_tracker import GATHERED, TEMPORARY, StepTracker, Traffic
@@ -93,11 +93,18 @@ def dry_run(config: Config, world_size: int, local_size: int, bf16: bool) -> Cos
                 tracker.hold(STATES, prime(group.optimizer))
                 _watch_gradients(tracker, group)
             with tracker, cuda_autocast():
-                # The last step: losses that start late take part.
-                step(config.training.steps - 1, micro_batches(config, parts.latent, world, count, tracker))
+                # The last step: losses that start late take part, and one that stops early does so, too.
+                never_stop(parts)
+                step(config.training.steps - 1, micro_batches(config, parts, world, count, tracker))
     images = config.training.batch_size // (world_size * config.training.accumulation)
     on_host = OFFLOADED if config.parallel.cpu_offload else ()
     return Cost(parts, mesh, images, *tracker.peak(on_host), tracker.flops, tracker.traffic)
+
+
+def never_stop(parts: Parts) -> None:
+    """Leaves an alignment loss that stops early at full strength."""
+    if hasattr(parts.modules.alignment, "strength"):
+        parts.modules.alignment.strength = lambda step: 1.0
 
 
 def _build(config: Config, world: World, dtype: torch.dtype | None) -> Parts:
@@ -132,7 +139,7 @@ def _watch_gradients(tracker: StepTracker, group) -> None:
 
 
 def micro_batches(
-    config: Config, latent: LatentShape, world: World, count: int, tracker: StepTracker | None = None
+    config: Config, parts: Parts, world: World, count: int, tracker: StepTracker | None = None
 ) -> Iterator[tuple[Batch, Draws]]:
     """Random images and draws of one rank.
 
@@ -149,8 +156,8 @@ def micro_batches(
             tracker.repeats = t.accumulation - count + 1 if index == 0 else 1
         images = torch.rand(size, 3, t.resolution, t.resolution, **where)
         draws = Draws(
-            torch.randn(size, *latent, **where), torch.randn(size, *latent, **where), torch.rand(size, **where),
-            torch.rand(size, **where),
+            torch.randn(size, *parts.latent, **where), torch.randn(size, *parts.latent, **where),
+            torch.rand(size, **where), torch.rand(size, **where), torch.randn(size, parts.extra_dim, **where),
         )  # fmt: skip
         yield Batch(images, torch.zeros(size, dtype=torch.int64, **where)), draws
 

@@ -242,7 +242,8 @@ class Trainer:
         def draws(position: int) -> Draws:
             steps, place = divmod(position - first_position, c.training.batch_size)
             here = range(place, place + size)
-            drawn = draw(c.training.seed, first_step + steps, here, c.training.batch_size, self.parts.latent)
+            parts, size_of_all = self.parts, c.training.batch_size
+            drawn = draw(c.training.seed, first_step + steps, here, size_of_all, parts.latent, parts.extra_dim)
             return drawn.to(self.device, non_blocking=True)
 
         return Prefetcher(loader, self.device, extra=draws)

@@ -14,7 +14,7 @@ from components.parallel import World
 from trainer.assemble import build, check, make_ema, parameter_groups
 from trainer.commands.train import set_backends
 from trainer.config import Config, ConfigError
-from trainer.dry_run import micro_batches
+from trainer.dry_run import micro_batches, never_stop
 from trainer.prepare import autocast_dtype, image_format
 from trainer.step import Step
 
@@ -52,8 +52,9 @@ def measure_peak(config: Config, world: World) -> tuple[float, bool]:
         accumulation=config.training.accumulation, autocast_dtype=dtype, device=world.device,
         **image_format(config),
     )  # fmt: skip
+    never_stop(parts)
     for _ in range(STEPS):
-        step(config.training.steps - 1, micro_batches(config, parts.latent, world, config.training.accumulation))
+        step(config.training.steps - 1, micro_batches(config, parts, world, config.training.accumulation))
     peak = torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM") - before
     return max(row[0] for row in parallel.gather_floats(float(peak))), dtype is not None
 

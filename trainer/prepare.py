@@ -20,7 +20,7 @@ from components.weights import WeightsError
 from trainer.config import Config, ConfigError
 
 # What the contracts call besides `forward`.
-METHODS = {"tokenizer": ("encode", "decode"), "denoiser": ("tokens",)}
+METHODS = {"tokenizer": ("encode", "decode"), "denoiser": ("tokens",), "encoders": ("embed",)}
 
 
 def mesh_shape(config: Config, world_size: int, local_size: int) -> tuple[int, int]:
@@ -148,7 +148,8 @@ class Preparation:
             if not on_meta:
                 network.to(device)
             if sharded:
-                parallel.shard(network, sharding, METHODS.get(role, ()), learns)
+                methods = [name for name in METHODS.get(role.split(".")[0], ()) if hasattr(network, name)]
+                parallel.shard(network, sharding, methods, learns)
             if on_meta:
                 param_device = torch.device("cpu") if sharded and p.cpu_offload else None
                 if is_copy:

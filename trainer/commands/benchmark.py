@@ -166,7 +166,7 @@ def _micro_batches(config: configs.Config, parts, world, real: bool):
     size = t.batch_size // (world.size * t.accumulation)
 
     def draws(position: int):
-        return draw(t.seed, 0, range(size), size, parts.latent).to(world.device)
+        return draw(t.seed, 0, range(size), size, parts.latent, parts.extra_dim).to(world.device)
 
     if not real:
         images = torch.rand(size, 3, t.resolution, t.resolution, device=world.device) * 2 - 1
