@@ -176,6 +176,11 @@ def _made(subject: Subject, dtype: torch.dtype = torch.float64) -> tuple[Any, Mo
         learns = name.split(".")[0] in trained
         module.to(dtype).train(learns).requires_grad_(learns)
         stir(module)
+    if hasattr(recipe, "check"):
+        try:
+            recipe.check(m)
+        except ValueError as error:
+            raise Fault(f"refuses the parts that it is examined with; name others (--parts): {error}") from error
     return recipe, m
 
 
@@ -220,7 +225,8 @@ def _batch(m: Modules, dtype: torch.dtype = torch.float64) -> tuple[Batch, Draws
     x = images(COUNT, SIDE).to(dtype)
     side = SIDE // m.tokenizer.factor if m.tokenizer is not None else 8
     channels = m.tokenizer.channels if m.tokenizer is not None else 4
-    draws = draw(0, STEP, range(COUNT), COUNT, LatentShape(channels, side, side))
+    extra_dim = getattr(m.denoiser, "extra_dim", 0)
+    draws = draw(0, STEP, range(COUNT), COUNT, LatentShape(channels, side, side), extra_dim)
     return Batch(x, torch.arange(COUNT) % CLASSES), Draws(*(value.to(dtype) for value in draws))
 
 
