@@ -44,6 +44,8 @@ class SiT(nn.Module):
         label_std: standard deviation of new label embeddings; 0.02 as published, more lets short runs learn the
             classes sooner.
         mlp_ratio: hidden features of a block's MLP per feature of a token.
+        class_token_dim: features of an encoder's class token that is denoised with the latent (REG, arXiv
+            2507.01467); 0: none.
 
     Raises:
         ValueError: a latent that is not square or does not divide into patches; align_depth beyond the depth;
@@ -65,6 +67,7 @@ class SiT(nn.Module):
         heads: int | None = None,
         label_std: float = 0.02,
         mlp_ratio: float = 4.0,
+        class_token_dim: int = 0,
     ) -> None:
         super().__init__()
         preset = SIZES[size]
@@ -80,15 +83,19 @@ class SiT(nn.Module):
         self.null_label = num_classes
         self.grid = latent.height // patch_size
         self.channels = latent.channels
+        self.extra_dim = class_token_dim
 
         self.x_embedder = PatchEmbedding(latent.channels, patch_size, width)
         self.t_embedder = TimeEmbedding(width)
         self.y_embedder = nn.Module()
         self.y_embedder.embedding_table = nn.Embedding(num_classes + (label_dropout > 0), width)
         # A buffer: unfreezing all parameters must not make it trainable. Persistent: released weights carry theirs.
-        self.register_buffer("pos_embed", torch.empty(1, self.grid**2, width))
+        self.register_buffer("pos_embed", torch.empty(1, self.grid**2 + (class_token_dim > 0), width))
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch_size**2 * latent.channels)
+        self.final_layer = FinalLayer(width, patch_size**2 * latent.channels, class_token_dim)
+        if class_token_dim:  # named as in the published REG checkpoints
+            self.cls_projectors2 = nn.Linear(class_token_dim, width)
+            self.wg_norm = nn.LayerNorm(width, eps=1e-6)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -106,28 +113,44 @@ class SiT(nn.Module):
         for module in (*self.blocks, self.final_layer):
             nn.init.zeros_(module.adaLN_modulation[-1].weight)
             nn.init.zeros_(module.adaLN_modulation[-1].bias)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.linear.bias)
+        for layer in (self.final_layer.linear, self.final_layer.linear_cls):
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
         if not self.pos_embed.is_meta:
-            self.pos_embed.copy_(sincos_positions(self.width, self.grid))
+            # A class token has no position.
+            self.pos_embed.zero_()[:, -(self.grid**2) :] = sincos_positions(self.width, self.grid)
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> DenoiserOutput:
-        """x_t (B, C, h, w), t (B,) in [0, 1], labels (B,) in [0, num_classes]; see ``contracts.Denoiser``."""
-        x, c = self._embed(x_t, t, labels)
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, extra: Tensor | None = None) -> DenoiserOutput:
+        """x_t (B, C, h, w), t (B,) in [0, 1], labels (B,) in [0, num_classes]; see ``contracts.Denoiser``.
+
+        Args:
+            extra: noised class token (B, class_token_dim), where the network has one.
+        """
+        x, c = self._embed(x_t, t, labels, extra)
         x, tokens = run_blocks(self.blocks, x, c, align_depth=self.align_depth)
-        return DenoiserOutput(unpatchify(self.final_layer(x, c), self.channels), tokens)
+        patches, extra_velocity = self.final_layer(x, c)
+        return DenoiserOutput(unpatchify(patches, self.channels), tokens, extra_velocity)
 
-    def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tokens:
+    def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor, extra: Tensor | None = None) -> Tokens:
         """Hidden tokens (B, N, width) after each block of ``align_depth``; those behind the last do not run."""
-        x, c = self._embed(x_t, t, labels)
+        x, c = self._embed(x_t, t, labels, extra)
         return run_blocks(self.blocks[: last_depth(self.align_depth)], x, c, align_depth=self.align_depth)[1]
 
     def units(self) -> Sequence[nn.Module]:
         """The transformer blocks."""
         return list(self.blocks)
 
-    def _embed(self, x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _embed(self, x_t: Tensor, t: Tensor, labels: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor]:
         x = self.x_embedder(x_t)
+        if (extra is not None) != (self.extra_dim > 0):
+            raise ValueError(
+                f"denoiser.class_token_dim = {self.extra_dim}, but the recipe gives the denoiser "
+                f"{'no' if extra is None else 'a'} class token; expected 0, or a recipe as 'reg'"
+            )
+        if extra is not None:
+            token = self.wg_norm(self.cls_projectors2(extra.to(x.dtype)))
+            x = torch.cat([token[:, None].to(x.dtype), x], dim=1)
         x = x + self.pos_embed.to(x.dtype)
         return x, self.t_embedder(t, x.dtype) + self.y_embedder.embedding_table(labels).to(x.dtype)
 
@@ -176,15 +199,21 @@ class MLP(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, width: int, out_features: int) -> None:
+    """Tokens to the pixels of their patches, and the first of them to a class token's features, if there is one."""
+
+    def __init__(self, width: int, out_features: int, class_token_dim: int = 0) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(width, out_features)
+        self.linear_cls = nn.Linear(width, class_token_dim) if class_token_dim else None
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor | None]:
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+        x = self.norm_final(x) * (1 + scale) + shift
+        if self.linear_cls is None:
+            return self.linear(x), None
+        return self.linear(x[:, 1:]), self.linear_cls(x[:, 0])
 
 
 def _check_width(width: int, heads: int) -> None:

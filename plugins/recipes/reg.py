@@ -1,0 +1,61 @@
+"""REG (arXiv 2507.01467): the encoder's class token is noised and denoised together with the latent."""
+
+from __future__ import annotations
+
+import torch
+
+from components.contracts import Batch, Modules, Update, Weighted
+from components.draws import Draws
+from components.objectives import alignment, drop_labels, encode_targets, frozen_posterior, velocity_mse
+from components.registry import recipes
+
+
+@recipes.register("reg")
+class Reg:
+    """REPA whose denoiser denoises the first encoder's class token together with the latent (REG).
+
+    Needs a denoiser that takes the class token (``class_token_dim`` of ``sit``), and encoders that have one.
+
+    Args:
+        class_weight: weight of the class token's velocity matching beside the latent's.
+    """
+
+    uses = frozenset({"tokenizer", "denoiser", "heads", "latent_norm", "encoders", "alignment"})
+    trains = {"denoiser": ("denoiser", "heads")}
+
+    def __init__(self, *, class_weight: float = 0.03) -> None:
+        self.class_weight = class_weight
+
+    def check(self, m: Modules) -> None:
+        for label, encoder in m.encoders.items():
+            if not hasattr(encoder, "embed"):
+                raise ValueError(
+                    f"recipe.name = 'reg' denoises and aligns the class token, but the encoder [encoders.{label}] "
+                    "gives none (it has no embed()); choose a vision transformer with one, as dinov2"
+                )
+        label, encoder = next(iter(m.encoders.items()))
+        dim = getattr(m.denoiser, "extra_dim", 0)
+        if dim != encoder.embed_dim:
+            raise ValueError(
+                f"recipe.name = 'reg' needs a denoiser of class tokens of [encoders.{label}]'s {encoder.embed_dim} "
+                f"features, but this one takes {dim or 'none'}; set denoiser.class_token_dim = {encoder.embed_dim} "
+                "(sit has that option)"
+            )
+
+    def step(self, m: Modules, batch: Batch, draws: Draws, update: Update, step: int) -> None:
+        t = m.flow.times(draws.time)
+        z = frozen_posterior(m, batch).sample(draws.posterior)
+        path = m.flow.at(m.latent_norm(z), t, draws.noise)
+        with torch.no_grad():
+            class_tokens = [encoder.embed(batch.images) for encoder in m.encoders.values()]
+        class_path = m.flow.at(class_tokens[0], t, draws.extra)
+
+        out = m.denoiser(path.x_t, t, drop_labels(m, batch.labels, draws.label), class_path.x_t)
+        terms = {
+            "velocity": Weighted(1.0, velocity_mse(out.velocity, path.velocity)),
+            "class_velocity": Weighted(self.class_weight, velocity_mse(out.extra, class_path.velocity)),
+        }
+        # The class token is aligned as every other token is, and comes first among them.
+        patches = encode_targets(m, batch, step)
+        targets = [torch.cat([c[:, None], y], dim=1) for c, y in zip(class_tokens, patches)]
+        update("denoiser", terms | alignment(m, out.tokens, targets, m.alignment.denoiser_weight, step))
