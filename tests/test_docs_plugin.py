@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from components import registry
+from components.conformance import examine, resolve
 from components.contracts import Batch, Dataset, Encoder, ReconstructionLoss
 from components.draws import draw
 from components.parallel import World
@@ -91,6 +92,22 @@ def test_one_plugin_serves_under_two_labels(lab):
     (lab / "two.toml").write_text(text.replace(own, two))
     parts = assemble.check(config.load(str(lab / "two.toml")), world_size=1)
     assert {label: e.embed_dim for label, e in parts.modules.encoders.items()} == {"narrow": 192, "wide": 768}
+
+
+@pytest.mark.parametrize(
+    ("spec", "options"),
+    [
+        ("my_encoder.py:augreg", ["pretrained=false"]),
+        ("my_loss.py:spectrum", []),
+        ("my_dataset.py:stripes", []),
+        ("my_recipe.py:ldm_l1", []),
+    ],
+)
+def test_every_plugin_of_the_page_passes_the_conformance_kit(lab, spec, options):
+    """But for torch.compile and FSDP2 of the encoder, whose arithmetic is TimmEncoder's."""
+    subject = resolve("plugins", f"{lab}/{spec}", options)
+    results = list(examine(subject, leave_out=("compiles_in_one_graph", "shards_with_fsdp2")))
+    assert [result for result in results if result.fault] == []
 
 
 @pytest.mark.parametrize("recipe", ["repae", "ldm_l1"])
