@@ -407,8 +407,8 @@ SPECIAL = {
 
 TABLES = {
     "recipe": '[recipe]\nname = "repae"\n',
-    "tokenizer": '[tokenizer]\nname = "autoencoder_kl"\nlatent_channels = 4\nchannels = 32\nmultipliers = [1, 2, 2]\n'
-    "res_blocks = 1\n",
+    "tokenizer": '[tokenizer]\nname = "autoencoder_kl"\nlatent_channels = 4\nchannels = 16\nmultipliers = [1, 2, 2]\n'
+    "norm_groups = 4\nres_blocks = 1\n",
     "denoiser": '[denoiser]\nname = "sit"\nwidth = 64\ndepth = 4\nheads = 4\nalign_depth = 2\n',
     "encoder": "[encoders.tiny_vit]\n",
     "loss": "[losses.l1]\n\n[losses.kl]\n\n[losses.cosine]\nhead_width = 128\n",
@@ -436,7 +436,7 @@ TABLES
 workers = 0
 
 [latent_norm]
-images = 64
+images = 32
 
 [sampling]
 images = 10

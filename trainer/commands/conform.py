@@ -38,8 +38,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     for result in examine(subject):
         count += 1
         failed += bool(result.fault)
-        print(f"  {'FAIL' if result.fault else 'ok'}    {result.promise}"[: None if result.fault else 120])
+        print(f"  {'FAIL' if result.fault else 'ok  '}  {result.promise}")
         if result.fault:
-            print(textwrap.indent(textwrap.fill(result.fault, 110), "          "))
+            print(textwrap.indent(textwrap.fill(result.fault, 110), " " * 8))
     print(f"{count} checks, {failed} failed" if failed else f"{count} checks, all kept")
     return 1 if failed else 0
