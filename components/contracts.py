@@ -106,6 +106,10 @@ class Batch(NamedTuple):
 class Tokenizer(Protocol):
     """Images to latents and back. Constructed from its options alone.
 
+    Recipes that want more of it than it offers are refused: ``trainable = False`` says that none of it learns,
+    ``frozen_encoder = True`` that its decoder alone does (``encode`` passes no gradient on, and the encoder's
+    parameters never require one). ``resolution`` is the images' side in pixels, where it takes one size only.
+
     Attributes:
         factor: pixels per latent position along each side.
         channels: latent channels C.
@@ -321,6 +325,9 @@ class Modules:
 
 class Recipe(Protocol):
     """One step of training, as a paper would write it. Constructed from its options alone.
+
+    One whose losses reach the tokenizer's decoder alone says ``trains_decoder_alone = True``; others that train the
+    tokenizer want both halves of it.
 
     A recipe whose tokenizer is frozen, and which asks :mod:`components.objectives` for posterior and targets, may say
     ``cached_latents = True``: then it can train on a latent cache. One that asks more of the parts than their contracts

@@ -55,7 +55,7 @@ BAD = [
     ("--denoiser.size=XXL", ["denoiser.size = 'XXL'", "did you mean 'XL'"]),
     ("--denoiser.heads=5", ["denoiser.heads = 5", "denoiser.width = 32"]),
     ("--denoiser.label_dropout=1.0", ["denoiser.label_dropout = 1.0"]),
-    ("--encoders.dinov3.size=b", ["no encoder is called 'dinov3'", "did you mean 'dinov2'"]),
+    ("--encoders.dinov22.size=b", ["no encoder is called 'dinov22'", "did you mean 'dinov2'"]),
     ("--encoders.dinov2.size=xl", ["encoders.dinov2.size = 'xl'", "valid: b, g, l, s"]),
     ("--encoders.dinov2.pretraned=true", ["encoders.dinov2.pretraned: unknown key", "did you mean 'pretrained'"]),
     ("--losses.l1.wieght=2.0", ["losses.l1.wieght: unknown key", "did you mean 'weight'"]),

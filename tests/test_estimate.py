@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from components import registry
 from components.estimate import cuda_autocast
 from components.parallel import World
 from tests import toys
@@ -211,8 +212,9 @@ def test_prints_parts_memory_traffic_and_verdict(toml, capsys):
 def test_every_shipped_config_runs_dry(path, monkeypatch):
     """With one block and one residual block a level, for time; the parts are the config's."""
     monkeypatch.chdir(ROOT)
-    thin = ["--tokenizer.res_blocks=1"]
-    config = configs.load(str(path), thin)
+    config = configs.load(str(path))
+    options = registry.tokenizers.get(config.tokenizer.name).options
+    thin = [f"--tokenizer.{key}=1" for key in ("res_blocks", "depth") if key in options]
     if config.denoiser is not None and "size" in config.denoiser.options:
         thin += ["--denoiser.depth=1", "--denoiser.align_depth=1"]
     found = dry_run(configs.load(str(path), thin), 1, 1, bf16=True)

@@ -195,6 +195,10 @@ def build_parts(
             f"training.resolution = {resolution}: not divisible by the tokenizer's factor of {m.tokenizer.factor}; "
             f"the nearest sizes are {_multiples(resolution, m.tokenizer.factor)}"
         )
+    if getattr(m.tokenizer, "resolution", resolution) != resolution:
+        raise ConfigError(
+            f"tokenizer.resolution = {m.tokenizer.resolution}, but training.resolution = {resolution}; set both to one"
+        )
     _check_trainable(config, recipe, m.tokenizer)
     side = resolution // m.tokenizer.factor
     latent = LatentShape(m.tokenizer.channels, side, side)
@@ -258,6 +262,21 @@ def _check_trainable(config: Config, recipe: Recipe, tokenizer: Any) -> None:
         raise ConfigError(
             f"recipe.name = '{config.recipe.name}' trains the tokenizer, but '{name}' {why}; {remedy} a recipe that "
             f"leaves it as it is ({', '.join(fit)})"
+        )
+    decoder_alone, frozen_encoder = (
+        getattr(recipe, "trains_decoder_alone", False), getattr(tokenizer, "frozen_encoder", False)
+    )  # fmt: skip
+    if frozen_encoder and not decoder_alone:
+        fit = [r.name for r in registry.recipes if getattr(r.cls, "trains_decoder_alone", False)]
+        raise ConfigError(
+            f"recipe.name = '{config.recipe.name}' trains the tokenizer's encoder, but that of '{name}' is frozen; "
+            f"choose a recipe that trains its decoder alone ({', '.join(fit)})"
+        )
+    if decoder_alone and not frozen_encoder:
+        fit = [t.name for t in registry.tokenizers if getattr(t.cls, "frozen_encoder", False)]
+        raise ConfigError(
+            f"recipe.name = '{config.recipe.name}' trains a decoder alone, but the encoder of '{name}' learns, too; "
+            f"choose a tokenizer with a frozen one ({', '.join(fit)})"
         )
 
 

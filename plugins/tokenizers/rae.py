@@ -1,0 +1,231 @@
+"""Representation autoencoders (RAE, arXiv 2510.11690): a frozen encoder's tokens as latents, and a ViT that decodes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from components.contracts import Posterior
+from components.layouts import files
+from components.precision import at_least_fp32
+from components.registry import PluginError, encoders, tokenizers
+from components.transformer import sincos_positions, unpatchify
+from components.weights import WeightsError, load_strict
+
+# (width, blocks, heads, hidden features of the MLP) of the published decoders
+DECODERS = {"B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096), "XL": (1152, 28, 16, 4096)}
+WHAT = "[tokenizer] rae"
+# Names in the published decoders, and ours.
+PUBLISHED = (
+    ("trainable_cls_token", "cls_token"),
+    ("decoder_embed", "embed"),
+    ("decoder_norm", "norm"),
+    ("decoder_pred", "pred"),
+    (r"decoder_layers\.(\d+)\.attention\.output\.dense", r"blocks.\1.proj"),
+    (r"decoder_layers\.(\d+)\.intermediate\.dense", r"blocks.\1.fc1"),
+    (r"decoder_layers\.(\d+)\.output\.dense", r"blocks.\1.fc2"),
+    (r"decoder_layers\.(\d+)\.layernorm_before", r"blocks.\1.norm1"),
+    (r"decoder_layers\.(\d+)\.layernorm_after", r"blocks.\1.norm2"),
+    (r"decoder_layers\.(\d+)\.attention\.attention\.(query|key|value)", r"blocks.\1.\2"),
+)
+
+
+@tokenizers.register("rae")
+class RAE(nn.Module):
+    """Tokens of a frozen encoder as latents, and a ViT decoder (RAE): the decoder learns, with the recipe rae_decoder.
+
+    A latent is what the encoder plugin gives, before the affine part of its last norm where the encoder can leave that
+    out (``final_norm``: those of timm), layer-normalised without affine parameters: (B, D, R / patch_size,
+    R / patch_size). The latent norm then scales it per channel; the published code does so per channel and position.
+    There is no posterior: its standard deviation is the least that there is, 3e-7.
+
+    The decoder embeds tokens linearly, adds a class token and fixed sine-cosine positions, and predicts each token's
+    pixels, in the units in which the encoder sees images.
+
+    Args:
+        encoder: name of an encoder plugin; "dinov2" with ``encoder_options = { registers = true }`` is published.
+        encoder_options: the options of that plugin.
+        resolution: side of the images in pixels; the same as ``training.resolution``.
+        patch_size: pixels per latent position; the encoder's grid is ``resolution / patch_size``.
+        decoder: preset of the decoder's width, depth, heads and hidden features.
+        width: features per token of the decoder, a multiple of 4; overrides the preset.
+        depth: blocks of the decoder; overrides the preset.
+        heads: attention heads of the decoder; overrides the preset.
+        hidden: hidden features of the decoder's MLPs; overrides the preset; 4 * width where only that is given.
+        checkpoint: a published decoder (bytetriper/RAE), ours, or a whole tokenizer of ours: a file, a model folder,
+            or hf://organisation/name/file[@revision]; none: a random decoder.
+
+    Raises:
+        ValueError: an encoder that does not exist or does not take its options; sizes that do not divide.
+    """
+
+    trainable = True
+    frozen_encoder = True
+
+    def __init__(
+        self,
+        *,
+        encoder: str = "dinov2",
+        encoder_options: dict[str, Any] | None = None,
+        resolution: int = 256,
+        patch_size: int = 16,
+        decoder: Literal["B", "L", "XL"] = "XL",
+        width: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
+        hidden: int | None = None,
+        checkpoint: str | None = None,
+    ) -> None:
+        super().__init__()
+        preset = DECODERS[decoder]
+        hidden = hidden or (4 * width if width else preset[3])
+        width, depth, heads = width or preset[0], depth or preset[1], heads or preset[2]
+        if patch_size < 1 or resolution % patch_size:
+            raise ValueError(
+                f"tokenizer.resolution = {resolution} is no multiple of tokenizer.patch_size = {patch_size}"
+            )
+        if width % 4 or heads < 1 or width % heads:
+            raise ValueError(f"tokenizer.width = {width}: expected a multiple of 4 and of tokenizer.heads = {heads}")
+        self.factor, self.resolution, self.checkpoint = patch_size, resolution, checkpoint
+        self.grid = resolution // patch_size
+        self.encoder_name = encoder
+        self.encoder = _make_encoder(encoder, encoder_options or {}, resolution, self.grid)
+        self.encoder.requires_grad_(False).eval()
+        self.channels: int = self.encoder.embed_dim
+        self.decoder = Decoder(self.channels, self.grid, patch_size, width, depth, heads, hidden)
+
+    def train(self, mode: bool = True) -> RAE:
+        """The encoder stays in evaluation mode."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def encode(self, x: Tensor) -> Posterior:
+        """(B, 3, R, R) in [-1, 1] -> (B, D, R / patch_size, R / patch_size), without gradients."""
+        self._check_side(x.shape[-1], 1)
+        with torch.no_grad():
+            tokens = at_least_fp32(self.encoder(x))
+            tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
+            z = tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid)).contiguous()
+        return Posterior(z, torch.full_like(z, -30.0))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, D, h, w) -> (B, 3, R, R), nominally in [-1, 1]."""
+        self._check_side(z.shape[-1], self.factor)
+        x = self.decoder(z.flatten(2).transpose(1, 2))
+        mean, std = (getattr(self.encoder, name, None) for name in ("mean", "std"))
+        # What the encoder takes as (image in [0, 1] - mean) / std.
+        return x if mean is None or std is None else (x * std + mean) * 2 - 1
+
+    def load_weights(self) -> None:
+        """Reads the encoder's weights, and the decoder's ``checkpoint`` if there is one.
+
+        Raises:
+            WeightsError: a file is missing, unreadable, or of another architecture.
+        """
+        state = {} if self.checkpoint is None else files.read(self.checkpoint, WHAT).tensors
+        if any(key.startswith("encoder.") for key in state):
+            load_strict(self, state, WHAT, self.checkpoint)
+            return
+        try:
+            self.encoder.load_weights()
+        except WeightsError as error:
+            there = "[tokenizer.encoder_options]"
+            message = str(error).replace(f"[encoders.{self.encoder_name}]", there)
+            raise WeightsError(f"{WHAT}: {message}") from error
+        if state:
+            state = {key.removeprefix("decoder."): value for key, value in state.items()}
+            load_strict(self.decoder, from_published(state), WHAT, self.checkpoint)
+
+    def units(self) -> Sequence[nn.Module]:
+        """The encoder as a whole, and the decoder's blocks."""
+        return [self.encoder, *self.decoder.blocks]
+
+    def _check_side(self, side: int, scale: int) -> None:
+        if side * scale != self.resolution:
+            raise ValueError(
+                f"{WHAT}: made for images of {self.resolution} px, and given {side * scale}; set tokenizer.resolution"
+            )
+
+
+class Decoder(nn.Module):
+    """Tokens (B, n * n, D) -> pixels (B, 3, n * patch_size, n * patch_size): a pre-norm ViT with a class token."""
+
+    def __init__(
+        self, channels: int, grid: int, patch_size: int, width: int, depth: int, heads: int, hidden: int
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Linear(channels, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        # The class token's position is zero.
+        self.register_buffer("positions", F.pad(sincos_positions(width, grid), (0, 0, 1, 0)), persistent=False)
+        self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.pred = nn.Linear(width, 3 * patch_size**2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        x = x + self.positions.to(x.dtype)
+        for block in self.blocks:
+            x = block(x)
+        return unpatchify(self.pred(self.norm(x))[:, 1:], 3)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, (B, N, width) -> the same."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=1e-12)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-12)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm1(x)
+        q, k, v = (f(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A decoder's state dict from the published names; ours stay. Positions are fixed and left out."""
+    renamed = {}
+    for key, value in state.items():
+        for theirs, ours in PUBLISHED:
+            key, found = re.subn(rf"^{theirs}(?=\.|$)", ours, key)
+            if found:
+                break
+        renamed[key] = value
+    renamed.pop("decoder_pos_embed", None)
+    return renamed
+
+
+def _make_encoder(name: str, options: dict[str, Any], resolution: int, grid: int) -> nn.Module:
+    try:
+        plugin = encoders.get(name)
+        plugin.schema().model_validate(options)
+    except PluginError as error:
+        raise ValueError(f"tokenizer.encoder: {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"tokenizer.encoder_options.{key}: {first['msg']}; options of encoder '{name}': {', '.join(plugin.options)}"
+        ) from error
+    encoder = plugin.cls(resolution, grid, **options)
+    if hasattr(encoder, "final_norm"):
+        encoder.final_norm = False  # its weights would shape what the norm without weights gives
+    return encoder
