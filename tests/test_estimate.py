@@ -27,9 +27,13 @@ from trainer.dry_run import AVERAGES, FROZEN, GATHERED, GRADIENTS, PARAMETERS, S
 from trainer.prepare import Preparation
 
 ROOT = Path(__file__).resolve().parents[1]
-# The ablations name other vision transformers of timm, and two tokenizers are of one architecture: one stands for all.
+# The ablations name other vision transformers of timm, two tokenizers are of one architecture, and LightningDiT and
+# DiT-DH are much like SiT: one stands for all.
 # iREPA and REG differ from REPA by a head and by one token.
-ALIKE = ("ablation_encoder_dinov2", "ablation_encoder_ijepa", "repae_sit_xl_vavae", "irepa_sit_xl", "reg_sit_xl")
+ALIKE = (
+    "ablation_encoder_dinov2",
+    "ablation_encoder_ijepa", "repae_sit_xl_vavae", "irepa_sit_xl", "reg_sit_xl", "repae_lightningdit", "repae_ditdh",
+)  # fmt: skip
 CONFIGS = sorted(p for p in (ROOT / "train_configs").glob("*.toml") if not p.name.startswith(ALIKE))
 FLOAT = 4  # bytes
 # A width that 8 ranks do not divide; a denoiser alone learns.

@@ -1,0 +1,181 @@
+"""DiT-DH (arXiv 2510.11690): a DiT whose tokens condition a shallow, wide head that denoises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from components.contracts import DenoiserOutput, LatentShape, Tokens
+from components.lightning import (
+    LightningBlock,
+    LightningFinalLayer,
+    Rotary,
+    check_rotary,
+    init_lightning,
+)
+from components.precision import at_least_fp32
+from components.registry import denoisers
+from components.transformer import (
+    PatchEmbedding,
+    check_blocks,
+    check_patches,
+    last_depth,
+    run_blocks,
+    sincos_positions,
+    unpatchify,
+)
+
+# (width, depth, heads) of the base; the head is the same for all.
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+
+
+@denoisers.register("ditdh")
+class DiTDH(nn.Module):
+    """DiT-DH: a base DiT and a wide, shallow diffusion head, for latents of many channels; sizes S, B, L, XL.
+
+    The base turns x_t, time and label into tokens; the head embeds x_t anew, at a width that no channel is lost in,
+    and each of its tokens is modulated by the base's token at its place and by the time. What is aligned are the
+    base's tokens. Blocks are LightningDiT's.
+
+    State-dict keys are those of the published checkpoints (bytetriper/RAE), and so are times and velocities.
+
+    Args:
+        size: preset of the base's width, depth and heads.
+        patch_size: latent positions per token side; the latent's side must be a multiple. 1 as published.
+        align_depth: block of the base whose tokens are aligned, counted from 1; a list aligns those of several.
+        label_dropout: probability of replacing a label by the null label in training; 0 leaves no null label.
+        qk_norm: RMS norm on queries and keys; published without.
+        width: features per token of the base; overrides the preset.
+        depth: number of blocks of the base; overrides the preset.
+        heads: attention heads of the base; overrides the preset.
+        head_width: features per token of the head; at least the features of a patch, or it cannot pass them on.
+        head_depth: number of blocks of the head.
+        head_heads: attention heads of the head.
+        label_std: standard deviation of new label embeddings.
+        mlp_ratio: hidden features of a plain MLP of as many weights per feature of a token; SwiGLU has 2 / 3 of them.
+
+    Raises:
+        ValueError: a latent that is not square or does not divide into patches; align_depth beyond the base's depth;
+            a width that the heads do not divide into multiples of 4.
+    """
+
+    def __init__(
+        self,
+        latent: LatentShape,
+        num_classes: int,
+        *,
+        size: Literal["S", "B", "L", "XL"] = "XL",
+        patch_size: int = 1,
+        align_depth: int | list[int] = 8,
+        label_dropout: float = 0.1,
+        qk_norm: bool = False,
+        width: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
+        head_width: int = 2048,
+        head_depth: int = 2,
+        head_heads: int = 16,
+        label_std: float = 0.02,
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        preset = SIZES[size]
+        width, depth, heads = width or preset[0], depth or preset[1], heads or preset[2]
+        check_patches("ditdh", latent, patch_size)
+        check_blocks(depth, align_depth, label_dropout)
+        check_rotary("", width, heads)
+        check_rotary("head_", head_width, head_heads)
+        if head_depth < 1:
+            raise ValueError(f"denoiser.head_depth = {head_depth}: expected at least 1 block")
+        self.width, self.depth = width, depth
+        self.align_depth = align_depth
+        self.label_dropout = label_dropout
+        self.label_std = label_std
+        self.null_label = num_classes
+        self.grid = latent.height // patch_size
+        self.channels = latent.channels
+
+        self.s_embedder = PatchEmbedding(latent.channels, patch_size, width)
+        self.x_embedder = PatchEmbedding(latent.channels, patch_size, head_width)
+        self.s_projector = nn.Linear(width, head_width) if width != head_width else nn.Identity()
+        self.t_embedder = FourierEmbedding(width)
+        self.y_embedder = nn.Module()
+        self.y_embedder.embedding_table = nn.Embedding(num_classes + (label_dropout > 0), width)
+        # A buffer: unfreezing all parameters must not make it trainable.
+        self.register_buffer("pos_embed", torch.empty(1, self.grid**2, width))
+        self.enc_feat_rope = Rotary(width // heads, self.grid)
+        self.dec_feat_rope = Rotary(head_width // head_heads, self.grid)
+        self.blocks = nn.ModuleList(
+            [LightningBlock(width, heads, mlp_ratio, qk_norm) for _ in range(depth)]
+            + [LightningBlock(head_width, head_heads, mlp_ratio, qk_norm) for _ in range(head_depth)]
+        )
+        self.final_layer = LightningFinalLayer(head_width, patch_size**2 * latent.channels)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """PyTorch's own linear layers; zero modulation and output, so that a new block is the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+        for module in (self.s_embedder, self.x_embedder, self.t_embedder, self.enc_feat_rope, self.dec_feat_rope):
+            module.init_weights()
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=self.label_std)
+        init_lightning(self.blocks, self.final_layer)
+        if not self.pos_embed.is_meta:
+            self.pos_embed.copy_(sincos_positions(self.width, self.grid))
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> DenoiserOutput:
+        """x_t (B, C, h, w), t (B,) in [0, 1], labels (B,) in [0, num_classes]; see ``contracts.Denoiser``."""
+        s, c, time = self._embed(x_t, t, labels)
+        base, head = self.blocks[: self.depth], self.blocks[self.depth :]
+        s, tokens = run_blocks(base, s, c, *self.enc_feat_rope(), align_depth=self.align_depth)
+        s = self.s_projector(F.silu(s + time))
+        x, positions = self.x_embedder(x_t), self.dec_feat_rope()
+        for block in head:
+            x = block(x, s, *positions)
+        return DenoiserOutput(unpatchify(self.final_layer(x, s), self.channels), tokens)
+
+    def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tokens:
+        """The base's tokens (B, N, width) after each block of ``align_depth``; nothing behind the last runs."""
+        s, c, _ = self._embed(x_t, t, labels)
+        blocks = self.blocks[: last_depth(self.align_depth)]
+        return run_blocks(blocks, s, c, *self.enc_feat_rope(), align_depth=self.align_depth)[1]
+
+    def units(self) -> Sequence[nn.Module]:
+        """The transformer blocks, the head's last."""
+        return list(self.blocks)
+
+    def _embed(self, x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        s = self.s_embedder(x_t)
+        s = s + self.pos_embed.to(s.dtype)
+        time = self.t_embedder(t, s.dtype)
+        # The blocks' modulation applies another SiLU.
+        c = F.silu(time + self.y_embedder.embedding_table(labels).to(s.dtype))
+        return s, c[:, None], time[:, None]
+
+
+class FourierEmbedding(nn.Module):
+    """Sines and cosines of t at 256 random, fixed frequencies ~ N(0, 1), then an MLP to (B, width)."""
+
+    FREQUENCIES = 256
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("W", torch.empty(self.FREQUENCIES))
+        self.mlp = nn.Sequential(nn.Linear(2 * self.FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def init_weights(self) -> None:
+        """Draws the frequencies and the MLP's weights; its biases stay."""
+        nn.init.normal_(self.W)
+        nn.init.normal_(self.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.mlp[2].weight, std=0.02)
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        # At least float32 whatever the network's dtype: bf16 cannot tell t = 0.999 from 1.
+        angles = 2 * math.pi * at_least_fp32(t)[:, None] * at_least_fp32(self.W)
+        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1).to(dtype))

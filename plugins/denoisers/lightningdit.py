@@ -1,0 +1,148 @@
+"""LightningDiT (arXiv 2501.01423): a SiT with RMS norms, SwiGLU and rotary positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from components.contracts import DenoiserOutput, LatentShape, Tokens
+from components.lightning import (
+    LightningBlock,
+    LightningFinalLayer,
+    Rotary,
+    check_rotary,
+    init_lightning,
+)
+from components.registry import denoisers
+from components.transformer import (
+    PatchEmbedding,
+    TimeEmbedding,
+    check_blocks,
+    check_patches,
+    last_depth,
+    run_blocks,
+    sincos_positions,
+    unpatchify,
+)
+
+# (width, depth, heads)
+SIZES = {
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+    "1p0B": (1536, 24, 24),
+    "1p6B": (1792, 28, 28),
+}
+
+
+@denoisers.register("lightningdit")
+class LightningDiT(nn.Module):
+    """LightningDiT: RMS norms, SwiGLU, rotary positions; sizes B, L, XL, 1p0B, 1p6B or any width, depth and heads.
+
+    State-dict keys are those of the published checkpoints (hustvl/LightningDiT). Those were trained on a time that
+    runs the other way, 0 for noise and 1 for data, so their velocity is the opposite of ours: load them with
+    ``reversed_time``.
+
+    Args:
+        size: preset of width, depth and heads as published; XL is the paper's.
+        patch_size: latent positions per token side; the latent's side must be a multiple. 1 as published for f16.
+        align_depth: block whose tokens are aligned, counted from 1; a list aligns those of several.
+        label_dropout: probability of replacing a label by the null label in training; 0 leaves no null label.
+        qk_norm: RMS norm on queries and keys; the published XL has none.
+        width: features per token; overrides the preset.
+        depth: number of blocks; overrides the preset.
+        heads: attention heads; overrides the preset.
+        label_std: standard deviation of new label embeddings.
+        mlp_ratio: hidden features of a plain MLP of as many weights per feature of a token; SwiGLU has 2 / 3 of them.
+        reversed_time: the weights know time as 0 for noise and 1 for data, as the published ones do: the network is
+            given 1 - t, and its output's sign is changed.
+
+    Raises:
+        ValueError: a latent that is not square or does not divide into patches; align_depth beyond the depth;
+            a width that the heads do not divide into multiples of 4.
+    """
+
+    def __init__(
+        self,
+        latent: LatentShape,
+        num_classes: int,
+        *,
+        size: Literal["B", "L", "XL", "1p0B", "1p6B"] = "XL",
+        patch_size: int = 1,
+        align_depth: int | list[int] = 8,
+        label_dropout: float = 0.1,
+        qk_norm: bool = False,
+        width: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
+        label_std: float = 0.02,
+        mlp_ratio: float = 4.0,
+        reversed_time: bool = False,
+    ) -> None:
+        super().__init__()
+        preset = SIZES[size]
+        width, depth, heads = width or preset[0], depth or preset[1], heads or preset[2]
+        check_patches("lightningdit", latent, patch_size)
+        check_blocks(depth, align_depth, label_dropout)
+        check_rotary("", width, heads)
+        self.width = width
+        self.align_depth = align_depth
+        self.label_dropout = label_dropout
+        self.label_std = label_std
+        self.null_label = num_classes
+        self.grid = latent.height // patch_size
+        self.channels = latent.channels
+        self.reversed_time = reversed_time
+
+        self.x_embedder = PatchEmbedding(latent.channels, patch_size, width)
+        self.t_embedder = TimeEmbedding(width)
+        self.y_embedder = nn.Module()
+        self.y_embedder.embedding_table = nn.Embedding(num_classes + (label_dropout > 0), width)
+        # A buffer: unfreezing all parameters must not make it trainable.
+        self.register_buffer("pos_embed", torch.empty(1, self.grid**2, width))
+        self.feat_rope = Rotary(width // heads, self.grid)
+        self.blocks = nn.ModuleList(LightningBlock(width, heads, mlp_ratio, qk_norm) for _ in range(depth))
+        self.final_layer = LightningFinalLayer(width, patch_size**2 * latent.channels)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Xavier-uniform linear layers; zero modulation and output, so that a new block is the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        self.x_embedder.init_weights()
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=self.label_std)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        init_lightning(self.blocks, self.final_layer)
+        self.feat_rope.init_weights()
+        if not self.pos_embed.is_meta:
+            self.pos_embed.copy_(sincos_positions(self.width, self.grid))
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> DenoiserOutput:
+        """x_t (B, C, h, w), t (B,) in [0, 1], labels (B,) in [0, num_classes]; see ``contracts.Denoiser``."""
+        x, c = self._embed(x_t, t, labels)
+        x, tokens = run_blocks(self.blocks, x, c, *self.feat_rope(), align_depth=self.align_depth)
+        velocity = unpatchify(self.final_layer(x, c), self.channels)
+        return DenoiserOutput(-velocity if self.reversed_time else velocity, tokens)
+
+    def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tokens:
+        """Hidden tokens (B, N, width) after each block of ``align_depth``; those behind the last do not run."""
+        x, c = self._embed(x_t, t, labels)
+        blocks = self.blocks[: last_depth(self.align_depth)]
+        return run_blocks(blocks, x, c, *self.feat_rope(), align_depth=self.align_depth)[1]
+
+    def units(self) -> Sequence[nn.Module]:
+        """The transformer blocks."""
+        return list(self.blocks)
+
+    def _embed(self, x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.x_embedder(x_t)
+        x = x + self.pos_embed.to(x.dtype)
+        time = self.t_embedder(1 - t if self.reversed_time else t, x.dtype)
+        c = time + self.y_embedder.embedding_table(labels).to(x.dtype)
+        return x, c[:, None]
