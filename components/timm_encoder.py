@@ -220,9 +220,14 @@ class TimmEncoder(nn.Module):
             buffer = getattr(self, name)
             buffer.copy_(buffer.new_tensor(self.model.pretrained_cfg[name]).view(1, 3, 1, 1))
         if self._computed_on_meta:
-            for module in self.model.modules():
+            for name, module in self.model.named_modules():
                 if hasattr(module, "init_non_persistent_buffers"):
                     module.init_non_persistent_buffers()
+                elif module._non_persistent_buffers_set and not self.mean.is_meta:
+                    raise WeightsError(
+                        f"{self._what}: made on the meta device, where {name} lost what its constructor computed, and "
+                        "this timm cannot compute it again; make the encoder on the CPU, or install a newer timm"
+                    )
 
     def _read(self, path: str | Path) -> dict[str, Tensor]:
         """The named tensors of a file, in timm's layout or one that timm converts; plugins know more layouts."""
