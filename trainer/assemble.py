@@ -18,7 +18,7 @@ from components.ema import Ema
 from components.flow import Flow, dimension_shift
 from components.latent_norm import LatentNorm
 from components.optimizer import ParameterGroup, Schedule
-from components.parallel import World
+from components.parallel import World, gather_floats
 from trainer import cached
 from trainer.config import Config, ConfigError, PluginTable
 from trainer.prepare import Preparation, averaged, construct, mesh_shape
@@ -107,6 +107,8 @@ def build(config: Config, world: World, files: bool = True, backend: str = "indu
     except (DataError, OSError) as error:
         if cache is None or cached.needs_images(config, recipe, cache):
             missing.append(f"dataset: {error}")
+    if cache is not None and min(there for (there,) in gather_floats(float(dataset is not None))) == 0:
+        dataset = None  # pictures are made by all ranks together, or by none
     statistics = config.latent_norm.statistics
     if files and statistics and not statistics.startswith("hf://") and not Path(statistics).exists():
         missing.append(
