@@ -17,7 +17,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from components import checkpoint
 from components.checkpoint import (
     CheckpointError,
     CheckpointManager,
@@ -25,9 +24,10 @@ from components.checkpoint import (
     module_state,
     optimizer_state,
 )
-from components.checkpoint_folder import MARGIN_BYTES
-from components.checkpoint_ranks import Ranks
-from components.checkpoint_tensors import OVERHEAD_BYTES, Writer, disk_bytes, share, stage
+from components.checkpoint import manager as checkpoint
+from components.checkpoint.folder import MARGIN_BYTES
+from components.checkpoint.tensors import OVERHEAD_BYTES, Writer, disk_bytes, share, stage
+from components.ranks import Ranks
 from tests.checkpoints import assert_holds, full_disk, state_at, steps
 from tests.ranks import run_ranks
 
@@ -245,7 +245,7 @@ import sys, time
 from pathlib import Path
 import torch
 from components.checkpoint import CheckpointManager
-from components.checkpoint_tensors import Writer
+from components.checkpoint.tensors import Writer
 
 write_data = Writer.write_data
 def slow(*args):

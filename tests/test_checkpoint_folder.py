@@ -32,7 +32,7 @@ def assert_falls_back(folder: Path, caplog, *words: str) -> None:
         path = manager.latest()
     assert path == folder / "step_00000001"
     assert_holds(manager, path, 1)
-    (warning,) = (r.getMessage() for r in caplog.records if r.name == "components.checkpoint")
+    (warning,) = (r.getMessage() for r in caplog.records if r.name == "components.checkpoint.manager")
     for word in ("step_00000002", *words):
         assert word in warning
 

@@ -16,8 +16,8 @@ from plugins.encoders.tiny_vit import TinyViT
 from plugins.tokenizers.autoencoder_kl import AutoencoderKL
 from tests import toys
 from tests.ranks import run_ranks
-from trainer import encoding
 from trainer.__main__ import main
+from trainer.caching import encoding
 from trainer.commands import encode
 
 ARGUMENTS = ["--flip", "--features", "--dtype=fp32", "--shard-size=16", "--batch-size=8"]

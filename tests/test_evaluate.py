@@ -23,8 +23,8 @@ from tests import toys
 from tests.inception_weights import random_inception
 from tests.ranks import run_ranks
 from trainer import config as configs
-from trainer import measured, reconstruction
 from trainer.__main__ import main
+from trainer.evaluation import measured, reconstruction
 
 SAMPLES, REFERENCE = 110, 130  # more than tiny_vit's 96 features, and no multiple of a batch
 

@@ -9,9 +9,10 @@ import torch
 from components.parallel import World
 from tests import toys
 from tests.ranks import run_ranks
-from trainer import config, training_evaluation
+from trainer import config
 from trainer.__main__ import main
 from trainer.config import ConfigError
+from trainer.evaluation import in_training
 from trainer.loop import Trainer
 
 # 110 images in batches of 24: the last round is neither full nor divisible.
@@ -87,7 +88,7 @@ def test_a_resumed_run_uses_the_reference_that_it_kept(run, monkeypatch):
     def measured_again(*args, **kwargs):
         raise AssertionError("the reference was measured again")
 
-    monkeypatch.setattr(training_evaluation, "summarise_reference", measured_again)
+    monkeypatch.setattr(in_training, "summarise_reference", measured_again)
     before = distances(run)
     train(0, 1, run, "--training.steps=6")
     assert distances(run) == before | {6: pytest.approx(before[4], rel=0.5)}

@@ -19,7 +19,7 @@ from components.flow import Flow, dimension_shift
 from components.latent_norm import LatentNorm
 from components.optimizer import ParameterGroup, Schedule
 from components.parallel import World, gather_floats
-from trainer import cached
+from trainer.caching import cached
 from trainer.config import Config, ConfigError, PluginTable
 from trainer.prepare import Preparation, averaged, construct, mesh_shape
 

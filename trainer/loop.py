@@ -24,13 +24,13 @@ from components.prefetch import Prefetcher
 from trainer import alarms
 from trainer.assemble import build, check, make_ema, parameter_groups
 from trainer.config import Config, flatten
+from trainer.evaluation.in_training import TrainingEvaluation
 from trainer.latents import prepare_latent_norm
 from trainer.prepare import autocast_dtype, image_format
 from trainer.process import StopSignals, garbage_collected
 from trainer.report import Reporter
 from trainer.saving import Saves
 from trainer.step import Step
-from trainer.training_evaluation import TrainingEvaluation
 
 logger = logging.getLogger("titanrepa")
 

@@ -62,9 +62,9 @@ def encode(arguments: argparse.Namespace, overrides: list[str], world: World) ->
     from tqdm import tqdm
 
     from components.latent_cache import LatentCache
+    from trainer.caching.encoding import Encoding
+    from trainer.caching.networks import Choices
     from trainer.commands.train import set_backends
-    from trainer.encoding import Encoding
-    from trainer.encoding_networks import Choices
     from trainer.source import open_source
 
     needs = ("tokenizer", "encoders") if arguments.features else ("tokenizer",)

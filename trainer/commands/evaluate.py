@@ -91,9 +91,9 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str], world: World) 
 def _samples(arguments: argparse.Namespace, overrides: list[str], world: World) -> None:
     from components.evaluation.images import First
     from components.evaluation.measures import INCEPTION
-    from trainer.evaluation import evaluate_samples
-    from trainer.measured import chosen_metrics, make_networks
-    from trainer.references import open_reference, open_samples
+    from trainer.evaluation.comparison import evaluate_samples
+    from trainer.evaluation.measured import chosen_metrics, make_networks
+    from trainer.evaluation.references import open_reference, open_samples
 
     images, settings = open_samples(arguments.samples)
     if arguments.max_images:
@@ -135,9 +135,9 @@ def _samples(arguments: argparse.Namespace, overrides: list[str], world: World) 
 
 def _reconstruction(arguments: argparse.Namespace, overrides: list[str], world: World) -> None:
     from components.evaluation.images import First
-    from trainer.measured import Measured, chosen_metrics, make_networks
-    from trainer.reconstruction import METRICS, evaluate_reconstruction, make_lpips
-    from trainer.references import dataset_images
+    from trainer.evaluation.measured import Measured, chosen_metrics, make_networks
+    from trainer.evaluation.reconstruction import METRICS, evaluate_reconstruction, make_lpips
+    from trainer.evaluation.references import dataset_images
     from trainer.source import open_source
 
     for option in ("reference", "config", "save_statistics"):
@@ -201,8 +201,8 @@ def _finish(
     step: int,
 ) -> None:
     """Shows and writes the results, then removes what an interrupted evaluation would have needed."""
-    from components.checkpoint_ranks import Ranks
-    from trainer import evaluation_report as report
+    from components.ranks import Ranks
+    from trainer.evaluation import report
 
     def write() -> None:
         report.write_json(output, values, warnings, about)

@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def sample(arguments: argparse.Namespace, overrides: list[str], world: World) -> int:
-    from components.checkpoint_ranks import Ranks
+    from components.ranks import Ranks
     from trainer.commands.train import set_backends
     from trainer.samples import SampleFolder, parse_labels
     from trainer.source import open_source

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from components import registry
-from components.checkpoint_ranks import Ranks
 from components.evaluation.extract import extract
 from components.evaluation.feature_cache import FeatureCache
 from components.evaluation.images import Images
@@ -20,11 +19,12 @@ from components.fingerprint import fingerprint
 from components.image_sampler import to_uint8
 from components.parallel import World
 from components.precision import parameter_dtype
+from components.ranks import Ranks
 from trainer.assemble import make_plugin
 from trainer.config import Config
-from trainer.evaluation import check_counts
-from trainer.measured import Measured, network_warnings
-from trainer.references import Reference
+from trainer.evaluation.comparison import check_counts
+from trainer.evaluation.measured import Measured, network_warnings
+from trainer.evaluation.references import Reference
 from trainer.schema import PluginTable
 
 METRICS = ("rfid", "psnr", "ssim", "lpips")

@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 
 from components import registry
-from components.checkpoint_ranks import Ranks
 from components.ema import Ema
 from components.evaluation import EvaluationError
 from components.evaluation.images import First, Images
@@ -21,13 +20,14 @@ from components.evaluation.measures import FRECHET, Summariser, Summary, compare
 from components.evaluation.moments import read_statistics
 from components.image_sampler import to_uint8
 from components.parallel import World, gather_rows
+from components.ranks import Ranks
 from components.weights import WeightsError
 from trainer import pictures
 from trainer.assemble import Parts
 from trainer.config import Config, ConfigError
-from trainer.evaluation import check_counts, summarise_reference, write_statistics
-from trainer.measured import Measured, make_networks, network_warnings
-from trainer.references import Reference, dataset_images
+from trainer.evaluation.comparison import check_counts, summarise_reference, write_statistics
+from trainer.evaluation.measured import Measured, make_networks, network_warnings
+from trainer.evaluation.references import Reference, dataset_images
 
 logger = logging.getLogger("titanrepa")
 

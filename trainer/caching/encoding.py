@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from components import manifest
-from components.checkpoint_ranks import Ranks
 from components.contracts import Dataset, Sample
 from components.data import DataError, UnreadableCounter, start_worker
 from components.draws import generator
@@ -27,9 +26,10 @@ from components.latent_cache import (
     write_json,
 )
 from components.parallel import World
-from trainer import cached
+from components.ranks import Ranks
+from trainer.caching import cached
+from trainer.caching.networks import Choices, Networks, settings
 from trainer.config import ConfigError
-from trainer.encoding_networks import Choices, Networks, settings
 from trainer.source import Source
 
 BEGUN = "settings.json"
@@ -41,8 +41,8 @@ class Encoding:
 
     Args:
         out: the cache's folder.
-        source: see :class:`trainer.encoding_networks.Networks`.
-        choices: see :class:`trainer.encoding_networks.Choices`.
+        source: see :class:`trainer.caching.networks.Networks`.
+        choices: see :class:`trainer.caching.networks.Choices`.
         world: this process.
 
     Raises:

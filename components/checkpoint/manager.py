@@ -26,19 +26,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.stateful import Stateful
 
 from components import manifest, state_tree
-from components.checkpoint_folder import CheckpointError, CheckpointFolder
-from components.checkpoint_ranks import Ranks, background_group
-from components.checkpoint_state import load_module_state, load_optimizer_state, module_state, optimizer_state
-from components.checkpoint_tensors import Writer, call_dcp, disk_bytes, reason, share, stage
-
-__all__ = [
-    "CheckpointError",
-    "CheckpointManager",
-    "load_module_state",
-    "load_optimizer_state",
-    "module_state",
-    "optimizer_state",
-]
+from components.checkpoint.folder import CheckpointError, CheckpointFolder
+from components.checkpoint.tensors import Writer, call_dcp, disk_bytes, reason, share, stage
+from components.ranks import Ranks, background_group
 
 META = "meta.json"
 

@@ -15,7 +15,7 @@ from components.evaluation.measures import ENDINGS
 from components.evaluation.moments import Gaussian, read_statistics
 from trainer.assemble import make_plugin
 from trainer.config import Config, ConfigError
-from trainer.measured import Measured
+from trainer.evaluation.measured import Measured
 from trainer.samples import SETTINGS, SampleFolder
 
 

@@ -14,8 +14,8 @@ from components.evaluation.measures import FRECHET, Summariser, Summary, compare
 from components.evaluation.moments import save_statistics
 from components.evaluation.precision_recall import NEIGHBOURS
 from components.parallel import World
-from trainer.measured import Measured, network_warnings
-from trainer.references import Reference
+from trainer.evaluation.measured import Measured, network_warnings
+from trainer.evaluation.references import Reference
 
 
 def check_counts(networks: Sequence[Measured], samples: int, reference: Reference, allow_singular: bool) -> None:

@@ -14,7 +14,7 @@ from components.data import DataError
 from components.fingerprint import fingerprint
 from components.latent_cache import DTYPES, FLIPPED, FORMAT
 from components.parallel import World
-from trainer import cached
+from trainer.caching import cached
 from trainer.prepare import autocast_dtype
 from trainer.source import Source
 

@@ -1,0 +1,1 @@
+"""Cached latents: making them, and training on them."""

@@ -1,0 +1,1 @@
+"""Samples and tokenizers measured: on the command line, and while training."""
