@@ -75,6 +75,8 @@ class SiT(nn.Module):
         check_patches("sit", latent, patch_size)
         check_blocks(depth, align_depth, label_dropout)
         _check_width(width, heads)
+        if class_token_dim < 0:
+            raise ValueError(f"denoiser.class_token_dim = {class_token_dim}: expected 0 (none) or a number of features")
         self.width = width
         self.align_depth = align_depth
         self.label_dropout = label_dropout

@@ -34,7 +34,7 @@ class Cosine:
         stop_step: step, counted from 0, from which there is no alignment, for the schedules stop and cosine.
 
     Raises:
-        ValueError: gamma out of range; stop_step without such a schedule, or the schedule without it.
+        ValueError: no features; gamma out of range; stop_step without such a schedule, or the schedule without it.
     """
 
     def __init__(
@@ -49,6 +49,8 @@ class Cosine:
         schedule: Literal["constant", "stop", "cosine"] = "constant",
         stop_step: int = 0,
     ) -> None:
+        if head_width < 1:
+            raise ValueError(f"head_width = {head_width}: expected at least 1 feature")
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma = {gamma}: expected a part of the mean, in [0, 1]")
         if (schedule == "constant") != (stop_step == 0) or stop_step < 0:

@@ -76,7 +76,7 @@ class PatchGAN(nn.Module):
             one, or hf://organisation/name/file[@revision]; none: random.
 
     Raises:
-        ValueError: fewer than one layer.
+        ValueError: fewer than one layer or channel, or a negative start_step.
     """
 
     def __init__(
@@ -91,8 +91,9 @@ class PatchGAN(nn.Module):
         checkpoint: str | None = None,
     ) -> None:
         super().__init__()
-        if layers < 1:
-            raise ValueError(f"[losses.patchgan] layers = {layers}: at least 1")
+        for name, value, least in (("layers", layers, 1), ("channels", channels, 1), ("start_step", start_step, 0)):
+            if value < least:
+                raise ValueError(f"[losses.patchgan] {name} = {value}: expected at least {least}")
         self.weight = weight
         self.start_step = start_step
         self.lecam_weight = lecam_weight

@@ -73,6 +73,8 @@ class AutoencoderKL(nn.Module):
         self.factor = 2 ** (len(multipliers) - 1)
         self.checkpoint = checkpoint
         self.trainable = trainable
+        if self.channels < 1:
+            raise ValueError(f"tokenizer.latent_channels = {latent_channels}: expected at least 1")
         _check(channels, multipliers, attention_levels, res_blocks, norm_groups)
         # Every number that the weights depend on, for layouts that carry them.
         self.architecture = {
