@@ -51,5 +51,5 @@ def test_trains_resumes_samples_exports_and_caches(toml, tmp_path):
 def test_a_recipe_that_trains_the_tokenizer_is_refused_by_name(toml, recipe):
     with pytest.raises(ConfigError) as refusal:
         assemble.check(config.load(str(toml), [f"--recipe.name={recipe}"]), 1)
-    for text in (f"recipe.name = '{recipe}'", "'identity' has nothing to train", "ldm, repa"):
+    for text in (f"recipe.name = '{recipe}'", "'identity' has nothing to train", "ldm", "repa"):
         assert text in str(refusal.value)
