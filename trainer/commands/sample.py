@@ -122,6 +122,7 @@ def draw(
     world: World,
 ) -> None:
     """Fills what is missing. A batch is always the same images, whoever draws it: so are its numbers."""
+    from collections import Counter
     from concurrent.futures import ThreadPoolExecutor
 
     import torch
@@ -130,7 +131,8 @@ def draw(
     from components.image_sampler import to_uint8
     from trainer.samples import labels_of
 
-    batches = sorted({i // batch_size for i in missing})
+    counts = Counter(i // batch_size for i in missing)
+    batches = sorted(counts)
     bar = tqdm(total=len(missing), unit="image", disable=None if world.is_main else True, dynamic_ncols=True)
     with bar, ThreadPoolExecutor(4) as pool:
         writes = []
@@ -142,8 +144,8 @@ def draw(
             for write in writes:  # of the batch before: errors show, and the queue stays short
                 write.result()
             writes = [pool.submit(folder.write, i, image) for i, image in zip(ids, images) if i in missing]
-            done = batches[: (turn + 1) * world.size]
-            bar.update(sum(1 for i in missing if i // batch_size in set(done)) - bar.n)
+            # The other ranks are about as far.
+            bar.update(sum(counts[batch] for batch in batches[turn * world.size : (turn + 1) * world.size]))
         for write in writes:
             write.result()
 
