@@ -35,11 +35,13 @@ class LatentShape(NamedTuple):
     width: int
 
 
-@dataclass(frozen=True)
-class Posterior:
+class Posterior(NamedTuple):
     """Diagonal Gaussian q(z|x) of a tokenizer; both tensors (B, C, h, w).
 
-    The log-variance is clamped to [-30, 20] by whoever makes it, so that ``std`` neither vanishes nor overflows.
+    Producers must clamp the log-variance to [-30, 20], so that ``std`` neither vanishes nor overflows.
+
+    A tuple, as is every record that a wrapped forward pass returns: FSDP2 finds the tensors that need a backward hook
+    in tuples, lists and dicts alone (torch 2.11). In any other container its weights would be freed too early.
     """
 
     mean: Tensor

@@ -88,6 +88,17 @@ def test_frozen_restores_what_it_found_after_an_error():
     assert [p.requires_grad for p in m.denoiser.parameters()] == before
 
 
+def test_what_wrapped_methods_return_shows_its_tensors_to_fsdp():
+    """FSDP2 finds the tensors to put a backward hook on in tuples, lists and dicts; torch 2.11 knows nothing else."""
+    m = toys.modules(dtype=torch.float32)
+    batch, _ = toys.batch(dtype=torch.float32)
+    posterior = m.tokenizer.encode(batch.images)
+    out = m.denoiser(posterior.mean, torch.rand(4), batch.labels)
+    for record in (posterior, out):
+        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(record) if leaf is not None]
+        assert len(leaves) == 2 and all(leaf.requires_grad for leaf in leaves)
+
+
 def flops_of_a_step(rank: int, world: int, shape: tuple[int, int]) -> int:
     """Floating-point operations of one REPA-E step on this rank's share of eight images."""
     from torch.utils.flop_counter import FlopCounterMode
