@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from components.parallel import reshard
+from components.parallel import reshard, settle
 
 
 @contextmanager
@@ -18,8 +18,9 @@ def frozen(*modules: nn.Module | None) -> Iterator[None]:
     the backward, and must meet the same flags.
     """
     present = [module for module in modules if module is not None]
-    # FSDP2 copies a flag from the part to the whole weight when it gathers, and leaves a root gathered behind its
-    # forward pass: a flag set on what is whole then is lost, and gradients leak or vanish without an error.
+    # FSDP2 copies a flag from the shard to the whole weight when it gathers, and keeps a root gathered after its
+    # forward pass: a flag set on a gathered weight is lost, and gradients leak or vanish without an error.
+    settle(*present)
     reshard(*present)
     flags = [(p, p.requires_grad) for module in present for p in module.parameters()]
     for p, _ in flags:

@@ -8,13 +8,14 @@ backward pass runs, and with the frozen passes and the methods beside ``forward`
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -246,11 +247,38 @@ def reshard(*modules: nn.Module) -> None:
         part.reshard()
 
 
+def settle(*modules: nn.Module) -> None:
+    """Lets FSDP2 look at parameters while they learn: torch 2.11 keeps the gradient dtypes that it finds first."""
+    for part in sharded_parts(*modules):  # a root comes before its units
+        part._get_fsdp_state()._lazy_init()  # returns at once after the first call
+
+
 def compile_units(module: nn.Module, backend: str | Callable = "inductor") -> None:
-    """Compiles each part of ``module.units()``, or the module itself; compile time does not grow with depth."""
+    """Compiles each part of ``module.units()``, or the module itself; compile time does not grow with depth.
+
+    Every size but the first of each input, the batch, is static: stages of one class share their code, and the
+    compiler would else make the sides of all but the first stage's maps symbolic (slower kernels, no layout chosen for
+    convolutions, on some torch versions a crash).
+    """
     # Graphs are counted by code: a tokenizer's stages share theirs, each of another shape, with and without gradients.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    if torch.__version__ < (2, 12):
+        # It would skip the check of requires_grad on the parameters of an unchanged module: the graph of the frozen
+        # pass would serve the training pass, and the heads never learn (pytorch/pytorch#177158).
+        torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
     for unit in module.units() if hasattr(module, "units") else [module]:
         # Not unit.compile(), which takes the hooks in, too: FSDP2's break the graph wherever PyTorch's own classes
         # (nn.Sequential) define forward.
-        unit.forward = torch.compile(unit.forward, fullgraph=True, backend=backend)
+        unit.forward = _static_but_for_batch(torch.compile(unit.forward, fullgraph=True, backend=backend))
+
+
+def _static_but_for_batch(compiled: Callable) -> Callable:
+    @functools.wraps(compiled)
+    def forward(*inputs: Any, **options: Any) -> Any:
+        for x in (*inputs, *options.values()):
+            if isinstance(x, Tensor):
+                for dim in range(1, x.dim()):
+                    torch._dynamo.mark_static(x, dim)
+        return compiled(*inputs, **options)
+
+    return forward

@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from components.parallel import World, compile_units
 from components.registry import discover
 from tests import toys
+from tests.compiled import assert_learns_alike, learn
 from tests.ranks import run_ranks
 from tests.runs import compiled_by_aot_eager, finished, largest_difference
 from trainer import config
@@ -72,6 +73,33 @@ def test_sharded_recomputing_runs_do_not_recompile_either(toml, tmp_path, eager)
         assert len(graphs) == 6 and graphs[1] > 0
         assert graphs[1] == graphs[-1], f"graphs compiled behind each step: {graphs}"
         assert_close(eager, found)
+
+
+@pytest.mark.parametrize("recipe", ["repae", "naive_e2e"])
+def test_what_is_frozen_in_one_pass_learns_in_the_next(recipe, toml, tmp_path):
+    """A graph compiled while parameters were frozen must not serve the pass that trains them."""
+    rate = [f"--optimizer.{group}lr=1e-6" for group in ("", "tokenizer.", "discriminator.", "denoiser.")]
+    loaded = config.load(toml, [f"--run.dir={tmp_path}", *SMALL, f"--recipe.name={recipe}", *rate])
+    assert_learns_alike(learn(loaded, None), learn(loaded, "aot_eager"))
+
+
+def test_stages_of_one_class_get_static_graphs_of_their_own():
+    """Without the marks the sides of all but the first stage's maps become symbolic; the batch may."""
+    seen = []
+
+    def backend(graph, inputs):
+        values = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+        maps = [v for v in values if isinstance(v, torch.Tensor) and not isinstance(v, torch.nn.Parameter)]
+        seen.extend(v.shape for v in maps)
+        return graph
+
+    m = toys.modules(dtype=torch.float32)
+    compile_units(m.tokenizer, backend)
+    with torch.no_grad():
+        for batch in (2, 3):
+            m.tokenizer.decode(m.tokenizer.encode(torch.zeros(batch, 3, 32, 32)).mean)
+    assert seen and all(isinstance(side, int) for shape in seen for side in shape[1:])
+    assert any(not isinstance(shape[0], int) for shape in seen), "the batch should become symbolic"
 
 
 def test_inductor_equals_eager(tmp_path):
