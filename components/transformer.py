@@ -25,7 +25,8 @@ class PatchEmbedding(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        # Sums keep the layout of their first term: without a copy here every block would work on transposed tokens.
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 class TimeEmbedding(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from components.optimizer import ParameterGroup, Schedule
-from components.registry import discover, recipes
+from components.registry import denoisers, discover, recipes
 from plugins.denoisers.sit import TimeEmbedding
 from tests import toys
 from trainer.step import Step
@@ -57,3 +57,30 @@ def test_times_near_one_stay_apart_in_bf16():
         a, b = embed(torch.tensor([0.9991, 1.0]), torch.float32)
     assert not torch.equal(a, b)
     assert torch.tensor(0.9991).bfloat16() == 1
+
+
+DENOISERS = {
+    "sit": {"width": 32, "depth": 2, "heads": 2, "align_depth": 1},
+    "lightningdit": {"width": 32, "depth": 2, "heads": 2, "align_depth": 1},
+    "ditdh": {
+        "width": 32, "depth": 2, "heads": 2, "align_depth": 1, "head_width": 32, "head_depth": 1, "head_heads": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [d.name for d in denoisers])
+def test_the_residual_stream_is_fp32_and_contiguous(name):
+    """In bf16 autocast every block adds to fp32 tokens, as in the published code; their layout is that of tokens."""
+    network = denoisers.get(name).cls(toys.LATENT, toys.CLASSES, **DENOISERS[name])
+    streams = []
+    for block in network.units():
+        block.register_forward_pre_hook(lambda module, inputs: streams.append(inputs[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = network(torch.randn(2, *toys.LATENT), torch.rand(2), torch.tensor([1, 2]))
+    assert len(streams) == len(network.units())
+    assert all(x.dtype == torch.float32 and x.is_contiguous() for x in streams)
+    assert out.tokens.dtype == torch.float32
+    low = network.to(torch.bfloat16)  # a network in bf16 without autocast stays in it
+    assert (
+        low(torch.randn(2, *toys.LATENT).bfloat16(), torch.rand(2), torch.tensor([1, 2])).tokens.dtype == torch.bfloat16
+    )

@@ -135,7 +135,7 @@ class DiTDH(nn.Module):
         base, head = self.blocks[: self.depth], self.blocks[self.depth :]
         s, tokens = run_blocks(base, s, c, *self.enc_feat_rope(), align_depth=self.align_depth)
         s = self.s_projector(F.silu(s + time))
-        x, positions = self.x_embedder(x_t), self.dec_feat_rope()
+        x, positions = self.x_embedder(x_t).to(self.pos_embed.dtype), self.dec_feat_rope()
         for block in head:
             x = block(x, s, *positions)
         return DenoiserOutput(unpatchify(self.final_layer(x, s), self.channels), tokens)
@@ -151,8 +151,7 @@ class DiTDH(nn.Module):
         return list(self.blocks)
 
     def _embed(self, x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        s = self.s_embedder(x_t)
-        s = s + self.pos_embed.to(s.dtype)
+        s = self.s_embedder(x_t) + self.pos_embed  # an fp32 residual stream under autocast
         time = self.t_embedder(t, s.dtype)
         # The blocks' modulation applies another SiLU.
         c = F.silu(time + self.y_embedder.embedding_table(labels).to(s.dtype))

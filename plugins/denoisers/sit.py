@@ -153,7 +153,8 @@ class SiT(nn.Module):
         if extra is not None:
             token = self.wg_norm(self.cls_projectors2(extra.to(x.dtype)))
             x = torch.cat([token[:, None].to(x.dtype), x], dim=1)
-        x = x + self.pos_embed.to(x.dtype)
+        # fp32 under autocast, as in the published code: bf16 would round small updates of the residual stream away.
+        x = x + self.pos_embed
         return x, self.t_embedder(t, x.dtype) + self.y_embedder.embedding_table(labels).to(x.dtype)
 
 
