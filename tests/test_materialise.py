@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.contracts import LatentShape
 from components.materialise import InitError, materialise
-from components.parallel import ParallelError, Sharding, make_mesh, mesh_shape, shard
+from components.parallel import ParallelError, Sharding, World, make_mesh, mesh_shape, shard, sharded_parts
 from plugins.denoisers.sit import SiT
 from tests.ranks import run_ranks
 
@@ -114,3 +114,30 @@ def test_meshes():
         mesh_shape("hsdp", 8, 3)
     with pytest.raises(ParallelError, match=r"parallel.strategy = 'none' trains on one process, but there are 8"):
         mesh_shape("none", 8, 1)
+
+
+def homes(rank: int, world: int, strategy: str, folder: str) -> dict[str, tuple[bool, bool]]:
+    """Of each averaged module, whether it and its source are wrapped by FSDP2: only then do both live on the host."""
+    from components.registry import discover
+    from tests import toys
+    from trainer.assemble import build
+    from trainer.config import loads
+
+    discover("plugins")
+    config = loads(toys.TOML, folder, ["--parallel.cpu_offload", f"--parallel.strategy={strategy}", "--ema.tokenizer"])
+    parts = build(config, World(rank, world, CPU, world))
+    named = parts.modules.named()
+
+    def wrapped(module: nn.Module) -> bool:
+        return any(True for _ in sharded_parts(module))
+
+    return {name: (wrapped(copy), wrapped(named[name])) for name, copy in parts.averages.items()}
+
+
+@pytest.mark.parametrize(("world", "strategy"), [(1, "fsdp"), (2, "ddp"), (2, "fsdp")])
+def test_offloaded_averages_live_where_their_sources_do(world, strategy, tmp_path):
+    """Else an average on the GPU would meet a source on the host."""
+    for found in run_ranks(homes, world, strategy, str(tmp_path)):
+        assert {"denoiser", "tokenizer", "heads"} <= set(found)
+        assert all(copy == source for copy, source in found.values()), found
+        assert found["denoiser"] == (True, True)

@@ -66,6 +66,7 @@ def results(tmp_path_factory):
                 *FP64, "--parallel.shard_frozen", *ac.format("full").split("|"),
             ],
             "ddp": [*FP64, "--parallel.strategy=ddp"],
+            "ddp, offloaded": [*FP64, "--parallel.strategy=ddp", "--parallel.cpu_offload"],
             "frozen norms, accumulation": [*FP64, *FROZEN_NORMS, "--training.accumulation=2"],
             "diffusion loss into the tokenizer": [*FP64, "--recipe.name=naive_e2e"],
             "bf16 fsdp": fp32,
@@ -88,6 +89,7 @@ CASES = [
     (2, "fsdp, no reshard, offloaded", "plain", 1e-8, 1e-8),
     (2, "fsdp, frozen parts shared out, recompute full", "plain", 1e-8, 1e-8),
     (2, "ddp", "plain", 1e-8, 1e-8),
+    (2, "ddp, offloaded", "plain", 1e-8, 1e-8),
     (2, "frozen norms, accumulation", "frozen norms", 1e-8, 1e-8),
     # The recipe that sends it there backs through two sharded modules at once.
     (2, "diffusion loss into the tokenizer", "diffusion loss into the tokenizer", 1e-8, 1e-8),

@@ -140,8 +140,11 @@ class Preparation:
         p, device = self.config.parallel, self.world.device
         sharding = self.sharding
         if sharding is not None and not learns:
-            # Where every rank holds all anyhow, what is not trained needs no wrapping.
-            sharding = sharding if sharding.shape[1] > 1 and (is_copy or p.shard_frozen) else None
+            # An average lives where its source does: in the same shards, or on the host. What else is not trained
+            # needs no wrapping unless it is to be cut.
+            cut = sharding.shape[1] > 1
+            wrapped = (cut or sharding.cpu_offload) if is_copy else (cut and p.shard_frozen)
+            sharding = sharding if wrapped else None
         for index, network in enumerate(networks):
             sharded = sharding is not None and any(True for _ in network.parameters())
             on_meta = any(t.is_meta for t in (*network.parameters(), *network.buffers()))
