@@ -35,8 +35,8 @@ class Prefetcher:
         loader: from :func:`make_loader`.
         device: where the batches go.
         extra: called in the thread with the position in the stream of each micro-batch's first sample, for example
-            to draw the micro-batch's random numbers; tensors in what it returns (also in tuples, lists, dicts and
-            dataclasses) may be on the device.
+            to draw the micro-batch's random numbers. Tensors on the CPU in what it returns (also in tuples, dicts and
+            dataclasses) are copied to the device, through pinned memory to a GPU.
 
     Attributes:
         waited_s: seconds that ``next`` has spent waiting for data, in total.
@@ -124,10 +124,12 @@ class Prefetcher:
             # On a CPU the consumer does it: a parallel operation in this thread would bring up a second team of OpenMP
             # threads, whose busy waiting takes the cores from the training.
             batch = _to_batch(_map(loaded, self._copy)) if self._cuda else loaded
-            extra = None if self._extra is None else self._extra(position)
+            extra = None if self._extra is None else _map(self._extra(position), self._copy)
             return batch, extra, loaded.unreadable, self._stream.record_event() if self._cuda else None
 
     def _copy(self, tensor: Tensor) -> Tensor:
+        if self._cuda and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()  # returns a pinned tensor as it is; a copy from other memory would wait
         return tensor.to(self.device, non_blocking=True)
 
 
@@ -147,7 +149,8 @@ def _map(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, dict):
         return {key: _map(item, fn) for key, item in value.items()}
     if isinstance(value, tuple):
-        return type(value)(*(_map(item, fn) for item in value))
+        items = [_map(item, fn) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if dataclasses.is_dataclass(value):
         return type(value)(**{key: _map(item, fn) for key, item in vars(value).items()})
     return value

@@ -381,7 +381,7 @@ def test_the_gpu_gets_the_same_batches():
     dataset = Numbers(200)
     expected = take(make_loader(dataset, seed=0, batch_size=64), 20)
     loader = make_loader(dataset, seed=0, batch_size=64, workers=2, pin_memory=True)
-    draws = lambda position: {"noise": torch.full((1000, 1000), float(position), device="cuda")}  # noqa: E731
+    draws = lambda position: {"noise": torch.full((1000, 1000), float(position))}  # noqa: E731
     with Prefetcher(loader, "cuda", extra=draws) as batches:
         for m, (batch, extra, _) in enumerate(itertools.islice(batches, 20)):
             # A busy stream: memory that the side stream reused too early would show.

@@ -243,8 +243,7 @@ class Trainer:
             steps, place = divmod(position - first_position, c.training.batch_size)
             here = range(place, place + size)
             parts, size_of_all = self.parts, c.training.batch_size
-            drawn = draw(c.training.seed, first_step + steps, here, size_of_all, parts.latent, parts.extra_dim)
-            return drawn.to(self.device, non_blocking=True)
+            return draw(c.training.seed, first_step + steps, here, size_of_all, parts.latent, parts.extra_dim)
 
         return Prefetcher(loader, self.device, extra=draws)
 
