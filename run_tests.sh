@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Usage: run_tests.sh [pytest arguments]
-# Installs what is missing into .venv, checks the style with ruff, then runs the tests (all, unless told otherwise).
+# Installs what is missing into .venv, checks the style with ruff, then runs the tests (all but the slow ones, unless
+# told otherwise: -m slow). TITANREPA_TORCH=2.11 tests with that release of PyTorch, in an environment of its own.
 set -euo pipefail
 
 root=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")

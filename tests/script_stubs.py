@@ -9,13 +9,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # All that the scripts may call; nvidia-smi and real Pythons stay out of sight.
 TOOLS = (
     *("basename", "bash", "cat", "chmod", "cksum", "cp", "dirname", "env", "flock", "getconf", "grep", "head"),
-    *("mkdir", "mktemp", "nproc", "pgrep", "readlink", "rm", "sleep", "tail", "tr"),
+    *("mkdir", "mktemp", "nproc", "pgrep", "readlink", "rm", "sed", "sleep", "tail", "tr"),
 )
 
 # Every call goes into the log, named after the stub's file. What it answers lies in files beside the log.
 FAKE_PYTHON = """#!/usr/bin/env bash
 name=$(basename "$0")
-[[ $0 != */.venv/* ]] || name=.venv
+[[ $0 != */.venv*/bin/* ]] || { name=${0%/bin/*}; name=${name##*/}; }
 answer() { cat "$LOG.$name.$1" 2>/dev/null || echo "$2"; }
 case $1 in
   -) cat >/dev/null; echo "$name check ${*:3}" >>"$LOG"; exit "$(answer check 0)" ;;

@@ -204,12 +204,21 @@ def test_run_tests_checks_the_style_and_runs_everything(repo):
         "python3 -m ruff format --check .",
         f"{PYTEST} -k a b",
     ]
+
+
+def test_ci_runs_the_newest_torch_then_the_oldest(repo):
     assert repo.run(".ci/run", cwd=repo.bin).returncode == 0
-    assert repo.calls[-1] == PYTEST
+    newest, slow, *oldest = [call for call in repo.calls if "-m pytest" in call]
+    assert [newest, slow] == [PYTEST, f"{PYTEST} -m slow"]
+    assert ".venv-torch-2.11 -m pip install --quiet --disable-pip-version-check -e .[test] torch==2.11.*" in repo.calls
+    with_oldest = PYTEST.replace("python3", ".venv-torch-2.11")
+    some, slow = oldest
+    assert some.startswith(f"{with_oldest} tests/test_alarms.py ") and slow == f"{with_oldest} -m slow"
+    assert all((ROOT / file).exists() for file in some.split() if file.startswith("tests/"))
 
 
 @pytest.mark.parametrize("failing", ["ruff_check", "ruff_format", "pytest"])
 def test_run_tests_fails_if_one_of_them_does_and_runs_them_all(repo, failing):
     repo.python("python3", **{failing: 5})
     assert repo.run(".ci/run").returncode == 5
-    assert repo.calls[-1] == PYTEST
+    assert repo.calls[-1] == PYTEST  # and CI ends there

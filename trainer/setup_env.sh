@@ -7,9 +7,11 @@
 #   1. $PYTHON, or python3 where it is unset;
 #   2. .venv in the repository, if its stamp says that it was completed for this pyproject.toml;
 #   3. .venv, made now.
+#
+# With TITANREPA_TORCH=2.11, that release of PyTorch in an environment of its own, .venv-torch-2.11, and nothing else.
 
 setup_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-setup_venv=$setup_root/.venv
+setup_venv=$setup_root/.venv${TITANREPA_TORCH:+-torch-$TITANREPA_TORCH}
 # "installing", or the checksum of the pyproject.toml that it was completed for. A .venv without one is the user's.
 setup_stamp=$setup_venv/.titanrepa
 
@@ -107,18 +109,19 @@ setup_install() {
     "python$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv"
   if [[ -e $setup_stamp && $(<"$setup_stamp") == installing ]] ||
     { [[ -e $setup_venv ]] && ! "$setup_venv/bin/python" -c '' 2>/dev/null; }; then
-    setup_say "removing the unfinished or broken .venv"
+    setup_say "removing the unfinished or broken ${setup_venv##*/}"
     rm -rf "$setup_venv"
   fi
   mkdir -p "$setup_venv" || setup_fail "cannot write to $setup_root; install the packages of pyproject.toml" \
     "into a Python of yours and name it: PYTHON=/path/to/python3 $0 ..."
   # Before anything else: whatever interrupts this leaves the mark, and the next start begins anew.
   echo installing >"$setup_stamp"
-  setup_say "installing PyTorch and the other packages into .venv; this takes minutes and some gigabytes, once"
+  setup_say "installing PyTorch and the other packages into ${setup_venv##*/}; this takes minutes and some gigabytes, once"
   if [[ ! -x $setup_venv/bin/python ]]; then
     "$base" -m venv "$setup_venv" || setup_fail "$base could not make $setup_venv (see above)"
   fi
-  (cd "$setup_root" && "$setup_venv/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[test]') ||
+  (cd "$setup_root" && "$setup_venv/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[test]' \
+    ${TITANREPA_TORCH:+"torch==$TITANREPA_TORCH.*"}) ||
     setup_fail "installing failed (pip's message is above). It needs a network and free disk space; start again to" \
       "go on. Without a network: install the packages of pyproject.toml in your own way into a Python and name it:" \
       "PYTHON=/path/to/python3 $0 ..."
@@ -128,7 +131,7 @@ setup_install() {
 
 setup_python() { # [test]
   local wanted=${PYTHON:-python3} base
-  if setup_check "$wanted" "$@" >/dev/null; then
+  if [[ -z ${TITANREPA_TORCH:-} ]] && setup_check "$wanted" "$@" >/dev/null; then
     PYTHON=$wanted
   elif setup_venv_complete "$@"; then
     PYTHON=$setup_venv/bin/python
