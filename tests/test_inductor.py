@@ -39,7 +39,8 @@ def load(name: str) -> config.Config:
     options = ["--training.precision=fp32", "--training.batch_size=2", "--training.num_classes=10"]
     # Adam turns the rounding of gradients that are zero in theory into whole steps: keep these small.
     rates = [f"--optimizer.{group}lr=1e-6" for group in ("", "tokenizer.", "discriminator.", "denoiser.")]
-    return config.load(str(ROOT / f"train_configs/{name}.toml"), [*options, *rates, *FAMILIES[name]])
+    options += [*rates, "--optimizer.schedule=constant", "--optimizer.warmup_steps=0"]
+    return config.load(str(ROOT / f"train_configs/{name}.toml"), [*options, *FAMILIES[name]])
 
 
 @pytest.mark.slow
