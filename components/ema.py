@@ -55,7 +55,7 @@ class Ema:
                 continue
             kind = average.dtype, average.device
             if kind not in amount:
-                amount[kind] = torch.where(finite, 1.0 - self.decay, 0.0).to(average.device, average.dtype)
+                amount[kind] = finite.to(average.device, average.dtype) * (1.0 - self.decay)
             average.lerp_(value, amount[kind])
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
