@@ -1,0 +1,273 @@
+"""A model built once, and steps of it at any batch size: the project's, and the plain ones beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import os
+import platform
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.plain_step import PlainSecondStage, PlainStep
+from components.contracts import Batch, Posterior
+from components.draws import Draws, draw
+from components.hardware import GPU_TFLOPS
+from components.parallel import World
+from trainer.assemble import Parts, build, make_ema, make_plugin, parameter_groups
+from trainer.commands.benchmark import Clock
+from trainer.config import Config, PluginTable
+from trainer.prepare import autocast_dtype, image_format
+from trainer.step import Step
+
+Runner = Callable[[], Any]
+"""Takes one training step."""
+
+
+class Workload:
+    """The project's training steps of one config on one device, with random weights.
+
+    Args:
+        config: of a run; batch size, dataset and files do not count.
+        compile: as `training.compile`.
+        backend: of torch.compile.
+    """
+
+    def __init__(self, config: Config, device: torch.device, compile: bool, backend: str = "inductor") -> None:
+        self.config, self.device = with_training(config, compile=compile), device
+        self.parts = build(self.config, World(device=device), files=False, backend=backend)
+        self.groups, self.ema = parameter_groups(self.config, self.parts), make_ema(self.config, self.parts)
+
+    def step(self, recipe: str | None = None) -> Step:
+        """The training step, of another recipe on the same networks on request."""
+        chosen = self.parts.recipe if recipe is None else make_plugin("recipe", "recipe", PluginTable(name=recipe))
+        return Step(
+            chosen,
+            self.parts.modules,
+            {name: group for name, group in self.groups.items() if name in chosen.trains},
+            ema=self.ema,
+            accumulation=1,
+            device=self.device,
+            autocast_dtype=autocast_dtype(self.config, self.device),
+            **image_format(self.config),
+        )
+
+    def batch(self, size: int, recipe: str | None = None) -> tuple[Batch, Draws]:
+        """Random images, or what a latent cache holds for a recipe that takes it, and random numbers."""
+        chosen = self.parts.recipe if recipe is None else make_plugin("recipe", "recipe", PluginTable(name=recipe))
+        return random_batch(self.parts, size, self.config, self.device, getattr(chosen, "cached_latents", False))
+
+    def runner(self, size: int, recipe: str | None = None) -> Runner:
+        """Steps as the training loop takes them: on a GPU, a step's record is read after the next one's launch."""
+        step, item, counter, unread = self.step(recipe), self.batch(size, recipe), itertools.count(), deque()
+        lag = int(self.device.type == "cuda")
+
+        def run() -> dict[str, float]:
+            unread.append(step(next(counter), [item]))
+            return unread.popleft().read() if len(unread) > lag else {}
+
+        return run
+
+    def clear(self) -> None:
+        """Drops gradients that a step without enough memory left."""
+        for group in self.groups.values():
+            group.optimizer.zero_grad(set_to_none=True)
+
+
+class PlainWorkload:
+    """The plain steps of one config, on networks of their own. Arguments: see :class:`Workload`."""
+
+    def __init__(self, config: Config, device: torch.device, compile: bool, backend: str = "inductor") -> None:
+        self.config, self.device = with_training(config, compile=False, channels_last=False), device
+        self.parts = build(self.config, World(device=device), files=False)
+        joint = "tokenizer" in self.parts.recipe.trains
+        self.plain = (PlainStep if joint else PlainSecondStage)(
+            self.parts.modules,
+            {name: config.optimizer.group(name) for name in self.parts.recipe.trains},
+            ema_decay=config.ema.decay,
+            dtype=autocast_dtype(config, device),
+            compile=compile,
+            backend=backend,
+        )
+
+    def runner(self, size: int) -> Runner:
+        cached = isinstance(self.plain, PlainSecondStage)
+        batch, _ = random_batch(self.parts, size, self.config, self.device, cached)
+        if not cached:
+            return lambda: self.plain(batch.images, batch.labels)
+        mean, std, features = batch.posterior.mean, batch.posterior.std, list(batch.features.values())
+        return lambda: self.plain(mean, std, features, batch.labels)
+
+    def clear(self) -> None:
+        for module in self.parts.modules.named().values():
+            module.zero_grad(set_to_none=True)
+
+
+def with_training(config: Config, **changes: Any) -> Config:
+    return config.model_copy(update={"training": config.training.model_copy(update=changes)})
+
+
+def random_batch(parts: Parts, size: int, config: Config, device: torch.device, cached: bool) -> tuple[Batch, Draws]:
+    """A batch of ``size`` on the device, with its random numbers."""
+    side, latent, m = config.training.resolution, parts.latent, parts.modules
+    dtype = torch.float64 if config.training.precision == "fp64" else torch.float32
+    labels = torch.arange(size, device=device) % parts.num_classes
+    draws = draw(0, 0, range(size), size, latent, parts.extra_dim).to(device)
+    if not cached:
+        return Batch(torch.rand(size, 3, side, side, device=device, dtype=dtype) * 2 - 1, labels), draws
+    mean, tokens = torch.randn(size, *latent, device=device, dtype=dtype), m.denoiser.grid**2
+    features = {
+        label: torch.randn(size, tokens, encoder.embed_dim, device=device, dtype=dtype)
+        for label, encoder in m.encoders.items()
+    }
+    return Batch(None, labels, Posterior(mean, torch.full_like(mean, -4.0)), features), draws
+
+
+# -- clocks ------------------------------------------------------------------------------------------------------------
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def free(device: torch.device) -> None:
+    """Returns unused memory to the device; compiled modules and closures hold themselves until a collection."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def milliseconds(run: Runner, device: torch.device, count: int) -> float:
+    """Milliseconds of one call, of ``count`` calls back to back."""
+    wait(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        run()
+    wait(device)
+    return (time.perf_counter() - start) / count * 1e3
+
+
+def median_ms(run: Runner, device: torch.device, repeats: int = 10, warmup: int = 3) -> float:
+    """Median milliseconds of a call, with a synchronization after each."""
+    for _ in range(warmup):
+        run()
+    return median(milliseconds(run, device, 1) for _ in range(repeats))
+
+
+def alternate(
+    ours: Runner, plain: Runner, device: torch.device, rounds: int, steps: int, batch: int, warmup: int = 2
+) -> dict[str, Any]:
+    """Times two steps in turn, A B A B ..., and compares each pair.
+
+    Returns:
+        For "ours" and "plain": the first call in seconds (it compiles), and median, least and most milliseconds of a
+        step over the rounds; "ratio": plain over ours for each pair, its median, least and most.
+    """
+    first = {}
+    for name, run in (("ours", ours), ("plain", plain)):
+        first[name] = milliseconds(run, device, 1) / 1e3
+        for _ in range(warmup):
+            run()
+    pairs = [(milliseconds(ours, device, steps), milliseconds(plain, device, steps)) for _ in range(rounds)]
+    found: dict[str, Any] = {"rounds": rounds, "steps per round": steps}
+    for name, values in zip(("ours", "plain"), zip(*pairs)):
+        found[name] = {
+            **summary(values),
+            "images/s": round(batch / median(values) * 1e3, 2),
+            "first step s": round(first[name], 1),
+            "ms of each round": [round(v, 2) for v in values],
+        }
+    found["ratio"] = summary([b / a for a, b in pairs], digits=3)
+    return found
+
+
+def summary(values: Any, digits: int = 2) -> dict[str, float]:
+    low, middle, high = min(values), median(values), max(values)
+    return {"median": round(middle, digits), "min": round(low, digits), "max": round(high, digits)}
+
+
+def phases(step: Step, item: tuple[Batch, Draws], device: torch.device, repeats: int = 4) -> dict[str, float]:
+    """Median milliseconds of each phase of a step, with a synchronization at every boundary."""
+    clock, encoders, rows = Clock(device), step.modules.encoders, []
+    try:
+        clock.watch(step)
+        for k in range(repeats):
+            clock.start(detailed=True)
+            step(k, [item])
+            rows.append(clock.stop())
+    finally:
+        step.modules.encoders = encoders
+        step.__dict__.pop("_update", None)
+    return {name: round(median(row.get(name, 0.0) for row in rows) * 1e3, 2) for name in rows[0]}
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Inside, what is compiled runs as it is written."""
+    torch.compiler.set_stance("force_eager")
+    try:
+        yield
+    finally:
+        torch.compiler.set_stance("default")
+
+
+# -- what it ran on ----------------------------------------------------------------------------------------------------
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    if device.type != "cuda":
+        return found | {"device": f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores, {cpu_name()}"}
+    p = torch.cuda.get_device_properties(device)
+    return found | {
+        "device": p.name,
+        "GiB": round(p.total_memory / 2**30, 2),
+        "multiprocessors": p.multi_processor_count,
+        "CUDA": torch.version.cuda,
+        "cuDNN": torch.backends.cudnn.version(),
+        "peak bf16 TFLOP/s by data sheet": peak_tflops(p.name),
+    }
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def peak_tflops(name: str) -> float | None:
+    """Dense bf16 TFLOP/s of a GPU by the name that CUDA gives it; None where the data sheet is not known here."""
+    words = name.lower().replace("-", " ").split()
+    if "pcie" in words and "h100" in words:
+        return None  # GPU_TFLOPS has the SXM board
+    keys = {"a100": "a100-80", "3090": "rtx3090", "4090": "rtx4090"}
+    known = (GPU_TFLOPS.get(keys.get(word, word)) for word in words)
+    return next((tflops for tflops in known if tflops), None)
+
+
+def table(found: dict[str, Any]) -> str:
+    """The comparison of :func:`alternate` for the terminal."""
+    m, ours, plain = found["machine"], found["ours"], found["plain"]
+    lines = [f"{m['device']}, torch {m['torch']}, {found['config']}, batch {found['batch']}", ""]
+    lines.append(f"{'':<24}{'ours, ' + found['ours is']:>18}{'plain, ' + found['plain is']:>18}")
+    for title, key in (("step (ms), median", "median"), ("  least", "min"), ("  most", "max"),
+                       ("images/s", "images/s"), ("first step (s)", "first step s")):  # fmt: skip
+        lines.append(f"{title:<24}{ours[key]:>18.1f}{plain[key]:>18.1f}")
+    r = found["ratio"]
+    lines.append(
+        f"plain / ours: {r['median']:.2f} (least {r['min']:.2f}, most {r['max']:.2f}) over {found['rounds']} pairs of "
+        f"{found['steps per round']} steps each, alternating"
+    )
+    return "\n".join(lines)
