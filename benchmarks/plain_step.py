@@ -109,10 +109,6 @@ class Plain:
         self.norm.load_state_dict(source.state_dict())
         self.ema = copy.deepcopy(nn.ModuleList([self.model, self.norm])).requires_grad_(False)
         self.optimizer = self.adamw("denoiser", self.model)
-        if compile:
-            # torch 2.11 would reuse the graph of the pass with frozen weights in the pass that trains them
-            # (pytorch/pytorch#177158): the heads would never learn, in less time.
-            torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
         self.run_model = self.compiled(self.model)
 
     def compiled(self, module: nn.Module) -> Callable:

@@ -1,0 +1,338 @@
+"""What one GPU does with this project: step times by phase, memory, MFU, the plain step beside it, sampling, kernels.
+
+    python benchmarks/gpu.py --out FOLDER [--seconds N] [--section.key=value ...]
+
+Weights and data are random; no file is read but the config. One model is built once and every part is timed on it.
+FOLDER/gpu.json is whole after every part. `benchmarks/gpu.sh` also runs the tests that need a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import warnings
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.results import Results
+from benchmarks.workload import (
+    PlainWorkload,
+    Workload,
+    alternate,
+    eager,
+    free,
+    machine,
+    median_ms,
+    milliseconds,
+    peak_tflops,
+    phases,
+    pick_device,
+    summary,
+    wait,
+)
+from components.image_sampler import ImageSampler, SamplingPlan
+from components.samplers import Guidance
+from trainer import config as configs
+from trainer.__main__ import user_errors
+from trainer.commands.train import set_backends
+
+CONFIG = Path(__file__).resolve().parents[1] / "train_configs/repae_sit_xl.toml"
+SECOND_STAGE = "repa"
+TINY = [
+    "--training.resolution=32",
+    "--denoiser.width=32",
+    "--denoiser.depth=2",
+    "--denoiser.heads=2",
+    "--denoiser.align_depth=1",
+    "--tokenizer.channels=8",
+    "--tokenizer.norm_groups=4",
+    "--tokenizer.res_blocks=1",
+    "--losses.cosine.head_width=32",
+    "--losses.patchgan.channels=8",
+    "--losses.patchgan.layers=2",
+    "--encoders={tiny_vit = {}}",
+]
+
+
+class Bench:
+    """The parts; each returns what goes into the JSON file.
+
+    Args:
+        config: of a joint run (REPA-E).
+        rounds, steps: measurements of a step time, and steps in each.
+        out: folder for tables of kernels.
+        backend: of torch.compile.
+    """
+
+    def __init__(
+        self, config: configs.Config, device: torch.device, rounds: int, steps: int, out: Path, backend: str
+    ) -> None:
+        self.config, self.device, self.rounds, self.steps = config, device, rounds, steps
+        self.out, self.backend = out, backend
+        self.on_gpu = device.type == "cuda"
+        self._work: Workload | None = None
+        self._plain: PlainWorkload | None = None
+
+    # -- models --------------------------------------------------------------------------------------------------------
+
+    @property
+    def work(self) -> Workload:
+        if self._work is None:
+            raise RuntimeError("the part 'build' did not succeed")
+        return self._work
+
+    def build(self) -> dict[str, Any]:
+        self._work = Workload(self.config, self.device, compile=True, backend=self.backend)
+        named = self.work.parts.modules.named()
+        counts = {name: round(sum(p.numel() for p in m.parameters()) / 1e6, 1) for name, m in named.items()}
+        return {"million parameters": counts, "GiB": self.memory()["GiB allocated"] if self.on_gpu else None}
+
+    def plain(self) -> PlainWorkload:
+        if self._plain is None:
+            self._plain = PlainWorkload(self.config, self.device, compile=True, backend=self.backend)
+        return self._plain
+
+    def drop_plain(self) -> None:
+        """Its weights and optimizer states must not count as memory of the parts after it."""
+        self._plain = None
+        free(self.device)
+
+    def clear(self) -> None:
+        """Frees what a part left, also one that ended for want of memory."""
+        for work in (self._work, self._plain):
+            if work is not None:
+                work.clear()
+        free(self.device)
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def ceilings(self, side: int) -> dict[str, float]:
+        """What products and copies of this GPU reach: no step can do better."""
+        a, b = (torch.randn(side, side, device=self.device, dtype=torch.bfloat16) for _ in range(2))
+        c, d = a.float(), b.float()
+        x = torch.randn(8 * side**2, device=self.device)
+        y = torch.empty_like(x)
+        time = functools.partial(median_ms, device=self.device)
+        bf16, fp32, copy = time(lambda: a @ b), time(lambda: c @ d), time(lambda: y.copy_(x))
+        name = "fp32 TFLOP/s, with TF32" if torch.backends.cuda.matmul.allow_tf32 else "fp32 TFLOP/s"
+        return {
+            "bf16 TFLOP/s": round(2 * side**3 / bf16 / 1e9, 1),
+            name: round(2 * side**3 / fp32 / 1e9, 1),
+            "copy TB/s, read and write": round(2 * x.nbytes / copy / 1e9, 2),
+        }
+
+    @functools.cached_property
+    def _tflop(self) -> dict[str | None, float]:
+        found: dict[str | None, float] = {}
+        for recipe in (None, SECOND_STAGE):
+            step, item = self.work.step(recipe), self.work.batch(2, recipe)
+            with eager(), FlopCounterMode(display=False) as counter:
+                step(0, [item])
+            found[recipe] = counter.get_total_flops() / 2 / 1e12
+        return found
+
+    def tflop(self) -> dict[str, float]:
+        """TFLOP per image and step; the model's, so recomputation does not count."""
+        return {"joint step": round(self._tflop[None], 4), "second stage": round(self._tflop[SECOND_STAGE], 4)}
+
+    def joint(self, size: int, recipe: str | None = None, by_phase: bool = True) -> dict[str, Any]:
+        """Time of a step, images/s, MFU, memory, and phases with a synchronization at the end of each."""
+        free(self.device)
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        held = self.memory().get("GiB allocated")
+        run = self.work.runner(size, recipe)
+        first = milliseconds(run, self.device, 1) / 1e3
+        for _ in range(2):
+            run()
+        times = [milliseconds(run, self.device, self.steps) for _ in range(self.rounds)]
+        values = run()
+        images = size / median(times) * 1e3
+        found: dict[str, Any] = {"ms": summary(times), "images/s": round(images, 1), "first step s": round(first, 1)}
+        tflops = images * self._tflop[recipe]
+        found["TFLOP/s"] = round(tflops, 1)
+        peak = peak_tflops(torch.cuda.get_device_name(self.device)) if self.on_gpu else None
+        found["MFU"] = round(tflops / peak, 4) if peak else None
+        found |= self.memory() | {"GiB before": held}
+        found["finite"] = values.get("skipped_steps") == 0
+        found["losses"] = {k: round(v, 4) for k, v in values.items() if k.endswith("/loss")}
+        if by_phase:
+            found["phases ms"] = phases(self.work.step(recipe), self.work.batch(size, recipe), self.device)
+        return found
+
+    def second_stage(self, size: int) -> dict[str, Any]:
+        """The same of a denoiser's step on cached latents and features."""
+        return self.joint(size, SECOND_STAGE, by_phase=False)
+
+    def beside_plain(self, size: int) -> dict[str, Any]:
+        """The project's step and the plain one, alternating."""
+        ours, plain = self.work.runner(size), self.plain().runner(size)
+        return alternate(ours, plain, self.device, self.rounds, self.steps, size)
+
+    def sampling(self, size: int, steps: int) -> dict[str, Any]:
+        """Euler with guidance 4 at every step, from the averaged weights, decoded; in bf16 on a GPU."""
+        m, average = self.work.parts.modules, self.work.ema.modules
+        labels = torch.arange(size, device=self.device) % self.work.parts.num_classes
+
+        def sampler(count: int) -> ImageSampler:
+            plan = SamplingPlan("euler", count, Guidance(4.0))
+            return ImageSampler(
+                plan, average["denoiser"], average["latent_norm"], m.tokenizer, m.flow, self.work.parts.latent
+            )
+
+        with self.work.step().evaluating():
+            sampler(2)(range(size), labels)
+            whole = sampler(steps)
+            times = [milliseconds(lambda: whole(range(size), labels), self.device, 1) for _ in range(2)]
+        return {
+            "batch": size,
+            "steps": steps,
+            "s": round(min(times) / 1e3, 3),
+            "images/s": round(size / min(times) * 1e3, 2),
+        }
+
+    def waits(self, size: int) -> list[str]:
+        """Lines of Python at which a step waits for the GPU, by PyTorch's synchronization warnings."""
+        step, item = self.work.step(), self.work.batch(size)
+        for k in range(2):
+            step(k, [item])
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                step(2, [item])
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sorted({f"{w.filename}:{w.lineno}" for w in seen if "called a synchronizing" in str(w.message)})
+
+    def kernels(self, size: int, name: str, rows: int = 25, steps: int = 2) -> dict[str, Any]:
+        """The kernels (on a CPU: operators) that take longest; a longer table goes to kernels_NAME.txt."""
+        step, item = self.work.step(), self.work.batch(size)
+        for k in range(2):
+            step(k, [item])
+        wait(self.device)
+        with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * self.on_gpu]) as found:
+            for k in range(steps):
+                step(k, [item])
+            wait(self.device)
+        averages = found.key_averages()
+        kind = "device" if self.on_gpu else "cpu"
+        text = averages.table(sort_by=f"self_{'cuda' if self.on_gpu else 'cpu'}_time_total", row_limit=80,
+                              max_name_column_width=100)  # fmt: skip
+        (self.out / f"kernels_{name}.txt").write_text(text)
+        events = [e for e in averages if not self.on_gpu or e.device_type == torch.autograd.DeviceType.CUDA]
+        cost = {e.key: getattr(e, f"self_{kind}_time_total") / steps / 1e3 for e in events}
+        events.sort(key=lambda e: cost[e.key], reverse=True)
+        top = [
+            {"ms": round(cost[e.key], 3), "calls": round(e.count / steps, 1), "kernel": e.key[:140]}
+            for e in events[:rows]
+        ]
+        return {"ms of all per step": round(sum(cost.values()), 2), "top, per step": top}
+
+    def memory(self) -> dict[str, float]:
+        if not self.on_gpu:
+            return {}
+        return {
+            "GiB allocated": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            "GiB reserved": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+        }
+
+
+def measure(bench: Bench, results: Results, batches: list[int], tiny: bool) -> None:
+    """All parts, what is worth most for its time first."""
+    small, middle, large = batches
+    part, call = results.part, functools.partial
+    eagerly = functools.partial(in_eager, bench)
+    scale = 0 if tiny else 1  # seconds that a part must find
+    part("machine", 0, lambda: machine(bench.device), required=True)
+    part("ceilings", 5 * scale, call(bench.ceilings, 128 if tiny else 8192))
+    part("build", 5 * scale, bench.build, required=True)
+    part("TFLOP per image", 5 * scale, bench.tflop)
+    part(f"joint step, compiled, batch {middle}", 40 * scale, call(bench.joint, middle))
+    part(f"kernels, compiled, batch {middle}", 10 * scale, call(bench.kernels, middle, "compiled"))
+    if bench.on_gpu:
+        part(f"waits, compiled, batch {middle}", 5 * scale, call(bench.waits, middle))
+    part(f"beside the plain step, eager, batch {small}", 20 * scale, eagerly(bench.beside_plain, small))
+    for size in batches:
+        part(f"joint step, eager, batch {size}", 10 * scale, eagerly(bench.joint, size))
+    stages = [middle, 3 * middle, 8 * middle]
+    for size in stages:
+        part(f"second stage, compiled, batch {size}", 15 * scale, call(bench.second_stage, size))
+    part(f"sampling, eager, batch {2 * middle}", 15 * scale, eagerly(bench.sampling, 2 * middle, 2 if tiny else 50))
+    part(f"beside the plain step, compiled, batch {middle}", 75 * scale, call(bench.beside_plain, middle))
+    bench.drop_plain()
+    for size in stages:
+        part(f"second stage, eager, batch {size}", 5 * scale, eagerly(bench.second_stage, size))
+    part(f"kernels, eager, batch {small}", 10 * scale, eagerly(bench.kernels, small, "eager"))
+    part(f"joint step, compiled, batch {large}", 40 * scale, call(bench.joint, large))
+
+
+def in_eager(bench: Bench, function, *arguments):
+    def run():
+        with eager():
+            return function(*arguments)
+
+    return run
+
+
+def warm_up(bench: Bench, size: int) -> None:
+    """Compiles what the parts need, so that they find it in Inductor's cache on the disk."""
+    bench.build()
+    bench.work.runner(size)()
+    bench.clear()
+    print("the project's step is compiled", flush=True)
+    bench.plain().runner(size)()
+    print("the plain step is compiled", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Time this project's training steps and sampling on one GPU, next to the plain step.",
+        epilog="Any key of the config can be overridden: --section.key=value",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and tables of kernels")
+    parser.add_argument("--seconds", type=float, default=460, help="time limit (default: 460)")
+    parser.add_argument("--config", default=str(CONFIG), help="of a joint run")
+    parser.add_argument("--batches", type=int, nargs=3, metavar=("SMALL", "MIDDLE", "LARGE"), help="default: 16 32 48")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="parts whose name contains a text")
+    parser.add_argument("--tiny", action="store_true", help="a dry run: small networks, few steps")
+    parser.add_argument("--warm", action="store_true", help="only compile, for the cache on the disk; time nothing")
+    a, overrides = parser.parse_known_args(argv)
+    device = pick_device()
+    try:
+        if min(a.batches or [1]) < 1:
+            raise configs.ConfigError(f"--batches {a.batches}: expected at least 1")
+        config = configs.load(a.config, ([*TINY] if a.tiny else []) + overrides)
+        set_backends(config)
+        # On a CPU Inductor would compile C++ for minutes.
+        backend = "eager" if a.tiny and device.type == "cpu" else "inductor"
+        rounds, steps = (1, 1) if a.tiny else (5, 4)
+        a.out.mkdir(parents=True, exist_ok=True)
+        bench = Bench(config, device, rounds, steps, a.out, backend)
+        batches = a.batches or ([2, 3, 4] if a.tiny else [16, 32, 48])
+        if a.warm:
+            warm_up(bench, batches[1])
+            return 0
+        results = Results(a.out / "gpu.json", a.seconds, a.only, bench.clear)
+        results.about = {"config": a.config, "overrides": overrides, "tiny": a.tiny}
+        measure(bench, results, batches, a.tiny)
+        return 0
+    except user_errors() as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was found is in gpu.json", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
