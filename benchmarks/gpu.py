@@ -12,6 +12,7 @@ import argparse
 import functools
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.results import Results
+from benchmarks.results import LeftOut, Results
 from benchmarks.workload import (
     PlainWorkload,
     Workload,
@@ -86,7 +87,7 @@ class Bench:
     @property
     def work(self) -> Workload:
         if self._work is None:
-            raise RuntimeError("the part 'build' did not succeed")
+            raise LeftOut("the part 'build' did not succeed")
         return self._work
 
     def build(self) -> dict[str, Any]:
@@ -141,7 +142,7 @@ class Bench:
 
     def tflop(self) -> dict[str, float]:
         """TFLOP per image and step; the model's, so recomputation does not count."""
-        return {"joint step": round(self._tflop[None], 4), "second stage": round(self._tflop[SECOND_STAGE], 4)}
+        return {"joint step": digits(self._tflop[None]), "second stage": digits(self._tflop[SECOND_STAGE])}
 
     def joint(self, size: int, recipe: str | None = None, by_phase: bool = True) -> dict[str, Any]:
         """Time of a step, images/s, MFU, memory, and phases with a synchronization at the end of each."""
@@ -158,9 +159,9 @@ class Bench:
         images = size / median(times) * 1e3
         found: dict[str, Any] = {"ms": summary(times), "images/s": round(images, 1), "first step s": round(first, 1)}
         tflops = images * self._tflop[recipe]
-        found["TFLOP/s"] = round(tflops, 1)
+        found["TFLOP/s"] = digits(tflops)
         peak = peak_tflops(torch.cuda.get_device_name(self.device)) if self.on_gpu else None
-        found["MFU"] = round(tflops / peak, 4) if peak else None
+        found["MFU"] = digits(tflops / peak) if peak else None
         found |= self.memory() | {"GiB before": held}
         found["finite"] = values.get("skipped_steps") == 0
         found["losses"] = {k: round(v, 4) for k, v in values.items() if k.endswith("/loss")}
@@ -250,7 +251,6 @@ def measure(bench: Bench, results: Results, batches: list[int], tiny: bool) -> N
     """All parts, what is worth most for its time first."""
     small, middle, large = batches
     part, call = results.part, functools.partial
-    eagerly = functools.partial(in_eager, bench)
     scale = 0 if tiny else 1  # seconds that a part must find
     part("machine", 0, lambda: machine(bench.device), required=True)
     part("ceilings", 5 * scale, call(bench.ceilings, 128 if tiny else 8192))
@@ -260,23 +260,28 @@ def measure(bench: Bench, results: Results, batches: list[int], tiny: bool) -> N
     part(f"kernels, compiled, batch {middle}", 10 * scale, call(bench.kernels, middle, "compiled"))
     if bench.on_gpu:
         part(f"waits, compiled, batch {middle}", 5 * scale, call(bench.waits, middle))
-    part(f"beside the plain step, eager, batch {small}", 20 * scale, eagerly(bench.beside_plain, small))
+    part(f"beside the plain step, eager, batch {small}", 20 * scale, in_eager(bench.beside_plain, small))
     for size in batches:
-        part(f"joint step, eager, batch {size}", 10 * scale, eagerly(bench.joint, size))
+        part(f"joint step, eager, batch {size}", 10 * scale, in_eager(bench.joint, size))
     stages = [middle, 3 * middle, 8 * middle]
     for size in stages:
         part(f"second stage, compiled, batch {size}", 15 * scale, call(bench.second_stage, size))
-    part(f"sampling, eager, batch {2 * middle}", 15 * scale, eagerly(bench.sampling, 2 * middle, 2 if tiny else 50))
+    part(f"sampling, eager, batch {2 * middle}", 15 * scale, in_eager(bench.sampling, 2 * middle, 2 if tiny else 50))
     part(f"beside the plain step, compiled, batch {middle}", 75 * scale, call(bench.beside_plain, middle))
     bench.drop_plain()
     for size in stages:
-        part(f"second stage, eager, batch {size}", 5 * scale, eagerly(bench.second_stage, size))
-    part(f"kernels, eager, batch {small}", 10 * scale, eagerly(bench.kernels, small, "eager"))
+        part(f"second stage, eager, batch {size}", 5 * scale, in_eager(bench.second_stage, size))
+    part(f"kernels, eager, batch {small}", 10 * scale, in_eager(bench.kernels, small, "eager"))
     part(f"joint step, compiled, batch {large}", 40 * scale, call(bench.joint, large))
 
 
-def in_eager(bench: Bench, function, *arguments):
-    def run():
+def digits(value: float) -> float:
+    """Four significant digits."""
+    return float(f"{value:.4g}")
+
+
+def in_eager(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    def run() -> Any:
         with eager():
             return function(*arguments)
 

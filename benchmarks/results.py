@@ -21,12 +21,16 @@ class TimeUp(BaseException):
     """The time limit has passed. No Exception, so that no library swallows it."""
 
 
+class LeftOut(Exception):
+    """A part cannot run, for a reason that is no fault of its own."""
+
+
 class Results:
     """Runs parts one after the other and keeps what they return in a JSON file.
 
     The file is replaced whole, by a rename, before and after each part. It maps each part's name to ``status``,
-    ``seconds`` and, where it is done, ``result``. A status is "running", "done", "left out" (its time would not have
-    sufficed), "out of memory", "failed" (with ``error`` and ``traceback``), "out of time" or "interrupted".
+    ``seconds`` and, where it is done, ``result``. A status is "running", "done", "left out" (too little time, or what
+    it needs failed), "out of memory", "failed" (with ``error`` and ``traceback``), "out of time" or "interrupted".
 
     Args:
         file: where the JSON goes.
@@ -70,6 +74,8 @@ class Results:
         except KeyboardInterrupt:
             self._end(name, {"status": "interrupted"})
             raise
+        except LeftOut as error:
+            entry = {"status": "left out", "error": str(error)}
         except Exception as error:
             entry = failure(error)
         entry["seconds"] = round(time.monotonic() - start, 1)

@@ -197,7 +197,7 @@ def summary(values: Any, digits: int = 2) -> dict[str, float]:
     return {"median": round(middle, digits), "min": round(low, digits), "max": round(high, digits)}
 
 
-def phases(step: Step, item: tuple[Batch, Draws], device: torch.device, repeats: int = 4) -> dict[str, float]:
+def phases(step: Step, item: tuple[Batch, Draws], device: torch.device, repeats: int = 3) -> dict[str, float]:
     """Median milliseconds of each phase of a step, with a synchronization at every boundary."""
     clock, encoders, rows = Clock(device), step.modules.encoders, []
     try:
