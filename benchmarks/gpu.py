@@ -80,7 +80,6 @@ class Bench:
         self.out, self.backend = out, backend
         self.on_gpu = device.type == "cuda"
         self._work: Workload | None = None
-        self._plain: PlainWorkload | None = None
 
     # -- models --------------------------------------------------------------------------------------------------------
 
@@ -97,20 +96,13 @@ class Bench:
         return {"million parameters": counts, "GiB": self.memory()["GiB allocated"] if self.on_gpu else None}
 
     def plain(self) -> PlainWorkload:
-        if self._plain is None:
-            self._plain = PlainWorkload(self.config, self.device, compile=True, backend=self.backend)
-        return self._plain
-
-    def drop_plain(self) -> None:
-        """Its weights and optimizer states must not count as memory of the parts after it."""
-        self._plain = None
-        free(self.device)
+        """For the part that calls it alone: weights and optimizer states must not count as memory of another."""
+        return PlainWorkload(self.config, self.device, compile=True, backend=self.backend)
 
     def clear(self) -> None:
         """Frees what a part left, also one that ended for want of memory."""
-        for work in (self._work, self._plain):
-            if work is not None:
-                work.clear()
+        if self._work is not None:
+            self._work.clear()
         free(self.device)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
@@ -268,7 +260,6 @@ def measure(bench: Bench, results: Results, batches: list[int], tiny: bool) -> N
         part(f"second stage, compiled, batch {size}", 15 * scale, call(bench.second_stage, size))
     part(f"sampling, eager, batch {2 * middle}", 15 * scale, in_eager(bench.sampling, 2 * middle, 2 if tiny else 50))
     part(f"beside the plain step, compiled, batch {middle}", 75 * scale, call(bench.beside_plain, middle))
-    bench.drop_plain()
     for size in stages:
         part(f"second stage, eager, batch {size}", 5 * scale, in_eager(bench.second_stage, size))
     part(f"kernels, eager, batch {small}", 10 * scale, in_eager(bench.kernels, small, "eager"))

@@ -104,10 +104,6 @@ class PlainWorkload:
         mean, std, features = batch.posterior.mean, batch.posterior.std, list(batch.features.values())
         return lambda: self.plain(mean, std, features, batch.labels)
 
-    def clear(self) -> None:
-        for module in self.parts.modules.named().values():
-            module.zero_grad(set_to_none=True)
-
 
 def with_training(config: Config, **changes: Any) -> Config:
     return config.model_copy(update={"training": config.training.model_copy(update=changes)})

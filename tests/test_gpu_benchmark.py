@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,27 @@ def test_eager_parts_do_not_run_compiled_code(toml):
         assert not calls
         run()
         assert calls
+    finally:
+        torch._dynamo.reset()
+
+
+def test_the_plain_step_leaves_no_memory(tmp_path, toml):
+    """Its weights would count as memory of every part after it."""
+    config = configs.load(toml, ["--training.threads=1"])
+    bench = gpu.Bench(config, torch.device("cpu"), 1, 1, tmp_path, "eager")
+    build, built = bench.plain, []
+
+    def plain():
+        work = build()
+        built.append(weakref.ref(work.plain.model))
+        return work
+
+    bench.plain = plain
+    try:
+        bench.build()
+        bench.beside_plain(2)
+        bench.clear()
+        assert built[0]() is None
     finally:
         torch._dynamo.reset()
 
