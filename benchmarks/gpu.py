@@ -93,14 +93,14 @@ class Bench:
         self._work = Workload(self.config, self.device, compile=True, backend=self.backend)
         named = self.work.parts.modules.named()
         counts = {name: round(sum(p.numel() for p in m.parameters()) / 1e6, 1) for name, m in named.items()}
-        return {"million parameters": counts, "GiB": self.memory()["GiB allocated"] if self.on_gpu else None}
+        return {"million parameters": counts, "GiB": self.peak_memory()}
 
     def plain(self) -> PlainWorkload:
         """For the part that calls it alone: weights and optimizer states must not count as memory of another."""
         return PlainWorkload(self.config, self.device, compile=True, backend=self.backend)
 
     def clear(self) -> None:
-        """Frees what a part left, also one that ended for want of memory."""
+        """Frees what a part left, also after an out-of-memory error."""
         if self._work is not None:
             self._work.clear()
         free(self.device)
@@ -139,14 +139,15 @@ class Bench:
     def joint(self, size: int, recipe: str | None = None, by_phase: bool = True) -> dict[str, Any]:
         """Time of a step, images/s, MFU, memory, and phases with a synchronization at the end of each."""
         free(self.device)
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        held = self.memory().get("GiB allocated")
+        held = round(torch.cuda.memory_allocated() / 2**30, 2) if self.on_gpu else None
+        self.peak_memory()
         run = self.work.runner(size, recipe)
         first = milliseconds(run, self.device, 1) / 1e3
         for _ in range(2):
             run()
+        first_peak = self.peak_memory()  # with what cuDNN tries out
         times = [milliseconds(run, self.device, self.steps) for _ in range(self.rounds)]
+        memory = {"GiB": self.peak_memory(), "GiB in the first steps": first_peak, "GiB before": held}
         values = run()
         images = size / median(times) * 1e3
         found: dict[str, Any] = {"ms": summary(times), "images/s": round(images, 1), "first step s": round(first, 1)}
@@ -154,7 +155,7 @@ class Bench:
         found["TFLOP/s"] = digits(tflops)
         peak = peak_tflops(torch.cuda.get_device_name(self.device)) if self.on_gpu else None
         found["MFU"] = digits(tflops / peak) if peak else None
-        found |= self.memory() | {"GiB before": held}
+        found |= memory
         found["finite"] = values.get("skipped_steps") == 0
         found["losses"] = {k: round(v, 4) for k, v in values.items() if k.endswith("/loss")}
         if by_phase:
@@ -230,20 +231,20 @@ class Bench:
         ]
         return {"ms of all per step": round(sum(cost.values()), 2), "top, per step": top}
 
-    def memory(self) -> dict[str, float]:
+    def peak_memory(self) -> dict[str, float] | None:
+        """Most GiB at once since the last call, as PyTorch's allocator counts them."""
         if not self.on_gpu:
-            return {}
-        return {
-            "GiB allocated": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-            "GiB reserved": round(torch.cuda.max_memory_reserved() / 2**30, 2),
-        }
+            return None
+        peak = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        torch.cuda.reset_peak_memory_stats()
+        return dict(zip(("allocated", "reserved"), (round(n / 2**30, 2) for n in peak)))
 
 
 def measure(bench: Bench, results: Results, batches: list[int], tiny: bool) -> None:
-    """All parts, what is worth most for its time first."""
+    """Runs all parts, the most informative per second first."""
     small, middle, large = batches
     part, call = results.part, functools.partial
-    scale = 0 if tiny else 1  # seconds that a part must find
+    scale = 0 if tiny else 1  # of the seconds that a part needs
     part("machine", 0, lambda: machine(bench.device), required=True)
     part("ceilings", 5 * scale, call(bench.ceilings, 128 if tiny else 8192))
     part("build", 5 * scale, bench.build, required=True)
@@ -280,7 +281,7 @@ def in_eager(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]
 
 
 def warm_up(bench: Bench, size: int) -> None:
-    """Compiles what the parts need, so that they find it in Inductor's cache on the disk."""
+    """Compiles both steps, so that the parts find them in Inductor's cache on disk."""
     bench.build()
     bench.work.runner(size)()
     bench.clear()
