@@ -95,9 +95,11 @@ class Bench:
         counts = {name: round(sum(p.numel() for p in m.parameters()) / 1e6, 1) for name, m in named.items()}
         return {"million parameters": counts, "GiB": self.peak_memory()}
 
-    def plain(self) -> PlainWorkload:
+    def plain(self, recipe: str | None = None) -> PlainWorkload:
         """For the part that calls it alone: weights and optimizer states must not count as memory of another."""
-        return PlainWorkload(self.config, self.device, compile=True, backend=self.backend)
+        chosen = {} if recipe is None else {"recipe": configs.PluginTable(name=recipe)}
+        config = self.config.model_copy(update=chosen)
+        return PlainWorkload(config, self.device, compile=True, backend=self.backend)
 
     def clear(self) -> None:
         """Frees what a part left, also after an out-of-memory error."""
@@ -166,9 +168,9 @@ class Bench:
         """The same of a denoiser's step on cached latents and features."""
         return self.joint(size, SECOND_STAGE, by_phase=False)
 
-    def beside_plain(self, size: int) -> dict[str, Any]:
+    def beside_plain(self, size: int, recipe: str | None = None) -> dict[str, Any]:
         """The project's step and the plain one, alternating."""
-        ours, plain = self.work.runner(size), self.plain().runner(size)
+        ours, plain = self.work.runner(size, recipe), self.plain(recipe).runner(size)
         return alternate(ours, plain, self.device, self.rounds, self.steps, size)
 
     def sampling(self, size: int, steps: int) -> dict[str, Any]:
@@ -253,14 +255,16 @@ def measure(bench: Bench, results: Results, batches: list[int], tiny: bool) -> N
     part(f"kernels, compiled, batch {middle}", 10 * scale, call(bench.kernels, middle, "compiled"))
     if bench.on_gpu:
         part(f"waits, compiled, batch {middle}", 5 * scale, call(bench.waits, middle))
-    part(f"beside the plain step, eager, batch {small}", 20 * scale, in_eager(bench.beside_plain, small))
+    part(f"joint step beside the plain step, eager, batch {small}", 20 * scale, in_eager(bench.beside_plain, small))
     for size in batches:
         part(f"joint step, eager, batch {size}", 10 * scale, in_eager(bench.joint, size))
     stages = [middle, 3 * middle, 8 * middle]
     for size in stages:
         part(f"second stage, compiled, batch {size}", 15 * scale, call(bench.second_stage, size))
     part(f"sampling, eager, batch {2 * middle}", 15 * scale, in_eager(bench.sampling, 2 * middle, 2 if tiny else 50))
-    part(f"beside the plain step, compiled, batch {middle}", 75 * scale, call(bench.beside_plain, middle))
+    part(f"joint step beside the plain step, compiled, batch {middle}", 75 * scale, call(bench.beside_plain, middle))
+    name = f"second stage beside the plain step, eager, batch {3 * middle}"
+    part(name, 15 * scale, in_eager(bench.beside_plain, 3 * middle, SECOND_STAGE))
     for size in stages:
         part(f"second stage, eager, batch {size}", 5 * scale, in_eager(bench.second_stage, size))
     part(f"kernels, eager, batch {small}", 10 * scale, in_eager(bench.kernels, small, "eager"))
