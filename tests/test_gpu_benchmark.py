@@ -135,6 +135,15 @@ def test_a_part_ends_with_the_time(tmp_path):
     assert signal.getsignal(signal.SIGALRM) == before
 
 
+def test_an_interrupt_leaves_the_file_whole(tmp_path):
+    results = Results(tmp_path / "gpu.json", 60)
+    results.part("first", 0, lambda: 1)
+    with pytest.raises(KeyboardInterrupt):
+        results.part("second", 0, lambda: signal.raise_signal(signal.SIGINT))
+    parts = read(tmp_path / "gpu.json")["parts"]
+    assert parts["first"]["result"] == 1 and parts["second"] == {"status": "interrupted"}
+
+
 def test_only_some_parts(tmp_path):
     results = Results(tmp_path / "gpu.json", 60, only=["plain"])
     results.part("build", 0, lambda: 1, required=True)
