@@ -335,7 +335,7 @@ def main(argv: list[str] | None = None, began: float | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what was found is in gpu.json", file=sys.stderr)
+        print("interrupted" + ("" if a.warm else f"; results so far are in {a.out / 'gpu.json'}"), file=sys.stderr)
         return 130
 
 

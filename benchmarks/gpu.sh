@@ -64,8 +64,8 @@ for name in found:
     except metadata.PackageNotFoundError:
         pass
 print("python", platform.python_version(), *(f"{n} {v}" for n, v in found.items()))
-cuda = torch.cuda.is_available()
-print("CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version(), "GPU", torch.cuda.get_device_name() if cuda else "none")
+gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+print("CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version(), "GPU", gpu)
 PY
 
 if [[ -z ${SKIP_TESTS:-} ]]; then
@@ -82,14 +82,16 @@ if [[ -z ${SKIP_TESTS:-} ]]; then
   mapfile -t files < <(grep -rlE 'mark\.cuda' --include='test_*.py' tests)
   processes=()
   "$python" -c 'import xdist' 2>/dev/null && processes=(-n "${TEST_PROCESSES:-8}" --dist load)
-  TORCHINDUCTOR_COMPILE_THREADS=2 timeout --signal=INT --kill-after=5 "$tests" \
-    "$python" -m pytest -m cuda "${files[@]}" -o addopts= -q "${processes[@]}" --durations=8 -rfE --tb=short \
+  # -v: a line for each test as it ends, also when time runs out.
+  TORCHINDUCTOR_COMPILE_THREADS=2 timeout --signal=INT --kill-after=10 "$tests" \
+    "$python" -m pytest -m cuda "${files[@]}" -o addopts= -v "${processes[@]}" --durations=8 -rfE --tb=short \
     >"$out/tests.txt" 2>&1
-  echo "pytest ended with $? (0: all passed; 5: there were none; 124: out of time)"
-  grep -E '^(FAILED|ERROR|E  )|passed|failed|skipped|deselected|s (call|setup)' "$out/tests.txt" | cut -c1-240 | tail -n 40
+  echo "pytest ended with $? (0: all passed or skipped; 5: there are none; 124, 137: out of time)"
+  grep -E '^E  |PASSED|FAILED|ERROR|passed|failed|skipped|deselected|s (call|setup)' "$out/tests.txt" |
+    cut -c1-240 | tail -n 60
   if [[ -n $warm ]]; then
     wait "$warm"
-    echo "compiling ahead ended with $? (124: out of time); ${SECONDS} s"
+    echo "compiling ahead ended with $? (124, 137: out of time) after $((SECONDS - began)) s"
     tail -n 2 "$out/warm.txt" | cut -c1-240
   fi
 fi
