@@ -51,12 +51,13 @@ class Results:
         """Seconds until the time limit."""
         return self.deadline - time.monotonic()
 
-    def part(self, name: str, needs: float, run: Callable[[], Any], required: bool = False) -> Any:
+    def part(self, name: str, needs: float, run: Callable[[], Any], required: bool = False, share: float = 1.0) -> Any:
         """Runs one part; returns its result, or None.
 
         Args:
             needs: seconds that must be left, or else the part is left out.
             required: other parts need it, so ``only`` does not apply.
+            share: of the time that is left; a part that takes longer is stopped.
         """
         if self.only and not required and not any(text in name for text in self.only):
             return None
@@ -66,7 +67,7 @@ class Results:
         self.parts[name] = {"status": "running"}
         self.write()
         try:
-            with self._alarm():
+            with self._alarm(share * self.left()):
                 found = run()
             entry = {"status": "done", "result": found}
         except TimeUp:
@@ -97,14 +98,14 @@ class Results:
         print(f"[{time.monotonic() - self.began:5.0f} s] {name}: {json.dumps(plain(shown))}", flush=True)
 
     @contextlib.contextmanager
-    def _alarm(self) -> Iterator[None]:
-        """Inside, the end of the time raises :class:`TimeUp`, once Python runs again."""
+    def _alarm(self, seconds: float) -> Iterator[None]:
+        """Inside, :class:`TimeUp` is raised after some seconds, once Python runs again."""
 
         def ring(*_: Any) -> None:
             raise TimeUp
 
         before = signal.signal(signal.SIGALRM, ring)
-        signal.setitimer(signal.ITIMER_REAL, max(self.left(), 1e-3))
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
         try:
             yield
         finally:

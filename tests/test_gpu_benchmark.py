@@ -135,6 +135,14 @@ def test_a_part_ends_with_the_time(tmp_path):
     assert signal.getsignal(signal.SIGALRM) == before
 
 
+def test_a_part_has_its_share_of_the_time(tmp_path):
+    results = Results(tmp_path / "gpu.json", 60)
+    results.part("slow", 0, lambda: time.sleep(30), share=0.002)
+    results.part("next", 0, lambda: 1)
+    parts = read(tmp_path / "gpu.json")["parts"]
+    assert parts["slow"]["status"] == "out of time" and parts["next"]["status"] == "done"
+
+
 def test_an_interrupt_leaves_the_file_whole(tmp_path):
     results = Results(tmp_path / "gpu.json", 60)
     results.part("first", 0, lambda: 1)
