@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from components.phases import PhaseTimes
+
+TIME = "time/"  # how long this rank took; no two ranks, and no two runs, measure the same
+
 
 @dataclass
 class StepRecord:
-    """One step's scalars, the same on every rank, on their way from the device to the host.
+    """One step's scalars on their way from the device to the host; the same on every rank, but for ``time/*``.
 
     Making one starts the copy; :meth:`read` waits for it. Read a step later, it costs the device no wait.
 
@@ -22,6 +26,7 @@ class StepRecord:
         values: (n,) float64 on the device.
         host: more scalars, which the host knows.
         layers: by parameter group: names of its parameters, and the norms of their gradients (k,) on the device.
+        times: of this rank, by phase.
     """
 
     step: int
@@ -29,6 +34,7 @@ class StepRecord:
     values: Tensor
     host: Mapping[str, float] = field(default_factory=dict)
     layers: Mapping[str, tuple[Sequence[str], Tensor]] = field(default_factory=dict)
+    times: PhaseTimes | None = None
 
     def __post_init__(self) -> None:
         self._copied = None
@@ -40,10 +46,17 @@ class StepRecord:
             self._copied.record()
 
     def read(self) -> dict[str, float]:
-        """The scalars by name."""
+        """The scalars by name; ``time/<phase>`` and ``time/step`` in milliseconds, where a clock ran."""
         if self._copied is not None:
             self._copied.synchronize()
-        return dict(zip(self.names, self._host_values.tolist())) | dict(self.host)
+        times = {} if self.times is None else self.times.read()
+        measured = dict(zip(self.names, self._host_values.tolist())) | dict(self.host)
+        return measured | {f"{TIME}{name}": value for name, value in times.items()}
+
+
+def same_on_all_ranks(values: Mapping[str, float]) -> dict[str, float]:
+    """What may decide how a run goes on: all that a record holds but for the times, which each rank has its own of."""
+    return {name: value for name, value in values.items() if not name.startswith(TIME)}
 
 
 class Metrics:

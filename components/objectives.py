@@ -9,6 +9,7 @@ from torch import Tensor
 
 from components.contracts import Batch, Modules, Posterior, Tokens, Update, Weighted
 from components.flow import PathPoint
+from components.phases import phase
 from components.precision import at_least_fp32
 
 
@@ -63,7 +64,7 @@ def frozen_posterior(m: Modules, batch: Batch) -> Posterior:
     """q(z|x) of a tokenizer that does not learn: as cached, or else of the images, without gradients."""
     if batch.posterior is not None:
         return batch.posterior
-    with torch.no_grad():
+    with torch.no_grad(), phase("tokenizer"):
         return m.tokenizer.encode(batch.images)
 
 
@@ -75,7 +76,7 @@ def encode_targets(m: Modules, batch: Batch, step: int) -> list[Tensor]:
     if not strength(m, step):
         return []
     cached = batch.features or {}
-    with torch.no_grad():
+    with torch.no_grad(), phase("encoders"):
         return [cached[k] if k in cached else encoder(batch.images) for k, encoder in m.encoders.items()]
 
 

@@ -1,13 +1,20 @@
 """python -m trainer benchmark: both variants in one run, every phase named, nothing read from files."""
 
+import argparse
 import re
+import weakref
+from unittest import mock
 
 import pytest
 import torch
 
 from components import parallel
+from components.parallel import World
 from tests import toys
+from trainer import config
 from trainer.__main__ import main
+from trainer.commands import benchmark
+from trainer.step import Step
 
 
 @pytest.fixture
@@ -32,11 +39,33 @@ def test_eager_and_compiled_side_by_side(toml, capsys):
     table = capsys.readouterr().out
     step = row(table, "step (ms)")
     assert len(step) == 2 and min(step) > 0
-    for title in ("data", "encoders", "tokenizer forward", "discriminator forward", "denoiser forward", "optimizers",
-                  "images/s", "GiB peak memory"):  # fmt: skip
+    for title in ("data (ms)", "encoders (ms)", "tokenizer (ms)", "discriminator (ms)", "denoiser (ms)",
+                  "optimizer (ms)", "images/s", "GiB peak memory"):  # fmt: skip
         assert len(row(table, title)) == 2
     assert "x as fast as eager" in table
     assert row(table, "images/s")[0] == pytest.approx(8 / step[0] * 1e3, rel=0.01)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_variant_leaves_nothing_in_memory(toml, compiled):
+    """Else the second is measured with the first's modules, optimizers and averages beside it."""
+    loaded = config.load(toml, [f"--training.compile={str(compiled).lower()}"])
+    arguments = argparse.Namespace(steps=1, warmup=1, data=False)
+    made, construct = [], Step.__init__
+
+    def watched(self, recipe, modules, groups, **rest):
+        construct(self, recipe, modules, groups, **rest)
+        parts = [
+            self,
+            *modules.named().values(),
+            *rest["ema"].modules.values(),
+            *(g.optimizer for g in groups.values()),
+        ]
+        made.extend(weakref.ref(part) for part in parts)
+
+    with mock.patch.object(Step, "__init__", watched):
+        benchmark.measure(loaded, World(), arguments)
+    assert len(made) > 8 and [ref() for ref in made if ref() is not None] == []
 
 
 def test_real_data_and_one_variant(toml, capsys):

@@ -36,7 +36,8 @@ def train(toml: str, folder: Path, *overrides: str) -> Trainer:
 def numbers(folder: Path) -> dict[int, dict[str, float]]:
     """Every metric of every step, but for those that measure the machine; a repeated step counts last."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: {k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines}
+    machine = ("speed/", "time/", "memory/")
+    return {line["step"]: {k: v for k, v in line.items() if not k.startswith(machine)} for line in lines}
 
 
 def assert_same_run(a: Path, b: Path) -> None:

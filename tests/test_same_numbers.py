@@ -23,7 +23,7 @@ def runs(rank: int, world: int, toml: str, folder: str, variants: dict[str, list
     """Trains each variant; what :func:`tests.runs.finished` tells of it."""
     from components.parallel import World
     from components.registry import discover
-    from trainer import config, loop, prepare
+    from trainer import config, prepare
     from trainer.loop import Trainer
 
     discover("plugins")
@@ -32,7 +32,7 @@ def runs(rank: int, world: int, toml: str, folder: str, variants: dict[str, list
     for name, options in variants.items():
         # bf16 on a CPU, where the config's "bf16" means fp32.
         dtype = torch.bfloat16 if "bf16" in name else None
-        prepare.autocast_dtype = loop.autocast_dtype = lambda config, device, dtype=dtype: dtype
+        prepare.autocast_dtype = lambda config, device, dtype=dtype: dtype
         found[name] = finished(
             Trainer(config.load(toml, [f"--run.dir={folder}/{world}-{name}", *options]), World(rank, world))
         )

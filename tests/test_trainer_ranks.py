@@ -52,7 +52,8 @@ def train(rank: int, world: int, toml: str, folder: str, options: list[str]) -> 
 def numbers(folder) -> dict[int, dict[str, float]]:
     """Every metric by step, but for those that measure the machine; a repeated step counts last."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: {k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines}
+    machine = ("speed/", "time/", "memory/")
+    return {line["step"]: {k: v for k, v in line.items() if not k.startswith(machine)} for line in lines}
 
 
 def assert_same(a, b) -> None:

@@ -18,8 +18,8 @@ from components.parallel import World
 from trainer import assemble
 from trainer.assemble import Parts
 from trainer.config import Config
-from trainer.prepare import Preparation, image_format, mesh_shape
-from trainer.step import Step
+from trainer.prepare import Preparation, mesh_shape
+from trainer.step import make_step
 
 PARAMETERS = "parameters that learn"
 GRADIENTS = "gradients"
@@ -79,12 +79,9 @@ def dry_run(config: Config, world_size: int, local_size: int, bf16: bool) -> Cos
             named = parts.modules.named()
             for module in (*named.values(), *parts.averages.values()):
                 module.to_empty(device=world.device)
-            groups = assemble.parameter_groups(config, parts)
             count = min(config.training.accumulation, 2)
-            step = Step(
-                parts.recipe, parts.modules, groups, ema=assemble.make_ema(config, parts), accumulation=count,
-                autocast_dtype=dtype, device=world.device, **image_format(config),
-            )  # fmt: skip
+            step = make_step(config, parts, world.device, accumulation=count, bf16=bf16)
+            groups = step.groups
             trained = {member for group in groups.values() for member in group.modules}
             tracker.hold(FROZEN, held_tensors(m for name, m in named.items() if name not in trained))
             tracker.hold(PARAMETERS, held_tensors(m for name, m in named.items() if name in trained))

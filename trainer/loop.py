@@ -18,19 +18,19 @@ from components.checkpoint import (
 from components.data import UnreadableCounter, make_loader
 from components.draws import Draws, draw
 from components.guard import Alarm
-from components.metrics import Metrics, StepRecord
+from components.metrics import Metrics, StepRecord, same_on_all_ranks
 from components.parallel import World
+from components.phases import PhaseClock
 from components.prefetch import Prefetcher
 from trainer import alarms
-from trainer.assemble import build, check, make_ema, parameter_groups
+from trainer.assemble import build, check
 from trainer.config import Config, flatten
 from trainer.evaluation.in_training import TrainingEvaluation
 from trainer.latents import prepare_latent_norm
-from trainer.prepare import autocast_dtype, image_format
 from trainer.process import StopSignals, garbage_collected
 from trainer.report import Reporter
 from trainer.saving import Saves
-from trainer.step import Step
+from trainer.step import make_step
 
 logger = logging.getLogger("titanrepa")
 
@@ -54,19 +54,9 @@ class Trainer:
         self.parts = build(config, world)
         # Who samples from the run later may not have the data.
         config.training.num_classes = self.parts.num_classes
-        self.groups = parameter_groups(config, self.parts)
-        self.ema = make_ema(config, self.parts)
         self.metrics = Metrics()
-        self.train_step = Step(
-            self.parts.recipe,
-            self.parts.modules,
-            self.groups,
-            ema=self.ema,
-            accumulation=config.training.accumulation,
-            autocast_dtype=autocast_dtype(config, self.device),
-            device=self.device,
-            **image_format(config),
-        )
+        self.train_step = make_step(config, self.parts, self.device, clock=PhaseClock(self.device))
+        self.groups, self.ema = self.train_step.groups, self.train_step.ema
         self.unreadable = UnreadableCounter(config.loader.max_unreadable)
         self.checkpoints = CheckpointManager(
             self.folder / "checkpoints", keep=config.run.keep_checkpoints, keep_every=config.run.keep_every
@@ -190,7 +180,7 @@ class Trainer:
             values = record.read()
             self.stopping = self.stopping or values.pop("stop") > 0
             self.metrics.add(values)
-            alarm = self.watch.observe(record, values, self._order, consumed)
+            alarm = self.watch.observe(record, same_on_all_ranks(values), self._order, consumed)
             if alarm is not None:
                 return alarm
         return None

@@ -11,12 +11,11 @@ import torch
 
 from components import parallel
 from components.parallel import World
-from trainer.assemble import build, check, make_ema, parameter_groups
+from trainer.assemble import build, check
 from trainer.commands.train import set_backends
 from trainer.config import Config, ConfigError
 from trainer.dry_run import micro_batches, never_stop
-from trainer.prepare import autocast_dtype, image_format
-from trainer.step import Step
+from trainer.step import make_step
 
 STEPS = 2  # optimizer states exist from the second on
 
@@ -46,17 +45,12 @@ def measure_peak(config: Config, world: World) -> tuple[float, bool]:
         _return_freed_memory()
         before = _resident("VmRSS")
     parts = build(config, world, files=False)
-    dtype = autocast_dtype(config, world.device)
-    step = Step(
-        parts.recipe, parts.modules, parameter_groups(config, parts), ema=make_ema(config, parts),
-        accumulation=config.training.accumulation, autocast_dtype=dtype, device=world.device,
-        **image_format(config),
-    )  # fmt: skip
+    step = make_step(config, parts, world.device)
     never_stop(parts)
     for _ in range(STEPS):
         step(config.training.steps - 1, micro_batches(config, parts, world, config.training.accumulation))
     peak = torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM") - before
-    return max(row[0] for row in parallel.gather_floats(float(peak))), dtype is not None
+    return max(row[0] for row in parallel.gather_floats(float(peak))), step.autocast_dtype is not None
 
 
 def _return_freed_memory() -> None:

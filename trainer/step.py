@@ -15,6 +15,42 @@ from components.draws import Draws
 from components.ema import Ema
 from components.metrics import StepRecord
 from components.optimizer import ParameterGroup
+from components.phases import PhaseClock, end_segment, segments, timed, waiting
+from trainer import assemble, prepare
+from trainer.assemble import Parts
+from trainer.config import Config
+
+
+def make_step(
+    config: Config,
+    parts: Parts,
+    device: torch.device,
+    *,
+    accumulation: int | None = None,
+    bf16: bool | None = None,
+    clock: PhaseClock | None = None,
+) -> Step:
+    """The step of a run, with its parameter groups and averages.
+
+    Args:
+        parts: built.
+        device: where it runs.
+        accumulation: micro-batches per step; None: as the config says.
+        bf16: autocast; None: as config and device say.
+        clock: measures its phases; None: no ``time/*`` in its records.
+    """
+    dtype = prepare.autocast_dtype(config, device) if bf16 is None else (torch.bfloat16 if bf16 else None)
+    return Step(
+        parts.recipe,
+        parts.modules,
+        assemble.parameter_groups(config, parts),
+        ema=assemble.make_ema(config, parts),
+        accumulation=config.training.accumulation if accumulation is None else accumulation,
+        autocast_dtype=dtype,
+        device=device,
+        clock=clock,
+        **prepare.image_format(config),
+    )
 
 
 class Step:
@@ -32,6 +68,8 @@ class Step:
         autocast_dtype: bf16 for mixed precision; none: the modules' own dtype.
         image_dtype: of the images that the modules are given; none: as they come.
         memory_format: of those images; convolutions follow it.
+        clock: measures the phases of each step: "data", one per group that the recipe updates, those that parts claim
+            for themselves ("encoders", a frozen "tokenizer"), and "optimizer" for the rest.
     """
 
     def __init__(
@@ -46,10 +84,11 @@ class Step:
         device: torch.device,
         image_dtype: torch.dtype | None = None,
         memory_format: torch.memory_format = torch.preserve_format,
+        clock: PhaseClock | None = None,
     ) -> None:
         self.recipe, self.modules, self.groups, self.ema = recipe, modules, groups, ema
         self.accumulation, self.autocast_dtype, self.device = accumulation, autocast_dtype, device
-        self.image_dtype, self.memory_format = image_dtype, memory_format
+        self.image_dtype, self.memory_format, self.clock = image_dtype, memory_format, clock
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
         # What forward passes change: batch-norm statistics and the like. Undone if the step is not applied.
         changing = [modules.tokenizer, modules.latent_norm, modules.discriminator]
@@ -63,15 +102,34 @@ class Step:
 
         Returns:
             Means over ranks and micro-batches of every loss term; ``grad_norm/*``, ``lr/*``; ``skipped_steps``, 1
-            where a loss or a gradient norm was not finite on some rank, so that nothing was applied.
+            where a loss or a gradient norm was not finite on some rank, so that nothing was applied; with a clock,
+            ``time/*`` of this rank.
         """
+        with timed(self.clock) as times:
+            measured = self._run(step, micro_batches, stop)
+        return StepRecord(step, *measured, times)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Forward passes outside a step: without gradients, in the step's precision."""
+        averages = self.ema.modules.values() if self.ema is not None else ()
+        try:
+            with torch.no_grad(), self._autocast():
+                yield
+        finally:
+            parallel.reshard(*self.modules.named().values(), *averages)
+
+    def _run(
+        self, step: int, micro_batches: Iterable[tuple[Batch, Draws]], stop: bool
+    ) -> tuple[tuple[str, ...], Tensor, dict[str, float], dict[str, tuple[list[str], Tensor]]]:
+        """The step; names and values of what it measured on the device, what the host knows, norms by layer."""
         before = [b.clone() for b in self._buffers]
         self._terms.clear()
-        for batch, draws in micro_batches:
+        for batch, draws in waiting("data", micro_batches):
             if batch.images is not None:
                 images = batch.images.to(dtype=self.image_dtype, memory_format=self.memory_format)
                 batch = batch._replace(images=images)
-            with self._autocast():
+            with self._autocast(), segments():
                 self.recipe.step(self.modules, batch, draws, self._update, step)
         measured = self._means(stop)
 
@@ -91,17 +149,7 @@ class Step:
             measured["latent/variance"] = self.modules.latent_norm.running_var.mean()
         measured["skipped_steps"] = ~finite
         values = torch.stack([v.to(self.device, torch.float64) for v in measured.values()])
-        return StepRecord(step, tuple(measured), values, lrs, layers)
-
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Forward passes outside a step: without gradients, in the step's precision."""
-        averages = self.ema.modules.values() if self.ema is not None else ()
-        try:
-            with torch.no_grad(), self._autocast():
-                yield
-        finally:
-            parallel.reshard(*self.modules.named().values(), *averages)
+        return tuple(measured), values, lrs, layers
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
@@ -124,3 +172,4 @@ class Step:
         if total.requires_grad:
             with torch.autocast(self.device.type, enabled=False):
                 (total / self.accumulation).backward()
+        end_segment(group)

@@ -48,106 +48,58 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def measure(config: configs.Config, world, arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds of a step and of each phase (medians), images/s, peak memory in GiB."""
-    import torch
+    """Seconds of a step and of each phase (medians), images/s, peak memory in GiB. Leaves no part of it in memory."""
+    import gc
 
-    from trainer.assemble import build, make_ema, parameter_groups
-    from trainer.prepare import autocast_dtype, image_format
-    from trainer.step import Step
+    import torch
 
     device = world.device
     torch.manual_seed(config.training.seed)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    parts = build(config, world, files=arguments.data)
-    step = Step(
-        parts.recipe,
-        parts.modules,
-        parameter_groups(config, parts),
-        ema=make_ema(config, parts),
-        accumulation=config.training.accumulation,
-        autocast_dtype=autocast_dtype(config, device),
-        device=device,
-        **image_format(config),
-    )
-    with _micro_batches(config, parts, world, arguments.data) as micro_batches:
-        clock = Clock(device)
-        clock.watch(step)
-        whole, phases = [], []
-        for k in range(arguments.warmup + 2 * arguments.steps):
-            # First half: whole steps, undisturbed. Second half: a synchronisation at every phase.
-            clock.start(detailed=k >= arguments.warmup + arguments.steps)
-            step(k, clock.timed("data", micro_batches, config.training.accumulation))
-            found = clock.stop()
-            if k >= arguments.warmup:
-                (phases if clock.detailed else whole).append(found)
-    seconds = median([f["step"] for f in whole])
+    try:
+        steps = _times(config, world, arguments)
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            import resource
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    finally:
+        # Modules and what is compiled of them hold each other: only a collection frees them, for the next variant.
+        torch._dynamo.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    seconds = median([s["step"] for s in steps])
+    names = dict.fromkeys(name for s in steps for name in s if name != "step")
     result = {"step": seconds, "images_per_s": config.training.batch_size / seconds}
-    names = dict.fromkeys(name for f in phases for name in f if name != "step")
-    result |= {f"phase {name}": median([f.get(name, 0.0) for f in phases]) for name in names}
-    if device.type == "cuda":
-        result["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        import resource
-
-        result["peak GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return result
+    result |= {f"phase {name}": median([s.get(name, 0.0) for s in steps]) for name in names}
+    return result | {"peak GiB": peak}
 
 
-class Clock:
-    """Cuts a step into phases at the recipe's own boundaries: data, encoders, each update, optimizers."""
+def _times(config: configs.Config, world, arguments: argparse.Namespace) -> list[dict[str, float]]:
+    """Seconds of each timed step, from its start until the device is done with it, and of its phases."""
+    import itertools
 
-    def __init__(self, device) -> None:
-        self.device, self.detailed, self.phases = device, False, {}
+    from components.metrics import TIME
+    from components.phases import PhaseClock
+    from trainer.assemble import build
+    from trainer.step import make_step
 
-    def watch(self, step) -> None:
-        """Marks the end of every encoder and of every update of ``step``."""
-
-        def timed_encoder(encoder):  # not a hook: a compiled module would trace the clock
-            def encode(images):
-                tokens = encoder(images)
-                self.mark("encoders")
-                return tokens
-
-            return encode
-
-        step.modules.encoders = {label: timed_encoder(e) for label, e in step.modules.encoders.items()}
-        update = step._update
-
-        def timed(group: str, terms: dict, **extra) -> None:
-            update(group, terms, **extra)
-            self.mark(f"{group} forward and backward")
-
-        step._update = timed
-
-    def start(self, detailed: bool) -> None:
-        self.detailed, self.phases = detailed, {}
-        self._synchronise(always=True)
-        self.begin = self.last = time.perf_counter()
-
-    def mark(self, phase: str) -> None:
-        if self.detailed:
-            self._synchronise()
-            now = time.perf_counter()
-            self.phases[phase] = self.phases.get(phase, 0.0) + now - self.last
-            self.last = now
-
-    def stop(self) -> dict[str, float]:
-        self.mark("optimizers and EMA")
-        self._synchronise(always=True)
-        return self.phases | {"step": time.perf_counter() - self.begin}
-
-    def timed(self, phase: str, batches, count: int):
-        for _ in range(count):
-            item = next(batches)
-            self.mark(phase)
-            yield item
-
-    def _synchronise(self, always: bool = False) -> None:
-        if self.device.type == "cuda" and (always or self.detailed):
-            import torch
-
-            torch.cuda.synchronize()
+    parts = build(config, world, files=arguments.data)
+    step = make_step(config, parts, world.device, clock=PhaseClock(world.device))
+    found = []
+    with _micro_batches(config, parts, world, arguments.data) as micro_batches:
+        for k in range(arguments.warmup + arguments.steps):
+            begin = time.perf_counter()
+            # Reading waits until the device is done.
+            values = step(k, itertools.islice(micro_batches, config.training.accumulation)).read()
+            seconds = time.perf_counter() - begin
+            phases = {n.removeprefix(TIME): v / 1e3 for n, v in values.items() if n.startswith(TIME)}
+            if k >= arguments.warmup:
+                found.append(phases | {"step": seconds})
+    return found
 
 
 def _micro_batches(config: configs.Config, parts, world, real: bool):
