@@ -7,6 +7,8 @@ mean is large against the deviation.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,9 +28,25 @@ class BatchStats(NamedTuple):
     count: Tensor
 
 
+_alone = False
+
+
 def world_size() -> int:
-    """Ranks that share a batch; 1 outside ``torch.distributed``."""
+    """Ranks that share a batch; 1 outside ``torch.distributed``, and inside :func:`alone`."""
+    if _alone:
+        return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, a batch is this rank's alone: nothing waits for other ranks, which may be elsewhere."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def batch_mean(x: Tensor) -> tuple[Tensor, Tensor]:

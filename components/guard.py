@@ -196,8 +196,10 @@ class Guard:
         of, and that before the gradient norm; then the order in which the values came.
         """
         names = list(dict.fromkeys(name for _, values in self.history for name in values))
-        groups = {name[: -len("/loss")] for name in names if name.endswith("/loss")} | {"latent"}
-        names = [n for n in names if n != ADVERSARY and (n.startswith(NORM) or n.split("/")[0] in groups)]
+        groups = {name[: -len("/loss")] for name in names if name.endswith("/loss")}
+        names = [
+            n for n in names if n != ADVERSARY and (n.startswith(NORM) or n == LATENT or n.split("/")[0] in groups)
+        ]
         trouble = last_trouble(self._departures(names))
         found = [d for d in trouble if not math.isfinite(d.value)] or trouble
         found += [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 # GiB as PyTorch reports them (the "total capacity" of an out-of-memory message); boards differ by 0.1 GiB.
 GPU_GIB = {
     "rtx3090": 23.5,
@@ -25,3 +27,32 @@ GPU_TFLOPS = {
     "h200": 989,
     "b200": 2250,
 }
+
+# The same by what `torch.cuda.get_device_name()` says; the first that is found in it. Cards of one chip differ by form.
+_BY_DEVICE_NAME = (
+    (r"\b(H100|H800) PCIe\b", 756),
+    (r"\b(H100|H200) NVL\b", 835),
+    (r"\b(H100|H200|H800|GH200)\b", 989),
+    (r"\bGB200\b", 2500),
+    (r"\bB200\b", 2250),
+    (r"\b(A100|A800)\b", 312),
+    (r"\bL40S\b", 362),
+    (r"\bL40\b", 181),
+    (r"\bL4\b", 121),
+    (r"\bA10G\b", 70),
+    (r"\bA10\b", 125),
+    (r"\bRTX 4090 D\b", 147),
+    (r"\bRTX 4090\b", 165),
+    (r"\bRTX 3090 Ti\b", 80),
+    (r"\bRTX 3090\b", 71),
+    (r"\bMI300X\b", 1307),
+)
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Dense bf16 TFLOP/s of a GPU, by the maker's data sheet; None: not known here.
+
+    Args:
+        device_name: as ``torch.cuda.get_device_name()`` has it, such as "NVIDIA H100 80GB HBM3".
+    """
+    return next((tflops for pattern, tflops in _BY_DEVICE_NAME if re.search(pattern, device_name)), None)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from components.batch_norm import batch_norm
+from components.latent_statistics import observe
 from components.precision import at_least_fp32
 
 
@@ -40,6 +41,7 @@ class LatentNorm(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Latents (B, C, h, w) normalised with the running statistics."""
+        observe(z)
         return (at_least_fp32(z) - _map(self.running_mean)) * torch.rsqrt(_map(self.running_var) + self.eps)
 
     def batch(self, z: Tensor, update: bool = True) -> Tensor:
@@ -49,6 +51,7 @@ class LatentNorm(nn.Module):
             z: latents of this rank; the statistics cover all ranks, which must all call.
             update: move the running statistics towards the batch's (unbiased variance).
         """
+        observe(z)
         if not update:
             return batch_norm(z, eps=self.eps)
         self.num_batches_tracked.add_(1)
@@ -57,6 +60,18 @@ class LatentNorm(nn.Module):
     def invert(self, z_normalised: Tensor) -> Tensor:
         """Undoes ``forward``: (B, C, h, w) back to the tokenizer's scale."""
         return at_least_fp32(z_normalised) * torch.sqrt(_map(self.running_var) + self.eps) + _map(self.running_mean)
+
+    def summary(self) -> dict[str, Tensor]:
+        """Scalars over the channels of the running statistics."""
+        mean, var = self.running_mean, self.running_var
+        low, high = torch.aminmax(var)
+        return {
+            "mean": mean.mean(),
+            "mean_abs_max": mean.abs().amax(),
+            "variance_mean": var.mean(),
+            "variance_min": low,
+            "variance_max": high,
+        }
 
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:

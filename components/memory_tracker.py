@@ -15,8 +15,8 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from components.flops import formula
 from components.parallel import local
 
 TEMPORARY = "activations and temporaries"
@@ -149,7 +149,7 @@ class StepTracker(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func in COLLECTIVES:
             self._communicate(func, args)
-        elif count := _flops(func):
+        elif count := formula(func):
             self.flops += count(*args, **kwargs, out_val=result) * self.repeats
         for tensor in _tensors(result):
             self._follow(tensor)
@@ -211,21 +211,3 @@ def _ranks(args: tuple) -> list[int]:
             return dist.get_process_group_ranks(arg)
     name = next(a for a in reversed(args) if isinstance(a, str))
     return dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(name))
-
-
-def _flops(func):
-    packet = func._overloadpacket
-    # Not in the registry of every version: the CPU's kernel counts as a GPU's.
-    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
-        return _attention
-    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return _attention_backward
-    return flop_registry.get(packet)
-
-
-def _attention(query, key, value, *args, out_val=None, **kwargs) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
-def _attention_backward(grad, query, key, value, *args, out_val=None, **kwargs) -> int:
-    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)

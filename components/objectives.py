@@ -9,12 +9,14 @@ from torch import Tensor
 
 from components.contracts import Batch, Modules, Posterior, Tokens, Update, Weighted
 from components.flow import PathPoint
+from components.latent_statistics import observe
 from components.phases import phase
 from components.precision import at_least_fp32
 
 
 def reconstruction(m: Modules, x: Tensor, x_hat: Tensor, posterior: Posterior, step: int) -> dict[str, Weighted]:
     """The tokenizer's own terms: every configured reconstruction loss, and the generator's side of the GAN."""
+    observe(posterior.mean)  # of a recipe without a denoiser, which has shown its latents already
     terms = {name: Weighted(loss.weight, loss(x, x_hat, posterior)) for name, loss in m.reconstruction.items()}
     if m.discriminator is not None:
         terms["gan"] = Weighted(m.discriminator.weight, m.discriminator.generator(x_hat, step))

@@ -18,6 +18,7 @@ from components.parallel import World
 from trainer import assemble
 from trainer.assemble import Parts
 from trainer.config import Config
+from trainer.monitor.flops import never_stop
 from trainer.prepare import Preparation, mesh_shape
 from trainer.step import make_step
 
@@ -96,12 +97,6 @@ def dry_run(config: Config, world_size: int, local_size: int, bf16: bool) -> Cos
     images = config.training.batch_size // (world_size * config.training.accumulation)
     on_host = OFFLOADED if config.parallel.cpu_offload else ()
     return Cost(parts, mesh, images, *tracker.peak(on_host), tracker.flops, tracker.traffic)
-
-
-def never_stop(parts: Parts) -> None:
-    """Leaves an alignment loss that stops early at full strength."""
-    if hasattr(parts.modules.alignment, "strength"):
-        parts.modules.alignment.strength = lambda step: 1.0
 
 
 def _build(config: Config, world: World, dtype: torch.dtype | None) -> Parts:

@@ -14,7 +14,8 @@ from components.parallel import World
 from trainer.assemble import build, check
 from trainer.commands.train import set_backends
 from trainer.config import Config, ConfigError
-from trainer.dry_run import micro_batches, never_stop
+from trainer.dry_run import micro_batches
+from trainer.monitor.flops import never_stop
 from trainer.step import make_step
 
 STEPS = 2  # optimizer states exist from the second on

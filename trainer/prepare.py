@@ -21,6 +21,8 @@ from trainer.config import Config, ConfigError
 
 # What the contracts call besides `forward`.
 METHODS = {"tokenizer": ("encode", "decode"), "denoiser": ("tokens",), "encoders": ("embed",)}
+# Roles of convolutional networks, which take the layout of the images.
+CONVOLUTIONAL = ("tokenizer", "discriminator", "recon")
 
 
 def mesh_shape(config: Config, world_size: int, local_size: int) -> tuple[int, int]:
@@ -164,7 +166,7 @@ class Preparation:
                 for parameter in network.parameters():
                     nn.init.normal_(parallel.local(parameter), std=0.02)
             # Sharded weights must be contiguous; convolutions then follow the layout of the images.
-            convolutional = role.startswith(("tokenizer", "discriminator", "recon"))
+            convolutional = role.startswith(CONVOLUTIONAL)
             if self.config.training.channels_last and convolutional and not sharded:
                 network.to(memory_format=torch.channels_last)
 

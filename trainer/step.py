@@ -13,6 +13,7 @@ from components import parallel
 from components.contracts import Batch, Modules, Recipe, Weighted
 from components.draws import Draws
 from components.ema import Ema
+from components.latent_statistics import observed, statistics
 from components.metrics import StepRecord
 from components.optimizer import ParameterGroup
 from components.phases import PhaseClock, end_segment, segments, timed, waiting
@@ -101,9 +102,9 @@ class Step:
             stop: this rank is asked to stop; every rank finds ``stop`` > 0 in the record of this step.
 
         Returns:
-            Means over ranks and micro-batches of every loss term; ``grad_norm/*``, ``lr/*``; ``skipped_steps``, 1
-            where a loss or a gradient norm was not finite on some rank, so that nothing was applied; with a clock,
-            ``time/*`` of this rank.
+            Means over ranks and micro-batches of every loss term and of ``latent/*``; ``latent_norm/*``,
+            ``grad_norm/*``, ``lr/*``; ``skipped_steps``, 1 where a loss or a gradient norm was not finite on some
+            rank, so that nothing was applied; with a clock, ``time/*`` of this rank.
         """
         with timed(self.clock) as times:
             measured = self._run(step, micro_batches, stop)
@@ -129,8 +130,11 @@ class Step:
             if batch.images is not None:
                 images = batch.images.to(dtype=self.image_dtype, memory_format=self.memory_format)
                 batch = batch._replace(images=images)
-            with self._autocast(), segments():
+            with self._autocast(), segments(), observed() as latents:
                 self.recipe.step(self.modules, batch, draws, self._update, step)
+            for z in latents:
+                for name, value in statistics(z).items():
+                    self._terms[f"latent/{name}"].append(value.to(self.device, torch.float64))
         measured = self._means(stop)
 
         layers = {name: (group.names, group.norms()) for name, group in self.groups.items() if group.has_gradients()}
@@ -146,7 +150,9 @@ class Step:
 
         measured |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
         if self.modules.latent_norm is not None:
-            measured["latent/variance"] = self.modules.latent_norm.running_var.mean()
+            norm = self.modules.latent_norm.summary()
+            measured["latent/variance"] = norm["variance_mean"]
+            measured |= {f"latent_norm/{name}": value for name, value in norm.items()}
         measured["skipped_steps"] = ~finite
         values = torch.stack([v.to(self.device, torch.float64) for v in measured.values()])
         return tuple(measured), values, lrs, layers
