@@ -68,7 +68,7 @@ def principal_components(z: Tensor) -> Tensor:
         (B, 3, h, w) float32 in [0, 1], comparable between the images of a call; 0.5 where there is no component.
     """
     batch, channels, height, width = z.shape
-    rows = z.double().permute(0, 2, 3, 1).reshape(-1, channels)
+    rows = z.double().nan_to_num().permute(0, 2, 3, 1).reshape(-1, channels)
     rows = rows - rows.mean(0)
     _, vectors = torch.linalg.eigh(rows.T @ rows)  # in the order of rising variance
     projected = rows @ vectors.flip(1)[:, :3]

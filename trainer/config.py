@@ -135,6 +135,13 @@ def flatten(toml: str) -> dict[str, Any]:
     return walk(tomllib.loads(toml), "")
 
 
+def changes(old: str, new: str) -> list[str]:
+    """Keys that differ between two resolved configs, as "training.steps: 3 -> 6"."""
+    before, after = flatten(old), flatten(new)
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}" for key in keys]
+
+
 def describe() -> str:
     """Every key of the config with its type, default and meaning, for --help."""
     lines = []

@@ -24,9 +24,11 @@ from components.phases import PhaseClock
 from components.prefetch import Prefetcher
 from trainer import alarms
 from trainer.assemble import build, check
-from trainer.config import Config, flatten
+from trainer.config import Config, changes
 from trainer.evaluation.in_training import TrainingEvaluation
 from trainer.latents import prepare_latent_norm
+from trainer.monitor.flops import try_flops_per_image
+from trainer.monitor.profiling import Profiler
 from trainer.process import StopSignals, garbage_collected
 from trainer.report import Reporter
 from trainer.saving import Saves
@@ -49,13 +51,14 @@ class Trainer:
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world, self.device = config, world, world.device
         self.folder = Path(config.run.dir)
-        check(config, world.size, world.local_size)
+        self._meta = check(config, world.size, world.local_size)
         self.evaluation = TrainingEvaluation(config, world) if config.evaluation.every else None
         self.parts = build(config, world)
         # Who samples from the run later may not have the data.
         config.training.num_classes = self.parts.num_classes
         self.metrics = Metrics()
-        self.train_step = make_step(config, self.parts, self.device, clock=PhaseClock(self.device))
+        self.clock = PhaseClock(self.device)
+        self.train_step = make_step(config, self.parts, self.device, clock=self.clock)
         self.groups, self.ema = self.train_step.groups, self.train_step.ema
         self.unreadable = UnreadableCounter(config.loader.max_unreadable)
         self.checkpoints = CheckpointManager(
@@ -63,6 +66,7 @@ class Trainer:
         )
         self.saves = Saves(self.checkpoints, world, self.state)
         self.watch = alarms.Watch(config, world, self.parts.recipe)
+        self.profiler: Profiler | None = None
         self.step = 0
         self.consumed = 0
         # A record is read one step later on a GPU, when its copy has long arrived; a CPU computes as it goes.
@@ -140,10 +144,11 @@ class Trainer:
             return True
         if self.evaluation is not None:
             self.evaluation.prepare(self.parts)
-        reporter = Reporter(self.config, self.world, list(self.groups), self.step)
+        flops = try_flops_per_image(self.config, self._meta, self.parts, self.world)
+        reporter = Reporter(self.config, self.world, list(self.groups), self.step, flops)
         self.watch.mark = reporter.mark
         garbage = garbage_collected(self.config.training.gc_every)
-        with contextlib.closing(reporter), self.signals, garbage as collect_garbage:
+        with contextlib.closing(reporter), self._profiling(reporter), self.signals, garbage as collect_garbage:
             while True:
                 with self._batches() as batches:
                     alarm = self._train(batches, reporter, collect_garbage)
@@ -159,8 +164,12 @@ class Trainer:
         """Steps until the end, a stop, or an alarm that calls for a rollback, which is returned."""
         total = self.config.training.steps
         while self.step < total and not self.stopping:
+            if self.profiler is not None:
+                self.profiler.before(self.step)
             record = self.train_step(self.step, self._micro_batches(batches), stop=self.signals.requested)
             self.step += 1
+            if self.profiler is not None:
+                self.profiler.after()
             self.consumed += self.config.training.batch_size
             self._unread.append((record, self.consumed))
             reporter.bar.update()
@@ -193,16 +202,19 @@ class Trainer:
             values["data/unreadable"] = float(self.unreadable.count)
             values["data/epoch"] = self.consumed / len(self.parts.dataset)
             reporter.report(self.step, values, batches.waited_s)
+        outside = reporter.stopwatch.outside
         # Saved first: pictures take memory, and must not cost the step if they fail.
         if last or self.stopping:
-            self.saves.save(self.step)
+            with outside("saving"):
+                self.saves.save(self.step)
         elif run.checkpoint_every and self.step % run.checkpoint_every == 0:
-            self.saves.try_to_save(self.step, in_background=run.async_checkpoints)
+            with outside("saving"):
+                self.saves.try_to_save(self.step, in_background=run.async_checkpoints)
         if last or (every and self.step % every == 0):
-            with self.train_step.evaluating():
+            with outside("pictures"), self.train_step.evaluating():
                 reporter.draw(self.step, self.parts, self.ema)
         if self.evaluation is not None and (last or self.step % self.config.evaluation.every == 0):
-            with self.train_step.evaluating():
+            with outside("evaluation"), self.train_step.evaluating():
                 reporter.evaluated(self.step, *self.evaluation(self.parts, self.ema))
 
     def _due(self) -> bool:
@@ -210,6 +222,20 @@ class Trainer:
         run, every = self.config.run, self.config.sampling.every
         cadences = [run.log_every, run.checkpoint_every, every, self.config.evaluation.every]
         return self.step in (1, self.config.training.steps) or any(n and self.step % n == 0 for n in cadences)
+
+    @contextlib.contextmanager
+    def _profiling(self, reporter: Reporter) -> Iterator[None]:
+        """Inside, some steps are profiled if the config says so."""
+        table = self.config.profile
+        if not table.steps:
+            yield
+            return
+        self.profiler = Profiler(
+            **table.model_dump(), folder=self.folder / "profile", left=self.config.training.steps - self.step,
+            world=self.world, clock=self.clock, outside=reporter.stopwatch.outside,
+        )  # fmt: skip
+        with contextlib.closing(self.profiler):
+            yield
 
     def _batches(self) -> Prefetcher:
         c = self.config
@@ -279,10 +305,3 @@ class Trainer:
     def _log(self, message: str) -> None:
         if self.world.is_main:
             logger.info(message)
-
-
-def changes(old: str, new: str) -> list[str]:
-    """Keys that differ between two resolved configs, as "training.steps: 3 -> 6"."""
-    before, after = flatten(old), flatten(new)
-    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    return [f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}" for key in keys]

@@ -1,14 +1,16 @@
-"""What a run looks like: reconstructions of fixed images, and samples from fixed noise."""
+"""What a run looks like: reconstructions and latents of fixed images, and samples from fixed noise."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from components.ema import Ema
 from components.image_sampler import ImageSampler, SamplingPlan
+from components.latent_statistics import principal_components
 from components.parallel import World, gather_rows
 from components.precision import parameter_dtype
 from components.samplers import Guidance
@@ -50,11 +52,11 @@ def sample_images(config: Config, parts: Parts, ema: Ema | None, world: World, c
 
 
 @torch.no_grad()
-def reconstruct(parts: Parts, ema: Ema | None, images: Tensor) -> Tensor:
-    """Decoded posterior means of images (B, 3, R, R) in [-1, 1]."""
+def reconstruct(parts: Parts, ema: Ema | None, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Posterior means (B, C, h, w) of images (B, 3, R, R) in [-1, 1], and what is decoded from them."""
     tokenizer = averaged(parts, ema, "tokenizer")
-    x = images.to(parameter_dtype(tokenizer))
-    return tokenizer.decode(tokenizer.encode(x).mean).float().clamp(-1, 1)
+    means = tokenizer.encode(images.to(parameter_dtype(tokenizer))).mean
+    return means, tokenizer.decode(means).float().clamp(-1, 1)
 
 
 def fixed_images(parts: Parts, device: torch.device) -> Tensor:
@@ -71,12 +73,16 @@ def grid(images: Tensor, columns: int = COLUMNS) -> Tensor:
     return make_grid(images.float().cpu().clamp(-1, 1) * 0.5 + 0.5, nrow=columns, padding=2, pad_value=1.0)
 
 
-def side_by_side(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Rows of originals, each above the row of its reconstructions."""
-    rows = []
-    for a, b in zip(originals.split(COLUMNS), reconstructions.split(COLUMNS)):
-        rows += [a, b]
-    return grid(torch.cat(rows), columns=min(COLUMNS, len(originals)))
+def in_rows(*kinds: Tensor) -> Tensor:
+    """Rows of the first kind's images, below each the row of every other kind; each (B, 3, R, R) in [-1, 1]."""
+    rows = [row for rows in zip(*(images.float().cpu().split(COLUMNS) for images in kinds)) for row in rows]
+    return grid(torch.cat(rows), columns=min(COLUMNS, len(kinds[0])))
+
+
+def in_colors(latents: Tensor, side: int) -> Tensor:
+    """Latents (B, C, h, w) as images (B, 3, side, side) in [-1, 1]: their first three principal components."""
+    colors = principal_components(latents.cpu())
+    return F.interpolate(colors, size=(side, side), mode="nearest-exact") * 2 - 1
 
 
 def save_png(picture: Tensor, path: Path) -> None:

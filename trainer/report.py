@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from components.ema import Ema
 from components.parallel import World, gather_floats
 from trainer import pictures
 from trainer.assemble import Parts
-from trainer.config import Config
+from trainer.config import Config, flatten
+from trainer.monitor.events import EventWriter
+from trainer.monitor.speed import Eta, Stopwatch, clock_time, device_peak, memory, speeds
+from trainer.monitor.stragglers import Stragglers, probe
 
 logger = logging.getLogger("titanrepa")
 
-SLOW = 1.5  # a rank is named when it takes so many times as long as the median one
-WAITING = 0.1  # a rank is named when it spends this share of its time waiting for data
+# Curves whose last points stand in the HPARAMS tab.
+FINAL = ("evaluation/", "samples/", "speed/images_per_s", "speed/mfu", "latent/variance", "latent/spatial_variance")
 
 
 class Reporter:
@@ -30,13 +31,23 @@ class Reporter:
         world: this process.
         groups: names of the parameter groups, whose losses stand on the progress bar.
         step: the last finished one.
+        flops_per_image: that the model needs; None: not known, so that TFLOP/s and MFU are not shown.
+
+    Attributes:
+        stopwatch: told of what is not training.
     """
 
-    def __init__(self, config: Config, world: World, groups: list[str], step: int) -> None:
-        self.config, self.world, self.groups = config, world, groups
+    def __init__(
+        self, config: Config, world: World, groups: list[str], step: int, flops_per_image: int | None = None
+    ) -> None:
+        self.config, self.world, self.groups, self.flops_per_image = config, world, groups, flops_per_image
         self.folder = Path(config.run.dir)
-        self.writer = None
-        self._slow: int | None = None
+        self.writer: EventWriter | None = None
+        self.stopwatch = Stopwatch(world.device)
+        self.stragglers = Stragglers()
+        self.peak = self._peak()
+        self._shown: dict[str, float] = {}  # the last value of each tag
+        self._trained: tuple[float, dict[str, float]] = (0.0, {})  # seconds, and those of each interruption
         # None: only on a terminal. Elsewhere a bar is noise, and report() logs lines.
         disable = None if world.is_main else True
         total = config.training.steps
@@ -44,99 +55,102 @@ class Reporter:
         self.begin(step)
 
     def begin(self, step: int) -> None:
-        """Starts behind ``step``; what was shown of later steps is a past that did not happen."""
-        self._since = (time.perf_counter(), step, 0.0)
+        """Starts after ``step``; TensorBoard hides points of later steps, which a rollback or resume discarded."""
+        self._since = (step, 0.0)
+        self._eta = Eta(step, self.config.training.steps)
+        self.stopwatch.begin()
         self.bar.n = step
         self.bar.refresh()
         if self.world.is_main:
-            from torch.utils.tensorboard import SummaryWriter
-
             if self.writer is not None:
                 self.writer.close()
-            self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1 if step else None)
-            self.writer.add_text("config", "```toml\n" + self.config.to_toml() + "```", step)
+            self.writer = EventWriter(self.folder / "tensorboard", step + 1 if step else None)
+            self.writer.text("config", "```toml\n" + self.config.to_toml() + "```", step)
 
     def close(self) -> None:
+        """Also after an error: writes the hyperparameters with the last values, and how the time was spent."""
         self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
+        if self.writer is None:
+            return
+        if self._shown:
+            final = [tag for tag in self._shown if tag.startswith(FINAL) or tag.endswith("/loss")]
+            self.writer.hyperparameters(flatten(self.config.to_toml()), final)
+            seconds, outside = self._add_up(*self.stopwatch.read())
+            spent = "".join(f", {clock_time(s)} {name}" for name, s in outside.items() if s >= 0.5)
+            logger.info(f"time of this start: {clock_time(seconds)} training{spent}")
+        self.writer.close()
 
     def report(self, step: int, values: dict[str, float], waited_s: float) -> None:
-        """Shows the means since the last report.
+        """Shows the means since the last report. The device has nothing left to do.
 
         Args:
             step: finished steps.
             values: by TensorBoard tag.
             waited_s: seconds that this rank has ever waited for data.
         """
-        now = time.perf_counter()
-        then, before, waited = self._since
-        self._since = (now, step, waited_s)
-        steps = step - before
-        share = (waited_s - waited) / (now - then)
-        ranks = gather_floats(share, _probe(self.world.device) if self.world.size > 1 else 0.0)
+        seconds, outside = self.stopwatch.read()
+        with self.stopwatch.outside("logging"):
+            self._report(step, values, waited_s, seconds, outside)
+
+    def _report(
+        self, step: int, values: dict[str, float], waited_s: float, seconds: float, outside: dict[str, float]
+    ) -> None:
+        before, waited = self._since
+        self._since = (step, waited_s)
+        self._add_up(seconds, outside)
+        share = (waited_s - waited) / seconds
+        ranks = gather_floats(share, probe(self.world.device) if self.world.size > 1 else 0.0)
         if self.writer is None:
             return
-        values["speed/images_per_s"] = steps * self.config.training.batch_size / (now - then)
+        steps, lost = step - before, sum(outside.values())
+        images = steps * self.config.training.batch_size
+        values |= speeds(images, seconds, self.world.size, self.flops_per_image, self.peak)
         values["speed/data_wait_share"] = max(share for share, _ in ranks)
-        if self.world.device.type == "cuda":
-            values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.name_stragglers(step, ranks)
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        values |= self.name_stragglers(step, ranks)
+        values |= {f"time/outside/{name}": s for name, s in outside.items()}
+        values["time/outside/share"] = lost / (seconds + lost)
+        values |= memory(self.world.device)
+        self._write(step, values)
         if values.get("skipped_steps"):
             share = values["skipped_steps"]
             logger.warning(f"step {step}: {share:.0%} of the last {steps} steps skipped: not finite")
-        losses = {name: f"{values[f'{name}/loss']:.3f}" for name in self.groups if f"{name}/loss" in values}
-        self.bar.set_postfix(losses)
-        if self.bar.disable:
-            speed = f"{values['speed/images_per_s']:.0f} images/s"
-            shown = ", ".join(f"{name} {value}" for name, value in losses.items())
-            logger.info(f"step {step} of {self.config.training.steps}: {shown}, {speed}")
+        self._log(step, values)
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        """The progress bar, and a line in the log; on a terminal the bar is enough."""
+        shown = {name: f"{values[f'{name}/loss']:.3f}" for name in self.groups if f"{name}/loss" in values}
+        speed = {"images/s": f"{values['speed/images_per_s']:.4g}"}
+        if "speed/mfu" in values:
+            speed["MFU"] = f"{values['speed/mfu']:.1%}"
+        elif "speed/tflops_per_gpu" in values:
+            speed["TFLOP/s"] = f"{values['speed/tflops_per_gpu']:.3g}"
+        self.bar.set_postfix(shown | speed)
+        total, left = self.config.training.steps, self._eta(step)
+        line = [f"{name} {value}" for name, value in shown.items()] + [
+            f"{value} {name}" for name, value in speed.items()
+        ]
+        if left and step < total:
+            line.append(f"{left} to go")
+        logger.info(f"step {step} of {total}: {', '.join(line)}", extra={"on_bar": not self.bar.disable})
 
     def mark(self, alarm: str, step: int) -> None:
         """Marks an alarm in TensorBoard at once: the run may end by it."""
         if self.writer is not None:
-            self.writer.add_scalar(f"alarms/{alarm}", 1.0, step)
-            self.writer.flush()
+            self.writer.scalars({f"alarms/{alarm}": 1.0}, step)
 
-    def name_stragglers(self, step: int, ranks: list[list[float]]) -> None:
-        """Warns of the rank that waits longest for data, and of one that computes far slower than the others.
-
-        Args:
-            ranks: of each rank the share of its time spent waiting for data, and the seconds of a fixed computation.
-        """
-        if len(ranks) < 2:
-            return
-        waits, probes = zip(*ranks)
-        slowest = max(range(len(ranks)), key=lambda rank: waits[rank])
-        if waits[slowest] > WAITING:
-            logger.warning(
-                f"step {step}: rank {slowest} spends {waits[slowest]:.0%} of its time waiting for data (the median "
-                f"rank {sorted(waits)[len(waits) // 2]:.0%}), and all others wait for it; more loader.workers or a "
-                "faster disk there would help"
-            )
-        slowest = max(range(len(ranks)), key=lambda rank: probes[rank])
-        usual = sorted(probes)[(len(probes) - 1) // 2]
-        if self.writer is not None:
-            self.writer.add_scalar("speed/slowest_rank_ratio", probes[slowest] / usual, step)
-        named, self._slow = self._slow, slowest if probes[slowest] > SLOW * usual else None
-        if self._slow is not None and named == slowest:  # once may be chance
-            logger.warning(
-                f"step {step}: rank {slowest} computes {probes[slowest] / usual:.1f} times slower than the median "
-                "rank, and all others wait for it; look at its device's clock, heat and other users"
-            )
+    def name_stragglers(self, step: int, ranks: list[list[float]]) -> dict[str, float]:
+        """See :class:`trainer.monitor.stragglers.Stragglers`."""
+        return self.stragglers(step, ranks)
 
     def draw(self, step: int, parts: Parts, ema: Ema | None) -> None:
-        """Grids of reconstructions and samples, and how many samples the dataset's own judge recognises."""
+        """Grids of reconstructions with their latents and of samples, histograms of the latent norm's statistics, and
+        how many samples the dataset's own judge recognizes."""
         panels = {}
         if parts.images is not None:  # on cached latents they need not be there
             originals = pictures.fixed_images(parts, self.world.device)
-            rebuilt = pictures.reconstruct(parts, ema, originals)
-            panels["reconstructions"] = pictures.side_by_side(originals, rebuilt)
+            latents, rebuilt = pictures.reconstruct(parts, ema, originals)
+            colors = pictures.in_colors(latents, originals.shape[-1])
+            panels["reconstructions"] = pictures.in_rows(originals, rebuilt, colors)
         images = labels = None
         if parts.modules.denoiser is not None:
             images, labels = pictures.sample_images(self.config, parts, ema, self.world, self.config.sampling.images)
@@ -145,10 +159,13 @@ class Reporter:
             return
         if images is not None and hasattr(parts.images, "judge"):
             right = (parts.images.judge(images.cpu()) == labels.cpu()).float().mean().item()
-            self.writer.add_scalar("samples/judged_right", right, step)
+            self._write(step, {"samples/judged_right": right}, json_too=False)
             logger.info(f"step {step}: the judge recognises {right:.0%} of {len(images)} samples")
+        if (norm := parts.modules.latent_norm) is not None:
+            self.writer.histogram("latent_norm/running_mean", norm.running_mean, step)
+            self.writer.histogram("latent_norm/running_variance", norm.running_var, step)
         for name, picture in panels.items():
-            self.writer.add_image(name, picture, step)
+            self.writer.picture(name, picture, step)
             pictures.save_png(picture, self.folder / "images" / f"{name}_{step:08d}.png")
 
     def evaluated(self, step: int, values: dict[str, float | None], warnings: list[str]) -> None:
@@ -157,26 +174,29 @@ class Reporter:
             return
         for warning in warnings:
             logger.warning(f"step {step}: {warning}")
-        found = {f"evaluation/{name}": value for name, value in values.items() if value is not None}
-        for name, value in found.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **found}) + "\n")
+        self._write(step, {f"evaluation/{name}": value for name, value in values.items() if value is not None})
         shown = ", ".join(f"{name} -" if value is None else f"{name} {value:.3f}" for name, value in values.items())
         logger.info(f"step {step}: {shown}")
 
+    def _write(self, step: int, values: dict[str, float], json_too: bool = True) -> None:
+        self._shown |= values
+        self.writer.scalars(values, step)
+        if json_too:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
 
-def _probe(device: torch.device) -> float:
-    """Seconds of a fixed computation: what this rank's device is capable of right now. Some milliseconds."""
-    size, count = (4096, 8) if device.type == "cuda" else (256, 8)
-    x = torch.ones(size, size, device=device)
-    best = float("inf")
-    for _ in range(3):  # the best of three: a hiccup is no straggler
-        start = time.perf_counter()
-        for _ in range(count):
-            x @ x
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
+    def _add_up(self, seconds: float, outside: dict[str, float]) -> tuple[float, dict[str, float]]:
+        """What was spent since the start of this process."""
+        before, parts = self._trained
+        names = dict.fromkeys((*parts, *outside))
+        self._trained = before + seconds, {name: parts.get(name, 0.0) + outside.get(name, 0.0) for name in names}
+        return self._trained
+
+    def _peak(self) -> float | None:
+        """TFLOP/s of the GPU; says so where it is not known."""
+        if not self.world.is_main or self.world.device.type != "cuda":
+            return None
+        name, peak = device_peak(self.world.device)
+        if peak is None:
+            logger.info(f"the peak of '{name}' is not known (components/hardware.py): TFLOP/s is shown, MFU is not")
+        return peak

@@ -259,6 +259,16 @@ class EvaluationTable(Table):
     """Give distances of fewer images than features, too, with a warning."""
 
 
+class ProfileTable(Table):
+    steps: NotNegative = 0
+    """Steps of a start that PyTorch's profiler records, into profile/ of the run's folder; 0: none. The same as
+    `train --profile=N`."""
+    first: NotNegative = 10
+    """Steps of a start that run before them, so that compilation and the allocator's growth are over."""
+    memory: bool = True
+    """Record allocations during these steps, too, for a snapshot of a GPU's memory."""
+
+
 class Config(Table):
     """One run. Tables that name a plugin take its options beside ``name``."""
 
@@ -283,6 +293,7 @@ class Config(Table):
     ema: Ema = Ema()
     sampling: Sampling = Sampling()
     evaluation: EvaluationTable = EvaluationTable()
+    profile: ProfileTable = ProfileTable()
 
     def to_toml(self) -> str:
         """Every key with its value, as it can be read back."""

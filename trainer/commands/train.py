@@ -13,15 +13,27 @@ from trainer import config as configs
 if TYPE_CHECKING:  # torch takes seconds to import; --help should not
     from components.parallel import World
 
+PROFILED = 3  # steps, where --profile does not say how many
+
 SUMMARY = "train from a TOML config; the same command again goes on where it stopped"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="TOML file, as train_configs/quickstart.toml")
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        const=PROFILED,
+        metavar="STEPS",
+        help=f"record so many steps (default: {PROFILED}) with PyTorch's profiler, into profile/ of the run's folder; "
+        "[profile] in the config says when, and whether a GPU's memory, too",
+    )
     parser.epilog = "Any key of the config can be overridden: --section.key=value\n\n" + configs.describe()
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    if arguments.profile is not None:
+        overrides = [*overrides, f"--profile.steps={profiled_steps(arguments.profile)}"]
     config = configs.load(arguments.config, overrides)
     from components import parallel
 
@@ -42,6 +54,15 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     finally:
         parallel.leave_world()
+
+
+def profiled_steps(text: str | int) -> int:
+    """Of ``--profile=text``; ConfigError if it is no number of steps."""
+    if not str(text).isdecimal() or int(text) < 1:
+        raise configs.ConfigError(
+            f"--profile={text}: expected a number of steps, at least 1, as --profile=3; leave it out to profile none"
+        )
+    return int(text)
 
 
 def set_backends(config: configs.Config) -> None:
@@ -65,7 +86,8 @@ def log_to(config: configs.Config, world: World) -> None:
 
     class Terminal(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            tqdm.write(self.format(record))
+            if not getattr(record, "on_bar", False):  # the bar shows it already
+                tqdm.write(self.format(record))
 
     handlers: list[logging.Handler] = [Terminal()]
     if world.is_main:

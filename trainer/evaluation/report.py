@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from components.evaluation import EvaluationError
+from trainer.monitor.events import EventWriter
 from trainer.samples import write_whole
 
 TITLES = {
@@ -58,13 +60,10 @@ def write_curves(run: Path, setting: str, step: int, values: dict[str, float | N
     They have a folder of their own, since TensorBoard follows only the newest file of each, which a training run may
     be writing. Each setting of the sampler is a curve over the run's steps.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
     folder = run / "tensorboard" / ("evaluate-" + re.sub(r"^step\d+-", "", setting) if setting else "evaluate")
-    with SummaryWriter(folder) as writer:
-        for name, value in values.items():
-            if value is not None and math.isfinite(value):
-                writer.add_scalar(f"evaluation/{name}", value, step)
+    found = {f"evaluation/{n}": v for n, v in values.items() if v is not None and math.isfinite(v)}
+    with contextlib.closing(EventWriter(folder)) as writer:
+        writer.scalars(found, step)
     return folder
 
 

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from components import batch_norm
+from components.cached_dataset import CachedEncoder
 from components.contracts import Batch, Posterior, Weighted
 from components.draws import Draws
 from components.flops import FlopCounter
+from components.parallel import World
 from trainer.assemble import Parts, trained_modules
 from trainer.config import Config
 from trainer.prepare import CONVOLUTIONAL, image_format
@@ -71,15 +73,25 @@ def never_stop(parts: Parts) -> None:
         parts.modules.alignment.strength = lambda step: 1.0
 
 
-def try_flops_per_image(config: Config, parts: Parts, cached: Collection[str] | None, world_size: int) -> int | None:
-    """The same, but a run goes on without; logs how long it took, or why it could not be had."""
+def try_flops_per_image(config: Config, meta: Parts, parts: Parts, world: World) -> int | None:
+    """The same for a run, which goes on where it cannot be had; logs how long it took, or why. Rank 0 alone counts.
+
+    Args:
+        meta: as above.
+        parts: of the run.
+    """
+    if not world.is_main:
+        return None
     start = time.perf_counter()
+    cached = None
+    if config.latent_cache.path:
+        cached = [label for label, encoder in parts.modules.encoders.items() if isinstance(encoder, CachedEncoder)]
     try:
-        count = flops_per_image(config, parts, cached, world_size)
+        count = flops_per_image(config, meta, cached, world.size)
     except Exception as error:
         logger.info(f"no TFLOP/s and no MFU: a part cannot run on tensors without data ({_first_line(error)})")
         return None
-    logger.info(f"{count / 1e9:,.1f} GFLOP per image in training (counted in {time.perf_counter() - start:.1f} s)")
+    logger.info(f"{count / 1e9:,.1f} GFLOP per image in training, counted in {time.perf_counter() - start:.1f} s")
     return count
 
 
