@@ -164,7 +164,8 @@ class PhaseClock:
             self._close_range()
             if name is None:
                 place = len(self._segments)
-                name = self._expected[place] if place < len(self._expected) else "recipe"
+                rest = REST if self._expected else "recipe"
+                name = self._expected[place] if place < len(self._expected) else rest
             self._range = torch.profiler.record_function(name)
             self._range.__enter__()
 

@@ -65,9 +65,8 @@ class EventWriter:
         """
         from torch.utils.tensorboard.summary import hparams
 
-        shown = {
-            k: v if isinstance(v, (int, float, str)) and not isinstance(v, bool) else str(v) for k, v in values.items()
-        }
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        shown = {k: numbers.get(k, str(v)) for k, v in values.items()}
         # SummaryWriter.add_hparams would write them to a folder of their own, which looks like a second run.
         for summary in hparams(shown, dict.fromkeys(metrics, 0.0)):
             self._writer.file_writer.add_summary(summary)

@@ -91,7 +91,7 @@ def try_flops_per_image(config: Config, meta: Parts, parts: Parts, world: World)
     except Exception as error:
         logger.info(f"no TFLOP/s and no MFU: a part cannot run on tensors without data ({_first_line(error)})")
         return None
-    logger.info(f"{count / 1e9:,.1f} GFLOP per image in training, counted in {time.perf_counter() - start:.1f} s")
+    logger.info(f"{count / 1e9:,.4g} GFLOP per image in training, counted in {time.perf_counter() - start:.1f} s")
     return count
 
 

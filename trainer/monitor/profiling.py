@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,17 +61,16 @@ class Profiler:
 
     def before(self, step: int) -> None:
         """Called before each step, counted from 0."""
-        if not self._done and self._profile is None and self._count >= self.first - 1:
+        if self._profile is not None:
+            # Here, not after a step: what follows the step that warms up, as pictures, is not of interest.
+            self._profile.step()
+        elif not self._done and self._count >= self.first - 1:
             self._start(step, warmup=min(self.first, 1))
         self._count += 1
 
     def after(self) -> None:
         """Called after each step; writes the files after the last."""
-        if self._profile is None:
-            return
-        if self._count < self.first + self.steps:
-            self._profile.step()
-        else:
+        if self._count >= self.first + self.steps:
             self.close()
 
     def close(self) -> None:
@@ -84,15 +85,19 @@ class Profiler:
             self._end_memory(None)
             return
         with self.outside("profiling"):
-            self._write(found, self.folder / f"rank{self.world.rank}_steps_{begin}-{end}", f"steps {begin} to {end}")
+            name = self.folder / f"rank{self.world.rank}_steps_{begin}-{end}"
+            try:
+                self._write(found, name, f"steps {begin} to {end}")
+            except OSError as error:
+                logger.warning(f"the profile could not be written: {error}. The run goes on")
 
     def _write(self, found: profile, name: Path, what: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         snapshot = Path(f"{name}_memory_snapshot.pickle")
         trace, table = Path(f"{name}.pt.trace.json.gz"), Path(f"{name}_operators.txt")
-        self._end_memory(snapshot)
         found.stop()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._end_memory(snapshot)
         found.export_chrome_trace(str(trace))
         device = "cuda" if self.world.device.type == "cuda" else "cpu"
         averages = found.key_averages()
@@ -109,10 +114,13 @@ class Profiler:
         logger.info("\n".join(lines))
 
     def _start(self, step: int, warmup: int) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it reports the lack of a GPU as an error
         self._begin = step + warmup
         on_gpu = self.world.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-        plan = schedule(wait=0, warmup=warmup, active=self.steps, repeat=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a run of one step has none to warm up with
+            plan = schedule(wait=0, warmup=warmup, active=self.steps, repeat=1)
         self._profile = profile(activities=activities, schedule=plan, record_shapes=True, acc_events=True)
         self.clock.ranges = True
         if self.memory:
@@ -122,7 +130,8 @@ class Profiler:
     def _end_memory(self, path: Path | None) -> None:
         if not self.memory:
             return
-        if path is not None:
-            torch.cuda.synchronize(self.world.device)
-            torch.cuda.memory._dump_snapshot(str(path))
-        torch.cuda.memory._record_memory_history(enabled=None)
+        try:
+            if path is not None:
+                torch.cuda.memory._dump_snapshot(str(path))
+        finally:
+            torch.cuda.memory._record_memory_history(enabled=None)

@@ -16,7 +16,7 @@ _TABLE = (
     (r"(\w+)/align", "Alignment loss: mean of -cos between projected hidden tokens and the encoder's; -1 is perfect."),
     (r"(\w+)/velocity", "Mean squared error of the predicted velocity, on normalized latents."),
     (r"(\w+)/class_velocity", "Mean squared error of the class token's predicted velocity."),
-    (r"discriminator/hinge", "Hinge loss of the discriminator: 1 where it cannot tell real from fake, 0 where it wins."),
+    (r"discriminator/hinge", "Hinge loss of the discriminator: 1 where it cannot tell real from fake, 0 if it wins."),
     (r"discriminator/logits_real", "The discriminator's mean output on images; above its output on reconstructions."),
     (r"discriminator/logits_fake", "The discriminator's mean output on reconstructions."),
     # -- optimization
@@ -36,7 +36,7 @@ _TABLE = (
     (r"latent_norm/mean", "Running mean of the latent norm, averaged over channels."),
     (r"latent_norm/mean_abs_max", "Running mean of the latent norm: the largest magnitude of a channel."),
     (r"latent_norm/variance_mean", "Running variance of the latent norm, averaged over channels."),
-    (r"latent_norm/variance_min", "Running variance of the latent norm: the smallest channel's. 0: it carries nothing."),
+    (r"latent_norm/variance_min", "Running variance of the latent norm: the smallest channel's; 0: it is unused."),
     (r"latent_norm/variance_max", "Running variance of the latent norm: the largest channel's."),
     # -- time and machine
     (r"time/step", "Milliseconds of a whole step on rank 0."),
@@ -48,7 +48,7 @@ _TABLE = (
     (r"time/(\w+)", "Milliseconds of a step in the forward and backward passes of {0}, on rank 0."),
     (
         r"speed/images_per_s",
-        "Images per second over all ranks, while training: without the time of pictures, evaluation, saving and logging.",
+        "Images per second over all ranks while training: without the time of pictures, evaluation, saving, logging.",
     ),
     (r"speed/images_per_s_per_gpu", "Images per second of one rank, while training."),
     (
@@ -67,10 +67,13 @@ _TABLE = (
     (r"data/epoch", "How often the dataset was seen."),
     # -- pictures and evaluation
     (r"samples/judged_right", "Share of the samples in the grid that the dataset's own classifier recognizes."),
-    (r"evaluation/(fid|sfid)", "Distance of samples from real images (Frechet, on Inception's features); lower is better."),
+    (r"evaluation/(fid|sfid|rfid)", "Frechet distance to real images on Inception's features; lower is better."),
     (r"evaluation/is", "Inception Score of the samples; higher is better."),
     (r"evaluation/precision", "Share of the samples that lie among real images; higher is better."),
     (r"evaluation/recall", "Share of real images that lie among the samples; higher is better."),
+    (r"evaluation/psnr", "Peak signal-to-noise ratio of reconstructions in dB; higher is better."),
+    (r"evaluation/ssim", "Structural similarity of images and reconstructions; 1 is best."),
+    (r"evaluation/lpips", "LPIPS distance of images and reconstructions; lower is better."),
     (r"evaluation/(.+)", "{0} of the samples against the reference."),
     (r"(\w+)/(\w+)", "Term {1} of the loss that trains {0}, before its weight."),
 )  # fmt: skip
