@@ -1,5 +1,6 @@
 """The phase clock: every millisecond of a step is charged to one phase, by the recipe's own boundaries."""
 
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from components import phases
+from components.contracts import Batch
 from components.metrics import StepRecord, same_on_all_ranks
 from components.phases import PhaseClock, end_segment, phase, segments, timed, waiting
 from components.registry import discover
@@ -113,3 +115,39 @@ def test_a_trace_shows_the_phases_by_name_where_asked():
             step(int(ranges), [toys.batch()])
         found.append({event.name for event in trace.events()} & names)
     assert found == [set(), names]
+
+
+def steps_on_a_gpu() -> Iterator[tuple[PhaseClock, dict[str, float]]]:
+    """Three steps, none of which may wait for the GPU; the clock and what it measured."""
+    device = torch.device("cuda", 0)
+    m = toys.modules(dtype=torch.float32)
+    for module in m.named().values():
+        module.to(device)
+    step = make_step(m, "repae", 1)
+    step.clock, step.device = PhaseClock(device), device
+    for k in range(3):
+        images, draws = toys.batch(k, dtype=torch.float32)
+        batch, draws = Batch(images.images.to(device), images.labels.to(device)), draws.to(device)
+        torch.cuda.set_sync_debug_mode("error" if k else "default")
+        try:
+            record = step(k, [(batch, draws)])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        yield step.clock, {n.removeprefix("time/"): v for n, v in record.read().items() if n.startswith("time/")}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_events_are_used_again():
+    counts = []
+    for clock, times in steps_on_a_gpu():
+        assert set(times) == {"data", "encoders", "tokenizer", "discriminator", "denoiser", "optimizer", "step"}
+        counts.append(len(clock._pool))
+    assert 8 < counts[0] == counts[1] == counts[2] < 20
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_phases_sum_to_the_step():
+    for _, times in steps_on_a_gpu():
+        assert sum(times.values()) == pytest.approx(2 * times["step"], rel=0.01) and min(times.values()) >= 0
