@@ -82,6 +82,12 @@ def encode_targets(m: Modules, batch: Batch, step: int) -> list[Tensor]:
         return [cached[k] if k in cached else encoder(batch.images) for k, encoder in m.encoders.items()]
 
 
+def class_tokens(m: Modules, batch: Batch) -> list[Tensor]:
+    """Each frozen encoder's vector of the image (B, D_k), without gradients; every encoder must offer ``embed``."""
+    with torch.no_grad(), phase("encoders"):
+        return [encoder.embed(batch.images) for encoder in m.encoders.values()]
+
+
 def drop_labels(m: Modules, labels: Tensor, u: Tensor) -> Tensor:
     """Replaces labels by the null label where u ~ U[0, 1) falls below the denoiser's ``label_dropout``."""
     return torch.where(u < m.denoiser.label_dropout, m.denoiser.null_label, labels)

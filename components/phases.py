@@ -75,8 +75,9 @@ class PhaseTimes:
         """Milliseconds by phase, and of the whole as "step". Waits until the device has passed the last phase."""
         if self._found is None:
             self._found = {}
-            if isinstance(self.stamps[-1], torch.cuda.Event):
-                self.stamps[-1].synchronize()
+            last = self.stamps[-1]
+            if isinstance(last, torch.cuda.Event) and not last.query():
+                last.synchronize()
             for name, begin, end in zip(self.names, self.stamps, self.stamps[1:]):
                 name = REST if name is None else name
                 self._found[name] = self._found.get(name, 0.0) + _milliseconds(begin, end)

@@ -6,7 +6,14 @@ import torch
 
 from components.contracts import Batch, Modules, Update, Weighted
 from components.draws import Draws
-from components.objectives import alignment, drop_labels, encode_targets, frozen_posterior, velocity_mse
+from components.objectives import (
+    alignment,
+    class_tokens,
+    drop_labels,
+    encode_targets,
+    frozen_posterior,
+    velocity_mse,
+)
 from components.registry import recipes
 
 
@@ -46,9 +53,8 @@ class Reg:
         t = m.flow.times(draws.time)
         z = frozen_posterior(m, batch).sample(draws.posterior)
         path = m.flow.at(m.latent_norm(z), t, draws.noise)
-        with torch.no_grad():
-            class_tokens = [encoder.embed(batch.images) for encoder in m.encoders.values()]
-        class_path = m.flow.at(class_tokens[0], t, draws.extra)
+        vectors = class_tokens(m, batch)
+        class_path = m.flow.at(vectors[0], t, draws.extra)
 
         out = m.denoiser(path.x_t, t, drop_labels(m, batch.labels, draws.label), class_path.x_t)
         terms = {
@@ -57,5 +63,5 @@ class Reg:
         }
         # The class token is aligned as every other token is, and comes first among them.
         patches = encode_targets(m, batch, step)
-        targets = [torch.cat([c[:, None], y], dim=1) for c, y in zip(class_tokens, patches)]
+        targets = [torch.cat([c[:, None], y], dim=1) for c, y in zip(vectors, patches)]
         update("denoiser", terms | alignment(m, out.tokens, targets, m.alignment.denoiser_weight, step))
