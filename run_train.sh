@@ -5,9 +5,10 @@ root=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 
 usage() {
   cat <<EOF
-Usage: run_train.sh CONFIG [--section.key=value ...]
+Usage: run_train.sh CONFIG [--profile[=STEPS]] [--section.key=value ...]
 
-Trains as the TOML file CONFIG says; each --section.key=value replaces one of its values. Installs what is missing
+Trains as the TOML file CONFIG says; each --section.key=value replaces one of its values; --profile records some
+steps with PyTorch's profiler. Installs what is missing
 into .venv first, then starts one process per GPU, or one process on a machine without GPU. Started again with the
 same CONFIG, a run goes on from its newest checkpoint. Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 on any machine finishes the
 step, saves and ends everywhere; Ctrl-C a second time ends at once.

@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR
 from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -71,6 +72,7 @@ def test_every_scalar_of_a_run_has_its_description(events):
         assert describe(tag), tag
         assert events.SummaryMetadata(tag).summary_description == describe(tag)
         assert events.SummaryMetadata(tag).plugin_data.plugin_name == "scalars"
+        assert events.SummaryMetadata(tag).data_class == DATA_CLASS_SCALAR, "else TensorBoard's fast loader drops it"
     assert not [tag for tag in tags if is_generic(tag)], "what is shipped is described in words of its own"
 
 
@@ -149,6 +151,9 @@ def test_a_run_that_the_guard_stops_has_them_too(toml, tmp_path):
         trainer.run()
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert found.SummaryMetadata(SESSION_START_INFO_TAG).plugin_data.plugin_name == "hparams"
+    data = HParamsPluginData.FromString(found.SummaryMetadata("_hparams_/experiment").plugin_data.content)
+    metrics = {info.name.tag for info in data.experiment.metric_infos}
+    assert {"denoiser/loss", "samples/judged_right"} <= metrics, "what comes after a resume has its column, too"
 
 
 def test_pictures_have_a_row_of_latents_and_histograms_stand_beside_them(run, events):

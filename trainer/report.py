@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from components import registry
 from components.ema import Ema
 from components.parallel import World, gather_floats
 from trainer import pictures
@@ -73,8 +74,7 @@ class Reporter:
         if self.writer is None:
             return
         if self._shown:
-            final = [tag for tag in self._shown if tag.startswith(FINAL) or tag.endswith("/loss")]
-            self.writer.hyperparameters(flatten(self.config.to_toml()), final)
+            self.writer.hyperparameters(flatten(self.config.to_toml()), self._final_metrics())
             seconds, outside = self._add_up(*self.stopwatch.read())
             spent = "".join(f", {clock_time(s)} {name}" for name, s in outside.items() if s >= 0.5)
             logger.info(f"time of this start: {clock_time(seconds)} training{spent}")
@@ -191,6 +191,15 @@ class Reporter:
         names = dict.fromkeys((*parts, *outside))
         self._trained = before + seconds, {name: parts.get(name, 0.0) + outside.get(name, 0.0) for name in names}
         return self._trained
+
+    def _final_metrics(self) -> list[str]:
+        """Tags for the HPARAMS tab. TensorBoard keeps the list that a run's first end wrote: also what comes later."""
+        e, dataset = self.config.evaluation, registry.datasets.get(self.config.dataset.name).cls
+        coming = [f"evaluation/{name}" for name in e.metrics if e.every]
+        if "denoiser" in self.groups and hasattr(dataset, "judge"):
+            coming.append("samples/judged_right")
+        shown = [tag for tag in self._shown if tag.startswith(FINAL) or tag.endswith("/loss")]
+        return list(dict.fromkeys([*(f"{group}/loss" for group in self.groups), *shown, *coming]))
 
     def _peak(self) -> float | None:
         """TFLOP/s of the GPU; says so where it is not known."""

@@ -28,13 +28,16 @@ class EventWriter:
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         """One point of a curve; a file's first of each tag carries the description."""
-        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+        from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary, SummaryMetadata
 
         metadata = None
         if tag not in self._described:
             self._described.add(tag)
             plugin = SummaryMetadata.PluginData(plugin_name="scalars")
-            metadata = SummaryMetadata(plugin_data=plugin, summary_description=describe(tag) or "")
+            # Without its data class TensorBoard's fast loader drops the description.
+            metadata = SummaryMetadata(
+                plugin_data=plugin, summary_description=describe(tag) or "", data_class=DATA_CLASS_SCALAR
+            )
         point = Summary.Value(tag=tag, simple_value=value, metadata=metadata)
         self._writer.file_writer.add_summary(Summary(value=[point]), step)
 
