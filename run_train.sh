@@ -7,11 +7,10 @@ usage() {
   cat <<EOF
 Usage: run_train.sh CONFIG [--profile[=STEPS]] [--section.key=value ...]
 
-Trains as the TOML file CONFIG says; each --section.key=value replaces one of its values; --profile records some
-steps with PyTorch's profiler. Installs what is missing
-into .venv first, then starts one process per GPU, or one process on a machine without GPU. Started again with the
-same CONFIG, a run goes on from its newest checkpoint. Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 on any machine finishes the
-step, saves and ends everywhere; Ctrl-C a second time ends at once.
+Trains as the TOML file CONFIG says; each --section.key=value replaces one of its values; --profile records some steps
+with PyTorch's profiler. Installs what is missing into .venv first, then starts one process per GPU, or one process on
+a machine without GPU. Started again with the same CONFIG, a run goes on from its newest checkpoint. Ctrl-C, SIGTERM,
+SIGHUP or SIGUSR1 on any machine finishes the step, saves and ends everywhere; Ctrl-C a second time ends at once.
 
 Environment:
   PYTHON       the Python to use, if it has every package, or to make .venv with (default: python3)
