@@ -230,6 +230,17 @@ def test_latents_that_flatten_slowly():
     assert abs(alarm.onset - (N + 1000 * math.log(20))) < 2
 
 
+@pytest.mark.parametrize("name", ["latent/mean", "latent/spatial_variance", "latent_norm/variance_max", "time/step"])
+def test_other_curves_of_the_latents_and_times_are_not_what_went_first(name):
+    guard = Guard()
+
+    def change(step, values):
+        values[name] = 1e6 if step >= N - 20 else 1.0
+
+    assert run(guard, range(N), change) == []
+    assert guard.first_to_go() is None
+
+
 def test_a_discriminator_that_wins_outright():
     alarm = only(run(Guard(), range(N + 250), from_step(N, "adversary/loss", 0.003)), "discriminator", "adversary/loss")
     assert (alarm.step, alarm.onset) == (N + 99, N)

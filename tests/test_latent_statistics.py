@@ -75,6 +75,14 @@ def test_only_the_first_latents_of_a_micro_batch_are_collected():
     assert len(seen) == 1 and torch.equal(seen[0], random(1, 2, 3, 3)) and not seen[0].requires_grad
 
 
+@pytest.mark.parametrize("update", [True, False, None])
+def test_the_latent_norm_shows_what_it_normalizes(update):
+    z, norm = random(2, 3, 4, 4), LatentNorm(3).double()
+    with observed() as seen:
+        norm(z) if update is None else norm.batch(z, update)
+    assert torch.equal(seen[0], z)
+
+
 def skewed(channels: int = 6) -> torch.Tensor:
     """Components of clearly different variance, each skewed."""
     scale = 3.0 ** -torch.arange(channels, dtype=torch.float64)

@@ -13,7 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR
 from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.distributed import _functional_collectives as functional_collectives
 
+from components.estimate import pretended_ranks
 from components.flops import FlopCounter
 from components.parallel import World
 from tests import toys
@@ -277,6 +279,11 @@ def test_rank_0_of_several_counts_by_itself_and_each_shares_the_speed(toml, tmp_
     last = found[-1]
     assert last["speed/images_per_s_per_gpu"] == pytest.approx(last["speed/images_per_s"] / 2)
     assert last["speed/tflops_per_gpu"] == pytest.approx(last["speed/images_per_s_per_gpu"] * per_image / 1e12)
+
+
+def test_a_collective_is_an_error_where_a_rank_counts_alone():
+    with pretended_ranks(2), FlopCounter(), pytest.raises(RuntimeError, match="communicates with other ranks"):
+        functional_collectives.all_reduce(torch.ones(2), "sum", torch.distributed.group.WORLD)
 
 
 def test_a_part_that_needs_values_costs_mfu_and_not_the_run(toml, caplog):
