@@ -81,6 +81,7 @@ class PhaseTimes:
             for name, begin, end in zip(self.names, self.stamps, self.stamps[1:]):
                 name = REST if name is None else name
                 self._found[name] = self._found.get(name, 0.0) + _milliseconds(begin, end)
+            self._found[REST] = self._found.pop(REST)  # as the last, which it is
             self._found["step"] = _milliseconds(self.stamps[0], self.stamps[-1])
             self._pool += [stamp for stamp in self.stamps if isinstance(stamp, torch.cuda.Event)]
             self.stamps = []
