@@ -36,12 +36,12 @@ from benchmarks.workload import (
     machine,
     median_ms,
     milliseconds,
-    peak_tflops,
     phases,
     pick_device,
     summary,
     wait,
 )
+from components.hardware import peak_tflops
 from components.image_sampler import ImageSampler, SamplingPlan
 from components.samplers import Guidance
 from trainer import config as configs
@@ -141,7 +141,7 @@ class Bench:
         return {"joint step": digits(self._tflop[None]), "second stage": digits(self._tflop[SECOND_STAGE])}
 
     def joint(self, size: int, recipe: str | None = None, by_phase: bool = True) -> dict[str, Any]:
-        """Time of a step, images/s, MFU, memory, and phases with a synchronization at the end of each."""
+        """Time of a step, images/s, MFU, memory, and the phases of a step."""
         free(self.device)
         held = round(torch.cuda.memory_allocated() / 2**30, 2) if self.on_gpu else None
         self.peak_memory()
@@ -163,7 +163,7 @@ class Bench:
         found["finite"] = values.get("skipped_steps") == 0
         found["losses"] = {k: round(v, 4) for k, v in values.items() if k.endswith("/loss")}
         if by_phase:
-            found["phases ms"] = phases(self.work.step(recipe), self.work.batch(size, recipe), self.device)
+            found["phases ms"] = phases(self.work.step(recipe), self.work.batch(size, recipe))
         return found
 
     def second_stage(self, size: int) -> dict[str, Any]:

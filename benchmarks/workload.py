@@ -18,10 +18,11 @@ import torch
 from benchmarks.plain_step import PlainSecondStage, PlainStep
 from components.contracts import Batch, Posterior
 from components.draws import Draws, draw
-from components.hardware import GPU_TFLOPS
+from components.hardware import peak_tflops
+from components.metrics import TIME
 from components.parallel import World
+from components.phases import PhaseClock
 from trainer.assemble import Parts, build, make_ema, make_plugin, parameter_groups
-from trainer.commands.benchmark import Clock
 from trainer.config import Config, PluginTable
 from trainer.prepare import autocast_dtype, image_format
 from trainer.step import Step
@@ -55,6 +56,7 @@ class Workload:
             accumulation=1,
             device=self.device,
             autocast_dtype=autocast_dtype(self.config, self.device),
+            clock=PhaseClock(self.device),
             **image_format(self.config),
         )
 
@@ -193,19 +195,11 @@ def summary(values: Any, digits: int = 2) -> dict[str, float]:
     return {"median": round(middle, digits), "min": round(low, digits), "max": round(high, digits)}
 
 
-def phases(step: Step, item: tuple[Batch, Draws], device: torch.device, repeats: int = 3) -> dict[str, float]:
-    """Median milliseconds of each phase of a step, with a synchronization at every boundary."""
-    clock, encoders, rows = Clock(device), step.modules.encoders, []
-    try:
-        clock.watch(step)
-        for k in range(repeats):
-            clock.start(detailed=True)
-            step(k, [item])
-            rows.append(clock.stop())
-    finally:
-        step.modules.encoders = encoders
-        step.__dict__.pop("_update", None)
-    return {name: round(median(row.get(name, 0.0) for row in rows) * 1e3, 2) for name in rows[0]}
+def phases(step: Step, item: tuple[Batch, Draws], repeats: int = 3) -> dict[str, float]:
+    """Median milliseconds of each phase of a step, and of the whole."""
+    rows = [step(k, [item]).read() for k in range(repeats)]
+    names = [name for name in rows[0] if name.startswith(TIME)]
+    return {name.removeprefix(TIME): round(median(row[name] for row in rows), 2) for name in names}
 
 
 @contextlib.contextmanager
@@ -241,16 +235,6 @@ def cpu_name() -> str:
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
-
-
-def peak_tflops(name: str) -> float | None:
-    """Dense bf16 TFLOP/s of a GPU by the name that CUDA gives it; None where the data sheet is not known here."""
-    words = name.lower().replace("-", " ").split()
-    if "pcie" in words and "h100" in words:
-        return None  # GPU_TFLOPS has the SXM board
-    keys = {"a100": "a100-80", "3090": "rtx3090", "4090": "rtx4090"}
-    known = (GPU_TFLOPS.get(keys.get(word, word)) for word in words)
-    return next((tflops for tflops in known if tflops), None)
 
 
 def table(found: dict[str, Any]) -> str:

@@ -179,9 +179,7 @@ def test_every_part_runs_on_a_cpu(tmp_path, toml, capsys):
     assert joint["finite"] and joint["ms"]["median"] > 0
     assert joint["images/s"] == pytest.approx(3 / joint["ms"]["median"] * 1e3, rel=0.02)
     phases = joint["phases ms"]
-    assert {name.split()[0] for name in phases} == {
-        "encoders", "tokenizer", "discriminator", "denoiser", "optimizers", "step",
-    }  # fmt: skip
+    assert set(phases) == {"data", "encoders", "tokenizer", "discriminator", "denoiser", "optimizer", "step"}
     compared = [name for name in PARTS if "beside the plain step" in name]
     assert len(compared) == 3 and all(result[name]["ratio"]["median"] > 0 for name in compared)
     assert 0 < result["TFLOP per image"]["second stage"] < result["TFLOP per image"]["joint step"]
@@ -253,21 +251,6 @@ def test_bad_arguments_are_named(tmp_path, toml, capsys):
     assert "denoiser.deth" in capsys.readouterr().err
     assert gpu.main(["--out", str(tmp_path), "--config", toml, "--batches", "0", "1", "2"]) == 2
     assert "--batches" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "name, tflops",
-    [
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H200", 989),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA GeForce RTX 4090", 165),
-        ("NVIDIA H100 PCIe", None),
-        ("Tesla T4", None),
-    ],
-)
-def test_peak_of_a_gpu_by_its_name(name, tflops):
-    assert workload.peak_tflops(name) == tflops
 
 
 # -- the script --------------------------------------------------------------------------------------------------------
