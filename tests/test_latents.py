@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from components.contracts import Posterior
 from components.parallel import World
 from tests import toys
 from trainer import assemble, config, latents
@@ -19,15 +20,8 @@ def parts(tmp_path):
 def test_measured_statistics_are_those_of_the_first_training_images(parts, monkeypatch):
     loaded, built = parts
     seen = []
-    encode = built.modules.tokenizer.encode
-
-    def spy(x):
-        posterior = encode(x)
-        sample = posterior.sample
-        object.__setattr__(posterior, "sample", lambda noise: seen.append(sample(noise)) or seen[-1])
-        return posterior
-
-    monkeypatch.setattr(built.modules.tokenizer, "encode", spy)
+    sample = Posterior.sample
+    monkeypatch.setattr(Posterior, "sample", lambda *arguments: seen.append(sample(*arguments)) or seen[-1])
     mean, std = latents.measure_statistics(loaded, built, World())
     z = torch.cat(seen).double()
     assert len(z) == 24
