@@ -41,9 +41,9 @@ from benchmarks.workload import (
     summary,
     wait,
 )
-from components.hardware import peak_tflops
-from components.image_sampler import ImageSampler, SamplingPlan
-from components.samplers import Guidance
+from components.diffusion.image_sampler import ImageSampler, SamplingPlan
+from components.diffusion.samplers import Guidance
+from components.monitor.hardware import peak_tflops
 from trainer import config as configs
 from trainer.__main__ import user_errors
 from trainer.commands.train import set_backends

@@ -16,16 +16,17 @@ from typing import Any
 import torch
 
 from benchmarks.plain_step import PlainSecondStage, PlainStep
-from components.contracts import Batch, Posterior
-from components.draws import Draws, draw
-from components.hardware import peak_tflops
-from components.metrics import TIME
-from components.parallel import World
-from components.phases import PhaseClock
-from trainer.assemble import Parts, build, make_ema, make_plugin, parameter_groups
+from components.contracts import Batch, Draws, Posterior
+from components.diffusion.draws import draw
+from components.distributed.parallel import World
+from components.monitor.hardware import peak_tflops
+from components.monitor.metrics import TIME
+from components.monitor.phases import PhaseClock
 from trainer.config import Config, PluginTable
-from trainer.prepare import autocast_dtype, image_format
-from trainer.step import Step
+from trainer.run.assemble import build, make_ema, make_plugin, parameter_groups
+from trainer.run.parts import Parts
+from trainer.run.prepare import autocast_dtype, image_format
+from trainer.run.step import Step
 
 Runner = Callable[[], Any]
 """Takes one training step."""

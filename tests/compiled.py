@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from components.draws import generator
-from components.parallel import World
-from trainer.assemble import build, make_ema, parameter_groups
+from components.diffusion.draws import generator
+from components.distributed.parallel import World
 from trainer.config import Config
-from trainer.dry_run import micro_batches
-from trainer.prepare import image_format
-from trainer.step import Step
+from trainer.estimate.dry_run import micro_batches
+from trainer.run.assemble import build, make_ema, parameter_groups
+from trainer.run.prepare import image_format
+from trainer.run.step import Step
 
 ZERO = 2e-5  # of its group's norm: a gradient that is zero in theory, as of a bias ahead of a norm
 

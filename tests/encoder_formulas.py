@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from components.timm_encoder import TimmEncoder
+from components.nn.timm_encoder import TimmEncoder
 
 WIDTH, DEPTH, HEADS, PATCH = 48, 2, 4, 14
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -16,11 +16,13 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from components import parallel, phases
-from components.latent_norm import LatentNorm
-from trainer import config, loop, pictures, report, step
+from components.distributed import parallel
+from components.monitor import phases
+from components.nn.latent_norm import LatentNorm
+from trainer import config
 from trainer.commands.train import set_backends
-from trainer.monitor.events import EventWriter
+from trainer.run import loop, pictures, report, step
+from trainer.run.monitor.events import EventWriter
 
 STEPS = 20
 

@@ -19,7 +19,7 @@ PRELOAD = [
     "torch",
     "torch.distributed",
     "torch._dynamo",
-    "trainer.loop",
+    "trainer.run.loop",
     "torch.utils.tensorboard",
     "torchvision.utils",
 ]

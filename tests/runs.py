@@ -7,10 +7,10 @@ from unittest import mock
 import torch
 from torch._dynamo.utils import counters
 
-from components.activation_checkpoint import backend_within
-from components.parallel import local
-from trainer.loop import Trainer
-from trainer.report import Reporter
+from components.distributed.activation_checkpoint import backend_within
+from components.distributed.parallel import local
+from trainer.run.loop import Trainer
+from trainer.run.report import Reporter
 
 
 def finished(trainer: Trainer) -> dict:
@@ -56,7 +56,7 @@ def finished(trainer: Trainer) -> dict:
 def compiled_by_aot_eager() -> mock._patch:
     """A context: aot_eager traces as inductor does, in a fraction of its time."""
     return mock.patch(
-        "trainer.prepare.backend_within", lambda budget, backend: backend_within(budget, backend="aot_eager")
+        "trainer.run.prepare.backend_within", lambda budget, backend: backend_within(budget, backend="aot_eager")
     )
 
 

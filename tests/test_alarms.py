@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from components.contracts import Weighted
-from components.parallel import World
+from components.distributed.parallel import World
 from tests import toys
 from tests.ranks import run_ranks
 from trainer import config
 from trainer.__main__ import main
-from trainer.alarms import GuardStop
-from trainer.loop import Trainer
+from trainer.run.alarms import GuardStop
+from trainer.run.loop import Trainer
 
 BATCH = 8
 WATCHED = ["--guard.window=10", "--guard.patience=4", "--training.steps=24", "--run.checkpoint_every=8"]

@@ -9,17 +9,18 @@ import torch
 from torch import nn
 
 from components.contracts import Modules
-from components.objectives import alignment, denoising, encode_targets
-from components.parallel import World
-from components.projector import ConvHead
+from components.diffusion.losses import alignment, denoising, encode_targets
+from components.distributed.parallel import World
+from components.nn.alignment_heads import ConvHead
 from plugins.denoisers.sit import SiT
 from plugins.losses.cosine import Cosine, spatially_normalised
 from plugins.recipes.repa import Repa
 from plugins.recipes.repae import RepaE
 from tests import toys
-from trainer import assemble, config
+from trainer import config
 from trainer.config import ConfigError
-from trainer.loop import Trainer
+from trainer.run import assemble
+from trainer.run.loop import Trainer
 
 torch.set_num_threads(1)
 

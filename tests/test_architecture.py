@@ -85,3 +85,23 @@ def test_help_comes_without_torch():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "[training]" in done.stdout
+
+
+MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
+
+
+def test_no_circle_of_imports():
+    """Those inside functions and for annotations included."""
+    needs = {}
+    for name, path in MODULES.items():
+        found = {i if i in MODULES else i.rpartition(".")[0] for i in imported(path)}
+        needs[name] = {other for other in found if other in MODULES and other != name}
+    while free := {name for name, others in needs.items() if not others}:
+        needs = {name: others - free for name, others in needs.items() if name not in free}
+    assert not needs, f"among these modules: {sorted(needs)}"
+
+
+@pytest.mark.parametrize("package", ["components", "trainer"])
+def test_the_core_is_arranged_in_rooms(package):
+    files = [p.name for p in (ROOT / package).iterdir() if p.is_file() and p.name != "__init__.py"]
+    assert len(files) <= 5, f"{files}: which subject does each belong to?"

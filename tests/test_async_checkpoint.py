@@ -27,7 +27,7 @@ from components.checkpoint import (
 from components.checkpoint import manager as checkpoint
 from components.checkpoint.folder import MARGIN_BYTES
 from components.checkpoint.tensors import OVERHEAD_BYTES, Writer, disk_bytes, share, stage
-from components.ranks import Ranks
+from components.distributed.ranks import Ranks
 from tests.checkpoints import assert_holds, full_disk, state_at, steps
 from tests.ranks import run_ranks
 

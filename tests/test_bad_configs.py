@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.parallel import World
+from components.distributed.parallel import World
 from tests import toys
-from trainer import assemble, config, schema
+from trainer import config
+from trainer.config import schema
+from trainer.run import assemble
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from components.batch_norm import SyncBatchNorm2d, batch_norm, batch_stats
-from components.latent_norm import LatentNorm
+from components.nn.batch_norm import SyncBatchNorm2d, batch_norm, batch_stats
+from components.nn.latent_norm import LatentNorm
 from tests.ranks import run_ranks
 
 SHAPE = (8, 5, 6, 3)

@@ -8,13 +8,13 @@ from unittest import mock
 import pytest
 import torch
 
-from components import parallel
-from components.parallel import World
+from components.distributed import parallel
+from components.distributed.parallel import World
 from tests import toys
 from trainer import config
 from trainer.__main__ import main
 from trainer.commands import benchmark
-from trainer.step import Step
+from trainer.run.step import Step
 
 
 @pytest.fixture

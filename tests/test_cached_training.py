@@ -7,16 +7,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from components.cached_dataset import CachedDataset
-from components.latent_cache import LatentCache
-from components.parallel import World
+from components.distributed.parallel import World
+from components.latent_cache.cache import LatentCache
+from components.latent_cache.dataset import CachedDataset
 from plugins.tokenizers.autoencoder_kl import AutoencoderKL
 from tests import toys
-from trainer import assemble, config
+from trainer import config
 from trainer.__main__ import main
 from trainer.config import ConfigError
-from trainer.latents import prepare_latent_norm
-from trainer.loop import Trainer
+from trainer.run import assemble
+from trainer.run.initial_statistics import prepare_latent_norm
+from trainer.run.loop import Trainer
 
 SIZE = 40
 

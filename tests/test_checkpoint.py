@@ -12,7 +12,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from components import manifest
 from components.checkpoint import (
     CheckpointError,
     CheckpointManager,
@@ -21,6 +20,7 @@ from components.checkpoint import (
     module_state,
     optimizer_state,
 )
+from components.files import manifest
 from tests.checkpoints import assert_holds, blank, full_disk, state_at, steps, two_checkpoints
 from tests.ranks import run_ranks
 

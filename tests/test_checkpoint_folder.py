@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from components import manifest
 from components.checkpoint import (
     CheckpointError,
     CheckpointManager,
 )
+from components.files import manifest
 from tests.checkpoints import assert_holds, blank, state_at, steps, two_checkpoints
 
 torch.set_num_threads(1)

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from components import manifest
 from components.checkpoint import (
     CheckpointError,
     CheckpointManager,
 )
 from components.checkpoint import manager as checkpoint
 from components.checkpoint.folder import MARGIN_BYTES
+from components.files import manifest
 from tests.checkpoints import assert_holds, full_disk, state_at, steps, two_checkpoints
 from tests.ranks import PRELOAD
 

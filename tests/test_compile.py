@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from components.parallel import World, compile_units
+from components.distributed.parallel import World, compile_units
 from components.registry import discover
 from tests import toys
 from tests.compiled import assert_learns_alike, learn
 from tests.ranks import run_ranks
 from tests.runs import compiled_by_aot_eager, finished, largest_difference
 from trainer import config
-from trainer.loop import Trainer
+from trainer.run.loop import Trainer
 
 discover("plugins")
 # Two levels instead of three: compiling is what costs. Eight samples a step, five steps an epoch.

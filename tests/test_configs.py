@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer import assemble, config
+from trainer import config
 from trainer.__main__ import main
+from trainer.run import assemble
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "train_configs").glob("*.toml"))

@@ -12,8 +12,8 @@ import torch
 
 from components import registry
 from components.conformance import Fault, Subject, check, checks, examine, resolve, toys
+from components.nn.timm_encoder import TimmEncoder
 from components.registry import PluginError, Registry
-from components.timm_encoder import TimmEncoder
 from tests import broken_plugins
 from trainer.__main__ import main
 
@@ -197,7 +197,7 @@ def test_the_command_says_what_is_kept_and_what_is_not(tmp_path, capsys, own_reg
         ("plugins.losses.reconstruction", [], "may be any of kl (loss), l1 (loss), l2 (loss)"),
         ("no_such_module:x", [], "'no_such_module' cannot be imported"),
         ("no_such_file.py:x", [], "does not exist"),
-        ("components.flow:x", [], "registers no plugin"),
+        ("components.diffusion.flow:x", [], "registers no plugin"),
         ("plugins.denoisers.sit:sit", ["widht=3"], "did you mean 'width'"),
         ("plugins.denoisers.sit:sit", ["width=wide"], "option width"),
         ("plugins.denoisers.sit:sit", ["width"], "expected key=value"),

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from components.parallel import World
+from components.distributed.parallel import World
 from tests import toys
 from tests.ranks import run_ranks
 from trainer import config
-from trainer.loop import Trainer
+from trainer.run.loop import Trainer
 
 pytestmark = [
     pytest.mark.cuda,

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from components.contracts import Sample
-from components.data import DataError, GlobalOrder, MicroBatches, TrainingView, UnreadableCounter, make_loader
-from components.prefetch import Prefetcher
+from components.data.loader import DataError, GlobalOrder, MicroBatches, TrainingView, UnreadableCounter, make_loader
+from components.data.prefetch import Prefetcher
 
 torch.set_num_threads(1)
 HERE = Path(__file__).resolve().parent

@@ -6,14 +6,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from components.latent_norm import LatentNorm
-from components.layouts import diffusers_kl
-from components.weights import WeightsError
+from components.files.layouts import diffusers_kl
+from components.files.weights import WeightsError
+from components.nn.latent_norm import LatentNorm
 from plugins.tokenizers.autoencoder_kl import AutoencoderKL
 from tests import toys
-from trainer import assemble, config
+from trainer import config
 from trainer.config import ConfigError
-from trainer.latents import read_statistics
+from trainer.run import assemble
+from trainer.run.initial_statistics import read_statistics
 
 diffusers = pytest.importorskip("diffusers")
 

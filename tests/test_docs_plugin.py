@@ -14,10 +14,11 @@ import torch
 from components import registry
 from components.conformance import examine, resolve
 from components.contracts import Batch, Dataset, Encoder, ReconstructionLoss
-from components.draws import draw
-from components.parallel import World
-from trainer import assemble, config
+from components.diffusion.draws import draw
+from components.distributed.parallel import World
+from trainer import config
 from trainer.commands import plugins as plugins_command
+from trainer.run import assemble
 
 PAGE = Path(__file__).parents[1] / "docs" / "writing-a-plugin.md"
 FILES = {"my_encoder.py", "my_run.toml", "my_loss.py", "my_dataset.py", "my_recipe.py"}

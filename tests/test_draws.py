@@ -2,7 +2,8 @@
 
 import torch
 
-from components.draws import Draws, draw
+from components.contracts import Draws
+from components.diffusion.draws import draw
 from tests.toys import LATENT
 
 

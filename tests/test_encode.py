@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from components.latent_cache import LatentCache
-from components.parallel import World
+from components.distributed.parallel import World
+from components.latent_cache.cache import LatentCache
 from plugins.encoders.tiny_vit import TinyViT
 from plugins.tokenizers.autoencoder_kl import AutoencoderKL
 from tests import toys

@@ -20,8 +20,8 @@ from timm.layers import resample_abs_pos_embed
 
 from components import registry
 from components.contracts import Encoder
-from components.timm_encoder import TimmEncoder
-from components.weights import WeightsError
+from components.files.weights import WeightsError
+from components.nn.timm_encoder import TimmEncoder
 from plugins.encoders.clip import CLIP
 from plugins.encoders.dinov2 import DINOv2
 from tests.encoder_formulas import (

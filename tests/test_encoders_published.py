@@ -9,7 +9,7 @@ import timm
 import torch
 
 from components import registry
-from components.weights import WeightsError
+from components.files.weights import WeightsError
 from tests.encoder_formulas import (
     DEPTH,
     HALF,

@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from components.weights import WeightsError
+from components.files.weights import WeightsError
 from plugins.encoders.dinov3 import DINOv3
 from plugins.encoders.perception_encoder import PerceptionEncoder
 from tests.encoder_formulas import (

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from components.contracts import Encoder
-from components.weights import WeightsError
+from components.files.weights import WeightsError
 from plugins.encoders.timm import Timm
 from tests.encoder_formulas import images
 

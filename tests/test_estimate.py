@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 
 from components import registry
-from components.estimate import cuda_autocast
-from components.parallel import World
+from components.distributed.parallel import World
 from tests import toys
-from trainer import assemble
 from trainer import config as configs
 from trainer.__main__ import main
 from trainer.commands.check import gpu_hours, verdict
 from trainer.config import ConfigError
-from trainer.dry_run import AVERAGES, FROZEN, GATHERED, GRADIENTS, PARAMETERS, STATES, TEMPORARY, dry_run
-from trainer.prepare import Preparation
+from trainer.estimate.dry_run import AVERAGES, FROZEN, GATHERED, GRADIENTS, PARAMETERS, STATES, TEMPORARY, dry_run
+from trainer.estimate.fake_ranks import cuda_autocast
+from trainer.run import assemble
+from trainer.run.prepare import Preparation
 
 ROOT = Path(__file__).resolve().parents[1]
 # The ablations name other vision transformers of timm, two tokenizers are of one architecture, and LightningDiT and

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from components.draws import generator
+from components.diffusion.draws import generator
+from components.distributed.parallel import World
 from components.evaluation import precision_recall
 from components.evaluation.inception import Inception
 from components.evaluation.networks import EncoderNetwork
 from components.evaluation.reconstruction import psnr, ssim
-from components.parallel import World
 from plugins.datasets.shapes import Shapes
 from plugins.encoders.tiny_vit import TinyViT
 from tests import toys
@@ -312,7 +312,7 @@ def test_lpips_sees_images_in_the_range_it_was_made_for(tmp_path, monkeypatch):
 
 def test_vision_transformers_are_compared_by_their_class_token():
     """As timm's own model gives it, behind its final norm, for images of another range."""
-    from components.timm_encoder import TimmEncoder
+    from components.nn.timm_encoder import TimmEncoder
 
     torch.manual_seed(0)
     encoder = TimmEncoder("vit_tiny_patch16_224", 2, pretrained=False)  # two patches of 16 pixels per side

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.parallel import World
+from components.distributed.parallel import World
 from tests import toys
 from tests.ranks import run_ranks
 from trainer import config
 from trainer.__main__ import main
 from trainer.config import ConfigError
 from trainer.evaluation import in_training
-from trainer.loop import Trainer
+from trainer.run.loop import Trainer
 
 # 110 images in batches of 24: the last round is neither full nor divisible.
 TOML = (

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.parallel import World
-from components.weights import read_tree
+from components.distributed.parallel import World
+from components.files.weights import read_tree
 from tests import toys
 from trainer import config
 from trainer.__main__ import main
-from trainer.loop import Trainer
-from trainer.source import open_source, read_source
+from trainer.models.source import open_source, read_source
+from trainer.run.loop import Trainer
 
 PARTS = ("tokenizer", "denoiser", "latent_norm", "heads", "discriminator")
 

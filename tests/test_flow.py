@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from components.contracts import DenoiserOutput, LatentShape
-from components.flow import Flow, dimension_shift
-from components.image_sampler import ImageSampler, SamplingPlan
+from components.diffusion.flow import Flow, dimension_shift
+from components.diffusion.image_sampler import ImageSampler, SamplingPlan
+from components.diffusion.samplers import sample_ode, sample_sde
 from components.registry import discover
-from components.samplers import sample_ode, sample_sde
 from tests import toys
-from trainer import assemble, config
+from trainer import config
 from trainer.commands.sample import add_arguments, make_plan
-from trainer.pictures import image_sampler
+from trainer.run import assemble
+from trainer.run.pictures import image_sampler
 
 discover("plugins")
 U = torch.linspace(0.003, 0.997, 41, dtype=torch.float64)

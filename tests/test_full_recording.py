@@ -11,13 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from components.contracts import Batch, LatentShape, Modules
-from components.draws import Draws
-from components.ema import Ema
-from components.flow import Flow
-from components.latent_norm import LatentNorm
-from components.optimizer import ParameterGroup, Schedule
-from components.samplers import sample_ode
+from components.contracts import Batch, Draws, LatentShape, Modules
+from components.diffusion.flow import Flow
+from components.diffusion.samplers import sample_ode
+from components.nn.latent_norm import LatentNorm
+from components.optim.ema import Ema
+from components.optim.optimizer import ParameterGroup, Schedule
 from plugins.denoisers.sit import SiT
 from plugins.losses.cosine import Cosine
 from plugins.losses.lpips import LPIPS
@@ -25,7 +24,7 @@ from plugins.losses.patchgan import PatchGAN
 from plugins.losses.reconstruction import KL, L1
 from plugins.recipes.repae import RepaE
 from plugins.tokenizers.autoencoder_kl import AutoencoderKL
-from trainer.step import Step
+from trainer.run.step import Step
 
 PATH = os.environ.get("TITANREPA_RECORDING")
 pytestmark = pytest.mark.skipif(PATH is None, reason="TITANREPA_RECORDING does not name the recording's file")

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from components.freeze import frozen
+from components.distributed.freeze import frozen
 from components.registry import discover, recipes
 from tests import toys
 from tests.ranks import run_ranks
@@ -103,7 +103,7 @@ def flops_of_a_step(rank: int, world: int, shape: tuple[int, int]) -> int:
     """Floating-point operations of one REPA-E step on this rank's share of eight images."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from components import parallel
+    from components.distributed import parallel
 
     recipe, m = recipes.get("repae").cls(), toys.modules()
     for name, module in m.named().items():

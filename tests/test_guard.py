@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from components.guard import Alarm, Guard
+from components.monitor.guard import Alarm, Guard
 
 N = 600  # a failure's first step in most stories: behind the first windows
 

@@ -14,7 +14,7 @@ from PIL.Image import Resampling, Transpose
 
 from components import registry
 from components.contracts import Dataset
-from components.data import DataError
+from components.data.loader import DataError
 from plugins.datasets.image_folder import ImageFolder, adm_crop
 
 RED, GREEN, BLUE, WHITE = (200, 0, 0), (0, 200, 0), (0, 0, 200), (255, 255, 255)

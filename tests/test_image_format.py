@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from components.contracts import Batch
-from components.parallel import World
+from components.distributed.parallel import World
 from plugins.recipes.ldm import Ldm
 from tests import toys
-from trainer import config, measure
+from trainer import config
 from trainer.commands import benchmark
-from trainer.dry_run import dry_run
-from trainer.loop import Trainer
-from trainer.step import Step
+from trainer.estimate import measured_peak as measure
+from trainer.estimate.dry_run import dry_run
+from trainer.run.loop import Trainer
+from trainer.run.step import Step
 
 COMMANDS = {
     "train": lambda c: Trainer(c, World()).run(),

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from components.layouts import diffusers_kl
-from components.parallel import World
-from components.weights import read_tree
+from components.distributed.parallel import World
+from components.files.layouts import diffusers_kl
+from components.files.weights import read_tree
 from tests import toys
-from trainer import assemble, config
+from trainer import config
 from trainer.__main__ import main
-from trainer.source import open_source
+from trainer.models.source import open_source
+from trainer.run import assemble
 
 CLASSES = 7  # not the dataset's ten: the file knows better
 

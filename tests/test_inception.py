@@ -5,10 +5,10 @@ import urllib.request
 import pytest
 import torch
 
-from components.draws import generator
+from components.diffusion.draws import generator
 from components.evaluation import inception
 from components.evaluation.inception import Inception
-from components.weights import WeightsError
+from components.files.weights import WeightsError
 from tests.inception_weights import random_inception
 
 

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from components import latent_cache
-from components.cached_dataset import CachedDataset
-from components.data import DataError, collate
-from components.draws import generator
-from components.fingerprint import fingerprint
-from components.latent_cache import DTYPES, INDEX, LatentCache, ShardWriter, shard_name, write_json
+from components.data.loader import DataError, collate
+from components.diffusion.draws import generator
+from components.files.fingerprint import fingerprint
+from components.latent_cache import cache as latent_cache
+from components.latent_cache.cache import DTYPES, INDEX, LatentCache, ShardWriter, shard_name, write_json
+from components.latent_cache.dataset import CachedDataset
 
 torch.set_num_threads(1)
 COUNT, SHARD, LATENT, TOKENS = 11, 4, (2, 3, 3), (5, 7)

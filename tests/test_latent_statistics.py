@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from components.draws import generator
-from components.hardware import GPU_TFLOPS, peak_tflops
-from components.latent_norm import LatentNorm
-from components.latent_statistics import observe, observed, principal_components, statistics
+from components.diffusion.draws import generator
+from components.monitor.hardware import GPU_TFLOPS, peak_tflops
+from components.monitor.latent_statistics import observe, observed, principal_components, statistics
+from components.nn.latent_norm import LatentNorm
 from components.registry import discover
 from tests import toys
 from tests.test_step import make_step

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from components.contracts import Posterior
-from components.parallel import World
+from components.distributed.parallel import World
 from tests import toys
-from trainer import assemble, config, latents
+from trainer import config
+from trainer.run import assemble
+from trainer.run import initial_statistics as latents
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from components.contracts import LatentShape
-from components.latent_norm import LatentNorm
-from components.layouts import diffusers_kl, files, published
-from components.weights import WeightsError, check_fit, compact
+from components.files.layouts import diffusers_kl, files, published
+from components.files.weights import WeightsError, check_fit, compact
+from components.nn.latent_norm import LatentNorm
 from plugins.denoisers.sit import SiT
 from plugins.losses.cosine import Cosine
 from plugins.losses.patchgan import PatchGAN

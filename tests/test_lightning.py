@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from components.contracts import Denoiser, LatentShape
-from components.lightning import LightningBlock, RMSNorm, Rotary, rotate
-from components.materialise import WholeTensorRandom, materialise
-from components.parallel import Sharding, World, compile_units, make_mesh, shard
+from components.distributed.materialize import WholeTensorRandom, materialise
+from components.distributed.parallel import Sharding, World, compile_units, make_mesh, shard
+from components.nn.lightningdit import LightningBlock, RMSNorm, Rotary, rotate
 from components.registry import discover
 from plugins.denoisers.ditdh import DiTDH, FourierEmbedding
 from plugins.denoisers.lightningdit import LightningDiT
@@ -20,7 +20,7 @@ from tests import toys
 from tests.ranks import run_ranks
 from tests.runs import finished
 from trainer import config
-from trainer.loop import Trainer
+from trainer.run.loop import Trainer
 
 discover("plugins")
 LATENT, CLASSES = LatentShape(3, 6, 6), 5

@@ -11,7 +11,7 @@ from torch import nn
 
 from components import registry
 from components.contracts import AdversarialLoss, AlignmentLoss, Posterior, ReconstructionLoss
-from components.weights import WeightsError
+from components.files.weights import WeightsError
 from plugins.losses.cosine import Cosine
 from plugins.losses.lpips import LPIPS
 from plugins.losses.patchgan import PatchGAN

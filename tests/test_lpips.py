@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import vgg
 
 from components.contracts import Posterior, ReconstructionLoss
-from components.weights import WeightsError
+from components.files.weights import WeightsError
 from plugins.losses.lpips import LPIPS
 
 POSTERIOR = Posterior(torch.zeros(2, 4, 4, 4), torch.zeros(2, 4, 4, 4))

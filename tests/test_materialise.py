@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.contracts import LatentShape
-from components.materialise import InitError, materialise
-from components.parallel import ParallelError, Sharding, World, make_mesh, mesh_shape, shard, sharded_parts
+from components.distributed.materialize import InitError, materialise
+from components.distributed.parallel import ParallelError, Sharding, World, make_mesh, mesh_shape, shard, sharded_parts
 from plugins.denoisers.sit import SiT
 from tests.ranks import run_ranks
 
@@ -77,7 +77,7 @@ def test_initial_weights_are_those_of_one_process_bit_for_bit(shape):
 
 def test_random_numbers_for_another_device_are_drawn_on_the_cpu():
     """The same mode serves GPUs: here a subclass stands for one."""
-    from components.materialise import WholeTensorRandom, fill
+    from components.distributed.materialize import WholeTensorRandom, fill
 
     target = torch.empty(3, 5)
     torch.manual_seed(0)
@@ -120,8 +120,8 @@ def homes(rank: int, world: int, strategy: str, folder: str) -> dict[str, tuple[
     """Of each averaged module, whether it and its source are wrapped by FSDP2: only then do both live on the host."""
     from components.registry import discover
     from tests import toys
-    from trainer.assemble import build
     from trainer.config import loads
+    from trainer.run.assemble import build
 
     discover("plugins")
     config = loads(toys.TOML, folder, ["--parallel.cpu_offload", f"--parallel.strategy={strategy}", "--ema.tokenizer"])

@@ -15,22 +15,23 @@ from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.distributed import _functional_collectives as functional_collectives
 
-from components.estimate import pretended_ranks
-from components.flops import FlopCounter
-from components.parallel import World
+from components.distributed.parallel import World
+from components.monitor.flops import FlopCounter
 from tests import toys
 from tests.ranks import run_ranks
-from trainer import assemble, config
-from trainer.alarms import GuardStop
+from trainer import config
 from trainer.commands.train import log_to
-from trainer.dry_run import dry_run
+from trainer.estimate.dry_run import dry_run
+from trainer.estimate.fake_ranks import pretended_ranks
 from trainer.evaluation.report import write_curves
-from trainer.loop import Trainer
-from trainer.monitor import speed
-from trainer.monitor.flops import flops_per_image, try_flops_per_image
-from trainer.monitor.speed import Stopwatch, speeds
-from trainer.monitor.tags import describe, is_generic
-from trainer.report import Reporter
+from trainer.run import assemble
+from trainer.run.alarms import GuardStop
+from trainer.run.loop import Trainer
+from trainer.run.monitor import speed
+from trainer.run.monitor.flops import flops_per_image, try_flops_per_image
+from trainer.run.monitor.speed import Stopwatch, speeds
+from trainer.run.monitor.tags import describe, is_generic
+from trainer.run.report import Reporter
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,7 +10,7 @@ import pytest
 
 from components import registry
 from trainer.__main__ import main
-from trainer.skeletons import files
+from trainer.plugin_kit.skeletons import files
 
 ROOT = Path(__file__).resolve().parents[1]
 

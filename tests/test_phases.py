@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from components import phases
 from components.contracts import Batch
-from components.metrics import StepRecord, same_on_all_ranks
-from components.phases import PhaseClock, end_segment, phase, segments, timed, waiting
+from components.monitor import phases
+from components.monitor.metrics import StepRecord, same_on_all_ranks
+from components.monitor.phases import PhaseClock, end_segment, phase, segments, timed, waiting
 from components.registry import discover
 from tests import toys
 from tests.test_step import make_step

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from components.model_file import read_part
+from components.files.model_file import read_part
 from plugins.tokenizers.identity import Identity
 from tests import toys
-from trainer import assemble, config
+from trainer import config
 from trainer.__main__ import main
 from trainer.config import ConfigError
+from trainer.run import assemble
 
 HEAD, REST = toys.TOML.split("[tokenizer]\n")
 TOML = (HEAD + '[tokenizer]\nname = "identity"\n\n' + REST[REST.index("[denoiser]") :]).replace(

@@ -15,13 +15,13 @@ import torch
 from benchmarks import plain_step
 from benchmarks.plain_step import PlainSecondStage, PlainStep, Random
 from components.contracts import Modules, Posterior
-from components.ema import Ema
-from components.optimizer import ParameterGroup, Schedule
+from components.optim.ema import Ema
+from components.optim.optimizer import ParameterGroup, Schedule
 from plugins.losses.lpips import LPIPS
 from plugins.recipes.repa import Repa
 from plugins.recipes.repae import RepaE
 from tests import toys
-from trainer.step import Step
+from trainer.run.step import Step
 
 # 1 - DECAY is exact in float32, to which the EMA rounds it.
 LR, DECAY, STEPS = 1e-3, 0.875, 3

@@ -13,8 +13,8 @@ from tests import toys
 from trainer import config
 from trainer.__main__ import main
 from trainer.config import ConfigError
-from trainer.json_schema import json_schema
-from trainer.plugins_page import COMMAND, plugins_page
+from trainer.config.json_schema import json_schema
+from trainer.plugin_kit.plugins_page import COMMAND, plugins_page
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from components.optimizer import ParameterGroup, Schedule
+from components.optim.optimizer import ParameterGroup, Schedule
 from components.registry import denoisers, discover, recipes
 from plugins.denoisers.sit import TimeEmbedding
 from tests import toys
-from trainer.step import Step
+from trainer.run.step import Step
 
 discover("plugins")
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.parallel import World
-from components.phases import PhaseClock
+from components.distributed.parallel import World
+from components.monitor.phases import PhaseClock
 from tests import toys
 from trainer import config
 from trainer.__main__ import main
 from trainer.commands.train import profiled_steps
 from trainer.config import ConfigError
-from trainer.loop import Trainer
-from trainer.monitor.profiling import Profiler
+from trainer.run.loop import Trainer
+from trainer.run.monitor.profiling import Profiler
 
 PHASES = {"data", "encoders", "tokenizer", "discriminator", "denoiser", "optimizer"}
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from components.contracts import LatentShape
-from components.flow import Flow
-from components.latent_norm import LatentNorm
-from components.samplers import Guidance, sample_ode, sample_sde
+from components.diffusion.flow import Flow
+from components.diffusion.samplers import Guidance, sample_ode, sample_sde
+from components.nn.latent_norm import LatentNorm
 from plugins.denoisers.sit import SiT, sincos_positions
 from plugins.losses.cosine import Cosine
 

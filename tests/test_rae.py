@@ -10,17 +10,18 @@ from safetensors.torch import save_file
 
 from components import registry
 from components.contracts import Batch, Modules
-from components.draws import draw
-from components.parallel import World
-from components.weights import WeightsError
+from components.diffusion.draws import draw
+from components.distributed.parallel import World
+from components.files.weights import WeightsError
 from plugins.losses.reconstruction import L1
 from plugins.recipes.rae_decoder import RaeDecoder
 from plugins.tokenizers.rae import RAE
 from tests import toys
-from trainer import assemble, config
+from trainer import config
 from trainer.config import ConfigError
-from trainer.loop import Trainer
-from trainer.pictures import fixed_images, reconstruct
+from trainer.run import assemble
+from trainer.run.loop import Trainer
+from trainer.run.pictures import fixed_images, reconstruct
 
 registry.discover("plugins")
 TINY = {"encoder": "tiny_vit", "resolution": 32, "patch_size": 4, "width": 16, "depth": 2, "heads": 2}

@@ -15,23 +15,23 @@ import torch
 from torch import nn
 
 from components import registry
-from components.contracts import Batch, LatentShape, Modules
-from components.draws import Draws
-from components.flow import Flow
-from components.image_sampler import ImageSampler, Joint, SamplingPlan
-from components.latent_norm import LatentNorm
-from components.materialise import materialise
-from components.parallel import World
-from components.samplers import Guidance, sample_sde
+from components.contracts import Batch, Draws, LatentShape, Modules
+from components.diffusion.flow import Flow
+from components.diffusion.image_sampler import ImageSampler, Joint, SamplingPlan
+from components.diffusion.samplers import Guidance, sample_sde
+from components.distributed.materialize import materialise
+from components.distributed.parallel import World
+from components.nn.latent_norm import LatentNorm
 from plugins.denoisers.sit import SiT
 from plugins.losses.cosine import Cosine
 from plugins.recipes.reg import Reg
 from tests import toys
 from tests.ranks import run_ranks
 from tests.runs import finished, largest_difference
-from trainer import assemble, config
+from trainer import config
 from trainer.config import ConfigError
-from trainer.loop import Trainer
+from trainer.run import assemble
+from trainer.run.loop import Trainer
 
 torch.set_num_threads(1)
 RECORDED = {

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from components.parallel import World
+from components.distributed.parallel import World
 from tests import toys
 from trainer import config
 from trainer.__main__ import main
-from trainer.loop import Trainer
+from trainer.run.loop import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 

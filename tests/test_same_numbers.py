@@ -21,10 +21,11 @@ FROZEN_NORMS = ["--recipe.name=repa"]
 
 def runs(rank: int, world: int, toml: str, folder: str, variants: dict[str, list[str]]) -> dict[str, dict]:
     """Trains each variant; what :func:`tests.runs.finished` tells of it."""
-    from components.parallel import World
+    from components.distributed.parallel import World
     from components.registry import discover
-    from trainer import config, prepare
-    from trainer.loop import Trainer
+    from trainer import config
+    from trainer.run import prepare
+    from trainer.run.loop import Trainer
 
     discover("plugins")
     torch.set_num_threads(1)

@@ -14,16 +14,16 @@ import pytest
 import torch
 
 from components.contracts import DenoiserOutput
-from components.flow import Flow
-from components.image_sampler import ImageSampler, SamplingPlan, to_uint8
-from components.parallel import World
-from components.samplers import Guidance, sample_ode, sample_sde
+from components.diffusion.flow import Flow
+from components.diffusion.image_sampler import ImageSampler, SamplingPlan, to_uint8
+from components.diffusion.samplers import Guidance, sample_ode, sample_sde
+from components.distributed.parallel import World
 from tests import toys
 from tests.ranks import PRELOAD, run_ranks
 from trainer import config
 from trainer.__main__ import main
-from trainer.loop import Trainer
-from trainer.source import open_source
+from trainer.models.source import open_source
+from trainer.run.loop import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_killed_it_goes_on_with_what_is_missing(run, whole, tmp_path):
 
 def _slowly(words: list[str]) -> None:
     torch.set_num_threads(1)
-    from trainer.samples import SampleFolder
+    from trainer.models.sample_folder import SampleFolder
 
     write = SampleFolder.write
 

@@ -5,13 +5,12 @@ import math
 import pytest
 import torch
 
-from components.contracts import Batch
-from components.draws import Draws
-from components.ema import Ema
-from components.optimizer import ParameterGroup, Schedule
+from components.contracts import Batch, Draws
+from components.optim.ema import Ema
+from components.optim.optimizer import ParameterGroup, Schedule
 from components.registry import discover, recipes
 from tests import toys
-from trainer.step import Step
+from trainer.run.step import Step
 
 discover("plugins")
 

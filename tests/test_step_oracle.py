@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from components.contracts import Batch, LatentShape, Modules
-from components.draws import Draws, generator
-from components.ema import Ema
-from components.flow import Flow
-from components.latent_norm import LatentNorm
-from components.optimizer import ParameterGroup, Schedule
+from components.contracts import Batch, Draws, LatentShape, Modules
+from components.diffusion.draws import generator
+from components.diffusion.flow import Flow
+from components.nn.latent_norm import LatentNorm
+from components.optim.ema import Ema
+from components.optim.optimizer import ParameterGroup, Schedule
 from plugins.denoisers.sit import SiT
 from plugins.losses.cosine import Cosine
 from plugins.losses.lpips import LPIPS
@@ -28,7 +28,7 @@ from plugins.losses.patchgan import PatchGAN
 from plugins.losses.reconstruction import KL, L1
 from plugins.recipes.repae import RepaE
 from plugins.tokenizers.autoencoder_kl import AutoencoderKL
-from trainer.step import Step
+from trainer.run.step import Step
 
 RECORDED = Path(__file__).parent / "data" / "step_numbers.json"
 STEPS, B, WIDTH, DEPTH, HEADS, ALIGN, CLASSES, EMBED = 3, 4, 32, 3, 2, 2, 5, 24

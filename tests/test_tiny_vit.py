@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from components import contracts
-from components.weights import WeightsError
+from components.files.weights import WeightsError
 from plugins.datasets.shapes import Shapes
 from plugins.encoders import tiny_vit
 from plugins.encoders.tiny_vit import TinyViT

@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from components.checkpoint import CheckpointManager
-from components.parallel import World
+from components.distributed.parallel import World
 from tests import toys
 from tests.ranks import run_ranks
 from trainer import config
-from trainer.loop import Trainer
+from trainer.run.loop import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 FP64 = ["--training.precision=fp64"]
@@ -162,7 +162,7 @@ def image(path: Path) -> torch.Tensor:
 
 
 def test_the_rank_that_computes_slowly_is_named(toml, tmp_path, caplog):
-    from trainer.report import Reporter
+    from trainer.run.report import Reporter
 
     reporter = Reporter(config.load(toml, [f"--run.dir={tmp_path / 'run'}"]), World(), ["denoiser"], 0)
     even = [[0.01, 0.010], [0.02, 0.011], [0.01, 0.012], [0.01, 0.010]]

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from components.latent_norm import LatentNorm
-from components.layouts import diffusers_kl, files
-from components.model_file import read_part, save_tree, write_model, write_part
-from components.weights import WeightsError, read_state, read_tree
+from components.files.layouts import diffusers_kl, files
+from components.files.model_file import read_part, save_tree, write_model, write_part
+from components.files.weights import WeightsError, read_state, read_tree
+from components.nn.latent_norm import LatentNorm
 from plugins.losses.patchgan import PatchGAN
 from plugins.tokenizers.autoencoder_kl import AutoencoderKL
 from tests import toys

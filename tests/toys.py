@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from components.contracts import Batch, LatentShape, Modules
-from components.draws import Draws, draw, generator
-from components.flow import Flow
-from components.latent_norm import LatentNorm
+from components.contracts import Batch, Draws, LatentShape, Modules
+from components.diffusion.draws import draw, generator
+from components.diffusion.flow import Flow
+from components.nn.latent_norm import LatentNorm
 from plugins.denoisers.sit import SiT
 from plugins.losses.cosine import Cosine
 from plugins.losses.patchgan import PatchGAN

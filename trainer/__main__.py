@@ -55,13 +55,13 @@ def main(argv: list[str] | None = None) -> int:
 def user_errors() -> tuple[type[Exception], ...]:
     """Errors whose message says all that a user needs."""
     from components.checkpoint import CheckpointError
-    from components.data import DataError
+    from components.data.loader import DataError
+    from components.distributed.parallel import ParallelError
     from components.evaluation import EvaluationError
-    from components.parallel import ParallelError
+    from components.files.weights import WeightsError
     from components.registry import PluginError
-    from components.weights import WeightsError
-    from trainer.alarms import GuardStop
     from trainer.config import ConfigError
+    from trainer.run.alarms import GuardStop
 
     return (
         ConfigError,

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from components import manifest
+from components.files import manifest
 
 PARTIAL, REPLACED, REMOVING = ".partial", ".replaced", ".removing"
 MARGIN_BYTES = 64 << 20  # of free space beyond a checkpoint's own: logs and pictures go on being written

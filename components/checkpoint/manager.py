@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.stateful import Stateful
 
-from components import manifest, state_tree
+from components.checkpoint import state_tree
 from components.checkpoint.folder import CheckpointError, CheckpointFolder
 from components.checkpoint.tensors import Writer, call_dcp, disk_bytes, reason, share, stage
-from components.ranks import Ranks, background_group
+from components.distributed.ranks import Ranks, background_group
+from components.files import manifest
 
 META = "meta.json"
 

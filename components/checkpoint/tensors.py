@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from components.ranks import Ranks
+from components.distributed.ranks import Ranks
 
 # On the disk beside the values of one tensor or shard (headers, its names in the lists): about 2 KB.
 OVERHEAD_BYTES = 4096

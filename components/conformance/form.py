@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from components.conformance.subject import Fault
-from components.draws import generator
+from components.diffusion.draws import generator
 
 Outputs = dict[str, Tensor]
 Inputs = tuple[Tensor, ...]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from components.conformance.form import Form, Outputs, detached, distance, named
 from components.conformance.subject import Fault, Subject
-from components.materialise import InitError, materialise
-from components.parallel import Sharding, compile_units, local, make_mesh, shard
+from components.distributed.materialize import InitError, materialise
+from components.distributed.parallel import Sharding, compile_units, local, make_mesh, shard
 
 SHOWN = 5
 
@@ -74,7 +74,7 @@ def keeps_fp64(form: Form) -> None:
         if value.dtype != torch.float64:
             raise Fault(
                 f"{name} is {_short(value.dtype)} in an fp64 run; .float() or dtype=torch.float32 somewhere? "
-                "components.precision.at_least_fp32 leaves fp64 as it is"
+                "components.nn.precision.at_least_fp32 leaves fp64 as it is"
             )
         if not (far := distance(value, form.expected[name])) < 1e-2:
             raise Fault(f"{name} in fp64 is {far:.1e} (relative) away from fp32: it depends on rounding, or on dtype")
@@ -89,12 +89,12 @@ def keeps_its_head_in_bf16(form: Form) -> None:
         if value.dtype not in allowed:
             raise Fault(
                 f"{name} is {_short(value.dtype)} under bf16 autocast; expected "
-                f"{' or '.join(map(_short, allowed))}: compute it behind components.precision.at_least_fp32"
+                f"{' or '.join(map(_short, allowed))}: compute it behind components.nn.precision.at_least_fp32"
             )
         if not (far := distance(value, form.expected[name])) < 0.15:
             raise Fault(
-                f"{name} under bf16 autocast is {far:.2f} (relative) away from fp32; components.precision.no_autocast "
-                "makes an fp32 island"
+                f"{name} under bf16 autocast is {far:.2f} (relative) away from fp32; "
+                "components.nn.precision.no_autocast makes an fp32 island"
             )
 
 

@@ -15,10 +15,10 @@ from components.conformance import toys
 from components.conformance.form import images, stir
 from components.conformance.form_checks import scalar
 from components.conformance.subject import Fault, Subject
-from components.contracts import AdversarialLoss, AlignmentLoss, Batch, LatentShape, Modules, Weighted
-from components.draws import Draws, draw
-from components.flow import Flow
-from components.latent_norm import LatentNorm
+from components.contracts import AdversarialLoss, AlignmentLoss, Batch, Draws, LatentShape, Modules, Weighted
+from components.diffusion.draws import draw
+from components.diffusion.flow import Flow
+from components.nn.latent_norm import LatentNorm
 
 SIDE, CLASSES, COUNT, STEP = 32, 10, 4, 0
 FIELDS = {field.name for field in dataclasses.fields(Modules)}
@@ -92,7 +92,7 @@ def teaches_each_group_from_its_own_losses(subject: Subject) -> None:
         if leaked := named - set(members):
             raise Fault(
                 f"the update of '{group}' sends gradients into {', '.join(sorted(leaked))} (a detach() or "
-                "components.freeze.frozen(...) is missing)"
+                "components.distributed.freeze.frozen(...) is missing)"
             )
         if missed := set(members) - named:
             raise Fault(f"the update of '{group}' sends no gradient into {', '.join(sorted(missed))}")
@@ -109,7 +109,9 @@ def leaves_everything_as_it_found_it(subject: Subject) -> None:
         if not torch.equal(p, before[name]):
             raise Fault(f"step changes the weight {name}; it hands losses to update, and optimizers step later")
         if p.requires_grad != flags[name]:
-            raise Fault(f"step leaves requires_grad of {name} changed; components.freeze.frozen restores it")
+            raise Fault(
+                f"step leaves requires_grad of {name} changed; components.distributed.freeze.frozen restores it"
+            )
     for name, module in m.named().items():
         if module.training != modes[name]:
             raise Fault(f"step leaves {name} in another mode (train or eval) than it found it in")
@@ -142,7 +144,7 @@ def keeps_losses_in_fp32(subject: Subject) -> None:
             if term.value.dtype != torch.float32:
                 raise Fault(
                     f"term {name} of '{group}' is {term.value.dtype} under bf16 autocast; compute it behind "
-                    "components.precision.at_least_fp32"
+                    "components.nn.precision.at_least_fp32"
                 )
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.contracts import DenoiserOutput, LatentShape, Posterior
-from components.draws import generator
-from components.precision import at_least_fp32
+from components.diffusion.draws import generator
+from components.nn.precision import at_least_fp32
 
 WIDTH = 16
 

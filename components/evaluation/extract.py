@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from components.distributed.ranks import Ranks
 from components.evaluation.feature_cache import FeatureCache
 from components.evaluation.images import Images, read_batches
-from components.ranks import Ranks
 
 
 def extract(

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.precision import no_autocast
-from components.weights import WeightsError, read_state
+from components.files.weights import WeightsError, read_state
+from components.nn.precision import no_autocast
 
 WHAT = "Inception (FID)"
 PUBLISHED = "6726825d"  # sha256 of the published weights begins so

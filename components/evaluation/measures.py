@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from components.distributed.ranks import Ranks
 from components.evaluation import EvaluationError
 from components.evaluation.frechet import frechet_distance
 from components.evaluation.moments import Gaussian, Moments
 from components.evaluation.precision_recall import precision_recall
 from components.evaluation.scores import InceptionScore
-from components.ranks import Ranks
 
 # Frechet distances, and the features they are measured on; the ending is that of ADM's names in statistics files.
 FRECHET = {"fid": "pool", "sfid": "spatial", "fd": "embedding"}

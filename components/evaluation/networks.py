@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from components.contracts import Encoder
 from components.evaluation.inception import full_fp32
-from components.precision import no_autocast
+from components.nn.precision import no_autocast
 
 GRID = 16
 

@@ -14,7 +14,7 @@ import torch
 
 from components import registry
 from components.contracts import Sample
-from components.data import DataError
+from components.data.loader import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from components import registry
 from components.contracts import Sample
-from components.weights import load_strict, read_state
+from components.files.weights import load_strict, read_state
 
 SPLITS = ("train", "heldout", "judge")
 LUMA = (0.299, 0.587, 0.114)

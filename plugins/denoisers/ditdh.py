@@ -11,16 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.contracts import DenoiserOutput, LatentShape, Tokens
-from components.lightning import (
+from components.nn.lightningdit import (
     LightningBlock,
     LightningFinalLayer,
     Rotary,
     check_rotary,
     init_lightning,
 )
-from components.precision import at_least_fp32
-from components.registry import denoisers
-from components.transformer import (
+from components.nn.precision import at_least_fp32
+from components.nn.transformer import (
     PatchEmbedding,
     check_blocks,
     check_patches,
@@ -29,6 +28,7 @@ from components.transformer import (
     sincos_positions,
     unpatchify,
 )
+from components.registry import denoisers
 
 # (width, depth, heads) of the base; the head is the same for all.
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}

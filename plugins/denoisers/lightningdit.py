@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from components.contracts import DenoiserOutput, LatentShape, Tokens
-from components.lightning import (
+from components.nn.lightningdit import (
     LightningBlock,
     LightningFinalLayer,
     Rotary,
     check_rotary,
     init_lightning,
 )
-from components.registry import denoisers
-from components.transformer import (
+from components.nn.transformer import (
     PatchEmbedding,
     TimeEmbedding,
     check_blocks,
@@ -27,6 +26,7 @@ from components.transformer import (
     sincos_positions,
     unpatchify,
 )
+from components.registry import denoisers
 
 # (width, depth, heads)
 SIZES = {

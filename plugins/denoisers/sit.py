@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.contracts import DenoiserOutput, LatentShape, Tokens
-from components.registry import denoisers
-from components.transformer import (
+from components.nn.transformer import (
     PatchEmbedding,
     TimeEmbedding,
     check_blocks,
@@ -21,6 +20,7 @@ from components.transformer import (
     sincos_positions,
     unpatchify,
 )
+from components.registry import denoisers
 
 # (width, depth, heads)
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from components.nn.timm_encoder import TimmEncoder
 from components.registry import encoders
-from components.timm_encoder import TimmEncoder
 
 MODELS = {
     "b32": "vit_base_patch32_clip_quickgelu_224.openai",

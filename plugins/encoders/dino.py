@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from components.nn.timm_encoder import TimmEncoder
 from components.registry import encoders
-from components.timm_encoder import TimmEncoder
 
 ARCHITECTURES = {"s": "vit_small", "b": "vit_base"}
 IMAGE_PATCH = 16  # pixels per token of the denoiser, whatever the transformer's patch

@@ -7,9 +7,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from components.files.weights import WeightsError, read_state, read_tree
+from components.nn.timm_encoder import TimmEncoder
 from components.registry import encoders
-from components.timm_encoder import TimmEncoder
-from components.weights import WeightsError, read_state, read_tree
 
 MODELS = {
     "h14": "vit_huge_patch14_gap_224.in1k_ijepa",

@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from components.nn.timm_encoder import TimmEncoder
 from components.registry import encoders
-from components.timm_encoder import TimmEncoder
 
 MODELS = {"b": "vit_base_patch16_224.mae", "l": "vit_large_patch16_224.mae", "h": "vit_huge_patch14_224.mae"}
 DECODER = ("decoder_", "mask_token")

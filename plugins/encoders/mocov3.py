@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from components.nn.timm_encoder import TimmEncoder
 from components.registry import encoders
-from components.timm_encoder import TimmEncoder
 
 MODELS = {"s": "vit_small_patch16_224", "b": "vit_base_patch16_224", "l": "vit_large_patch16_224"}
 HEADS = 12  # of ViT-S, where everybody else has 6

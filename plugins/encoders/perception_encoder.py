@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from components.nn.timm_encoder import TimmEncoder
 from components.registry import encoders
-from components.timm_encoder import TimmEncoder
 
 MODELS = {
     "core": {

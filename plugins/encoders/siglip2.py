@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from components.nn.timm_encoder import TimmEncoder
 from components.registry import encoders
-from components.timm_encoder import TimmEncoder
 
 MODELS = {
     "b": "vit_base_patch16_siglip_256.v2_webli",

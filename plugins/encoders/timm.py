@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from components.nn.timm_encoder import TimmEncoder
 from components.registry import encoders
-from components.timm_encoder import TimmEncoder
 
 
 @encoders.register("timm")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components import registry
-from components.weights import load_strict, read_state
+from components.files.weights import load_strict, read_state
 
 WIDTH, DEPTH, HEADS, PATCH, GRID = 96, 3, 3, 4, 8  # GRID: tokens per side in training, on 32-pixel images
 CLASSES = 10

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.precision import at_least_fp32
-from components.projector import ConvHead, MLPHead
+from components.nn.alignment_heads import ConvHead, MLPHead
+from components.nn.precision import at_least_fp32
 from components.registry import losses
 
 

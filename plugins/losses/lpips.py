@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from components.contracts import Posterior
-from components.precision import at_least_fp32, no_autocast
+from components.files.weights import WeightsError, hub_file, load_strict, read_state
+from components.nn.precision import at_least_fp32, no_autocast
 from components.registry import losses
-from components.weights import WeightsError, hub_file, load_strict, read_state
 
 # ImageNet's mean and deviation for images in [-1, 1] instead of [0, 1].
 SHIFT = (-0.030, -0.088, -0.188)

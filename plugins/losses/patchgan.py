@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.batch_norm import SyncBatchNorm2d, batch_mean
-from components.layouts import files
-from components.precision import at_least_fp32, no_autocast
+from components.files.layouts import files
+from components.files.weights import load_strict
+from components.nn.batch_norm import SyncBatchNorm2d, batch_mean
+from components.nn.precision import at_least_fp32, no_autocast
 from components.registry import losses
-from components.weights import load_strict
 
 
 class PatchDiscriminator(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from components.contracts import Posterior
-from components.precision import at_least_fp32
+from components.nn.precision import at_least_fp32
 from components.registry import losses
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from components.contracts import Batch, Modules, Update
-from components.draws import Draws
-from components.objectives import denoising, drop_labels, frozen_posterior
+from components.contracts import Batch, Draws, Modules, Update
+from components.diffusion.losses import denoising, drop_labels, frozen_posterior
 from components.registry import recipes
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from components.contracts import Batch, Modules, Update
-from components.draws import Draws
-from components.freeze import frozen
-from components.objectives import denoising, discriminate, drop_labels, reconstruction
+from components.contracts import Batch, Draws, Modules, Update
+from components.diffusion.losses import denoising, discriminate, drop_labels, reconstruction
+from components.distributed.freeze import frozen
 from components.registry import recipes
 
 

@@ -6,10 +6,9 @@ import math
 
 import torch
 
-from components.contracts import Batch, Modules, Update
-from components.draws import Draws
-from components.freeze import frozen
-from components.objectives import discriminate, frozen_posterior, reconstruction
+from components.contracts import Batch, Draws, Modules, Update
+from components.diffusion.losses import discriminate, frozen_posterior, reconstruction
+from components.distributed.freeze import frozen
 from components.registry import recipes
 
 

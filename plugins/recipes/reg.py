@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from components.contracts import Batch, Modules, Update, Weighted
-from components.draws import Draws
-from components.objectives import (
+from components.contracts import Batch, Draws, Modules, Update, Weighted
+from components.diffusion.losses import (
     alignment,
     class_tokens,
     drop_labels,

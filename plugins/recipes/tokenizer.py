@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from components.contracts import Batch, Modules, Update
-from components.draws import Draws
-from components.freeze import frozen
-from components.objectives import discriminate, reconstruction
+from components.contracts import Batch, Draws, Modules, Update
+from components.diffusion.losses import discriminate, reconstruction
+from components.distributed.freeze import frozen
 from components.registry import recipes
 
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.contracts import Posterior
-from components.layouts import files
-from components.precision import at_least_fp32
+from components.files.layouts import files
+from components.files.weights import load_strict
+from components.nn.precision import at_least_fp32
 from components.registry import tokenizers
-from components.weights import load_strict
 
 # (latent channels, multipliers, levels with attention, convolutions around the latent)
 PRESETS = {

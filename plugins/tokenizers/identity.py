@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from components.contracts import Posterior
-from components.precision import at_least_fp32
+from components.nn.precision import at_least_fp32
 from components.registry import tokenizers
 
 

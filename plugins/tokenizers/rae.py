@@ -12,11 +12,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from components.contracts import Posterior
-from components.layouts import files
-from components.precision import at_least_fp32
+from components.files.layouts import files
+from components.files.weights import WeightsError, load_strict
+from components.nn.precision import at_least_fp32
+from components.nn.transformer import sincos_positions, unpatchify
 from components.registry import PluginError, encoders, tokenizers
-from components.transformer import sincos_positions, unpatchify
-from components.weights import WeightsError, load_strict
 
 # (width, blocks, heads, hidden features of the MLP) of the published decoders
 DECODERS = {"B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096), "XL": (1152, 28, 16, 4096)}

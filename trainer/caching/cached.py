@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 
 from components import registry
-from components.cached_dataset import CachedDataset, CachedEncoder
 from components.contracts import Dataset, Recipe
-from components.fingerprint import fingerprint
-from components.latent_cache import LatentCache
+from components.files.fingerprint import fingerprint
+from components.latent_cache.cache import LatentCache
+from components.latent_cache.dataset import CachedDataset, CachedEncoder
 from trainer.config import Config, ConfigError, PluginTable
 
 if TYPE_CHECKING:
-    from trainer.assemble import Parts
+    from trainer.run.parts import Parts
 
 PROBES, PROBE_SIDE = 4, 8  # images that recognise a dataset, and the side of their small copies in pixels
 TOLERANCE = 3  # of 255, between decoders

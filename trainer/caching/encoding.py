@@ -1,4 +1,4 @@
-"""Makes a latent cache: shard by shard, shared among the ranks, resumable; see :mod:`components.latent_cache`."""
+"""Makes a latent cache: shard by shard, shared among the ranks, resumable; see :mod:`components.latent_cache.cache`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from components import manifest
 from components.contracts import Dataset, Sample
-from components.data import DataError, UnreadableCounter, start_worker
-from components.draws import generator
-from components.latent_cache import (
+from components.data.loader import DataError, UnreadableCounter, start_worker
+from components.diffusion.draws import generator
+from components.distributed.parallel import World
+from components.distributed.ranks import Ranks
+from components.files import manifest
+from components.latent_cache.cache import (
     INDEX,
     PROGRESS,
     STATISTICS,
@@ -25,12 +27,10 @@ from components.latent_cache import (
     shard_name,
     write_json,
 )
-from components.parallel import World
-from components.ranks import Ranks
 from trainer.caching import cached
 from trainer.caching.networks import Choices, Networks, settings
 from trainer.config import ConfigError
-from trainer.source import Source
+from trainer.models.source import Source
 
 BEGUN = "settings.json"
 RECORDED = ("size", "crc32", "sums")  # of a shard, from its record to the index

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.data import DataError
-from components.fingerprint import fingerprint
-from components.latent_cache import DTYPES, FLIPPED, FORMAT
-from components.parallel import World
+from components.data.loader import DataError
+from components.distributed.parallel import World
+from components.files.fingerprint import fingerprint
+from components.latent_cache.cache import DTYPES, FLIPPED, FORMAT
 from trainer.caching import cached
-from trainer.prepare import autocast_dtype
-from trainer.source import Source
+from trainer.models.source import Source
+from trainer.run.prepare import autocast_dtype
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = configs.load(arguments.config, overrides)
     if arguments.steps < 1 or arguments.warmup < 0:
         raise configs.ConfigError("--steps: expected at least 1; --warmup: expected at least 0")
-    from components import parallel
-    from trainer.assemble import check
+    from components.distributed import parallel
     from trainer.commands.train import set_backends
+    from trainer.run.assemble import check
 
     world = parallel.join_world(config.parallel.timeout_s)
     try:
@@ -82,10 +82,10 @@ def _times(config: configs.Config, world, arguments: argparse.Namespace) -> list
     """Seconds of each timed step, from its start until the device is done with it, and of its phases."""
     import itertools
 
-    from components.metrics import TIME
-    from components.phases import PhaseClock
-    from trainer.assemble import build
-    from trainer.step import make_step
+    from components.monitor.metrics import TIME
+    from components.monitor.phases import PhaseClock
+    from trainer.run.assemble import build
+    from trainer.run.step import make_step
 
     parts = build(config, world, files=arguments.data)
     step = make_step(config, parts, world.device, clock=PhaseClock(world.device))
@@ -110,9 +110,9 @@ def _micro_batches(config: configs.Config, parts, world, real: bool):
     import torch
 
     from components.contracts import Batch
-    from components.data import make_loader
-    from components.draws import draw
-    from components.prefetch import Prefetcher
+    from components.data.loader import make_loader
+    from components.data.prefetch import Prefetcher
+    from components.diffusion.draws import draw
 
     t = config.training
     size = t.batch_size // (world.size * t.accumulation)

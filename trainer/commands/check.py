@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from components.hardware import GPU_GIB, GPU_TFLOPS
+from components.monitor.hardware import GPU_GIB, GPU_TFLOPS
 from trainer import config as configs
 
 SUMMARY = "validate a config and estimate memory, communication and FLOPs on any number of GPUs, without GPUs or data"
@@ -52,8 +52,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise configs.ConfigError(f"--utilization = {arguments.utilization}: expected above 0, at most 1")
     local_size, bf16, measured = min(arguments.gpus_per_node, size), config.training.precision == "bf16", None
     if arguments.measure:
-        from components import parallel
-        from trainer.measure import measure_peak
+        from components.distributed import parallel
+        from trainer.estimate.measured_peak import measure_peak
 
         try:
             world = parallel.join_world(config.parallel.timeout_s)
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
             parallel.leave_world()
         if not world.is_main:
             return 0
-    from trainer.dry_run import dry_run
+    from trainer.estimate.dry_run import dry_run
 
     cost = dry_run(config, size, local_size, bf16)
     print(report(config, cost, size, local_size, bf16))
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def report(config: configs.Config, cost, size: int, local_size: int, bf16: bool) -> str:
     """Parts, mesh, memory, communication and FLOPs."""
-    from trainer.dry_run import KINDS
+    from trainer.estimate.dry_run import KINDS
 
     recipe, t = cost.parts.recipe, config.training
     lines = [f"recipe {config.recipe.name}: a sound config", "", f"{'part':<24}{'parameters':>14}  trained by"]
@@ -142,7 +142,7 @@ def verdict(config: configs.Config, cost, gpu: str) -> str:
 
 def advice(config: configs.Config, cost) -> list[str]:
     """Keys that lower the memory, those of what takes most first."""
-    from trainer.dry_run import FROZEN, OFFLOADED, TEMPORARY
+    from trainer.estimate.dry_run import FROZEN, OFFLOADED, TEMPORARY
 
     replicate, shard = cost.mesh
     trained = {name for members in cost.parts.recipe.trains.values() for name in members}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from trainer import config as configs
 
 if TYPE_CHECKING:
-    from components.parallel import World
+    from components.distributed.parallel import World
 
 SUMMARY = "cache a tokenizer's latents of a dataset, to train a denoiser on them"
 
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     for name in ("batch_size", "shard_size"):
         if getattr(arguments, name) < 1:
             raise configs.ConfigError(f"--{name.replace('_', '-')}={getattr(arguments, name)}: expected at least 1")
-    from components import parallel
+    from components.distributed import parallel
 
     world = parallel.join_world()
     try:
@@ -61,11 +61,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def encode(arguments: argparse.Namespace, overrides: list[str], world: World) -> None:
     from tqdm import tqdm
 
-    from components.latent_cache import LatentCache
+    from components.latent_cache.cache import LatentCache
     from trainer.caching.encoding import Encoding
     from trainer.caching.networks import Choices
     from trainer.commands.train import set_backends
-    from trainer.source import open_source
+    from trainer.models.source import open_source
 
     needs = ("tokenizer", "encoders") if arguments.features else ("tokenizer",)
     source = open_source(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from trainer import config as configs
 
 if TYPE_CHECKING:
+    from components.distributed.parallel import World
     from components.evaluation.feature_cache import FeatureCache
-    from components.parallel import World
 
 SUMMARY = "FID, sFID, Inception Score, precision, recall of samples; rFID, PSNR, SSIM, LPIPS of a tokenizer"
 
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
             "--reference is missing: a folder of images, an .npz, or the word dataset (or --reconstruction for a "
             "tokenizer, which needs none)"
         )
-    from components import parallel
+    from components.distributed import parallel
 
     world = parallel.join_world()
     try:
@@ -138,7 +138,7 @@ def _reconstruction(arguments: argparse.Namespace, overrides: list[str], world: 
     from trainer.evaluation.measured import Measured, chosen_metrics, make_networks
     from trainer.evaluation.reconstruction import METRICS, evaluate_reconstruction, make_lpips
     from trainer.evaluation.references import dataset_images
-    from trainer.source import open_source
+    from trainer.models.source import open_source
 
     for option in ("reference", "config", "save_statistics"):
         if getattr(arguments, option):
@@ -201,7 +201,7 @@ def _finish(
     step: int,
 ) -> None:
     """Shows and writes the results, then removes what an interrupted evaluation would have needed."""
-    from components.ranks import Ranks
+    from components.distributed.ranks import Ranks
     from trainer.evaluation import report
 
     def write() -> None:

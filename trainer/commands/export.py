@@ -14,7 +14,7 @@ from trainer.config import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.source import Stored
+    from trainer.models.source import Stored
 
 SUMMARY = "write a trained model as a diffusers folder, as safetensors, or as a published REPA-E checkpoint"
 
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
             raise ConfigError(f"--{option} is for --format={of}, not for --format={form}")
     if arguments.weights and form == "repae":
         raise ConfigError("--weights is not for --format=repae, which holds both the averaged and the raw weights")
-    from trainer.source import read_source
+    from trainer.models.source import read_source
 
     needs = ("tokenizer", "latent_norm") if form == "diffusers" else _wanted(arguments.parts)
     stored = read_source(
@@ -83,7 +83,7 @@ def writing_to(out: Path) -> Iterator[None]:
 
 
 def _wanted(text: str | None) -> Sequence[str]:
-    from components.model_file import PARTS
+    from components.files.model_file import PARTS
 
     if not text:
         return PARTS
@@ -102,7 +102,7 @@ def _default_out(arguments: argparse.Namespace, stored: Stored) -> Path:
 
 def _tokenizer_of_config(stored: Stored) -> dict[str, Tensor]:
     """The weights of the checkpoint that a config's tokenizer starts from."""
-    from trainer.assemble import make_plugin
+    from trainer.run.assemble import make_plugin
 
     if not stored.config.tokenizer.options.get("checkpoint"):
         raise ConfigError(f"'{stored.path}' holds no trained tokenizer, and its tokenizer.checkpoint names none")
@@ -114,8 +114,8 @@ def _tokenizer_of_config(stored: Stored) -> dict[str, Tensor]:
 def _diffusers(stored: Stored, out: Path) -> tuple[list[Path], str]:
     import torch
 
-    from components.layouts import diffusers_kl
-    from trainer.assemble import make_plugin
+    from components.files.layouts import diffusers_kl
+    from trainer.run.assemble import make_plugin
 
     with torch.device("meta"):
         tokenizer = make_plugin("tokenizer", "tokenizer", stored.config.tokenizer)
@@ -139,7 +139,7 @@ def _diffusers(stored: Stored, out: Path) -> tuple[list[Path], str]:
 
 
 def _safetensors(stored: Stored, out: Path, needs: Sequence[str], explicit: bool) -> tuple[list[Path], str]:
-    from components.model_file import write_model
+    from components.files.model_file import write_model
 
     states = {name: stored.states[name] for name in needs if name in stored.states}
     lacking = [name for name in needs if name not in states]
@@ -154,9 +154,9 @@ def _safetensors(stored: Stored, out: Path, needs: Sequence[str], explicit: bool
 
 
 def _repae(ema: Stored, out: Path, arguments: argparse.Namespace, overrides: list[str]) -> tuple[list[Path], str]:
-    from components.layouts import published
-    from components.model_file import PARTS, save_tree
-    from trainer.source import read_source
+    from components.files.layouts import published
+    from components.files.model_file import PARTS, save_tree
+    from trainer.models.source import read_source
 
     for name in ("denoiser", "latent_norm"):
         if name not in ema.states:

@@ -37,8 +37,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if int(os.environ.get("RANK", "0")):
         return 0  # one process writes
     config = configs.load(arguments.config, overrides)
-    from components.model_file import write_model
-    from trainer.importing import import_model
+    from components.files.model_file import write_model
+    from trainer.models.importing import import_model
 
     found = import_model(
         config, arguments.file, tokenizer=arguments.tokenizer, stats=arguments.stats, weights=arguments.weights

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     if rest:
         raise PluginError(f"unexpected argument '{rest[0]}'; see python -m trainer new --help")
-    from trainer.skeletons import files
+    from trainer.plugin_kit.skeletons import files
 
     kind, name, folder = arguments.kind, arguments.name, Path(arguments.folder).expanduser()
     texts = files(kind, name)

@@ -69,10 +69,10 @@ def describe(plugin: Plugin) -> str:
 
 def _page(schema: bool) -> str:
     if schema:
-        from trainer.json_schema import json_schema
+        from trainer.config.json_schema import json_schema
 
         return json.dumps(json_schema(), indent=2) + "\n"
-    from trainer.plugins_page import plugins_page
+    from trainer.plugin_kit.plugins_page import plugins_page
 
     return plugins_page()
 

@@ -13,10 +13,10 @@ from trainer import config as configs
 if TYPE_CHECKING:
     import torch
 
-    from components.image_sampler import ImageSampler, SamplingPlan
-    from components.parallel import World
-    from trainer.samples import SampleFolder
-    from trainer.source import Source
+    from components.diffusion.image_sampler import ImageSampler, SamplingPlan
+    from components.distributed.parallel import World
+    from trainer.models.sample_folder import SampleFolder
+    from trainer.models.source import Source
 
 SUMMARY = "sample images from a run, a checkpoint or an exported model"
 
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise configs.ConfigError(f"--{name.replace('_', '-')}={value}: expected at least 1")
-    from components import parallel
+    from components.distributed import parallel
 
     world = parallel.join_world()
     try:
@@ -72,10 +72,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def sample(arguments: argparse.Namespace, overrides: list[str], world: World) -> int:
-    from components.ranks import Ranks
+    from components.distributed.ranks import Ranks
     from trainer.commands.train import set_backends
-    from trainer.samples import SampleFolder, parse_labels
-    from trainer.source import open_source
+    from trainer.models.sample_folder import SampleFolder, parse_labels
+    from trainer.models.source import open_source
 
     options = {"weights": arguments.weights, "overrides": overrides, "compiled": arguments.compile}
     source = open_source(arguments.source, world, step=arguments.step, **options)
@@ -128,8 +128,8 @@ def draw(
     import torch
     from tqdm import tqdm
 
-    from components.image_sampler import to_uint8
-    from trainer.samples import labels_of
+    from components.diffusion.image_sampler import to_uint8
+    from trainer.models.sample_folder import labels_of
 
     counts = Counter(i // batch_size for i in missing)
     batches = sorted(counts)
@@ -152,8 +152,8 @@ def draw(
 
 def make_plan(arguments: argparse.Namespace, config: configs.Config) -> SamplingPlan:
     """The run's [sampling], with what the command line says instead."""
-    from components.image_sampler import SamplingPlan
-    from components.samplers import Guidance
+    from components.diffusion.image_sampler import SamplingPlan
+    from components.diffusion.samplers import Guidance
 
     table = config.sampling
     given = {
@@ -169,7 +169,7 @@ def make_plan(arguments: argparse.Namespace, config: configs.Config) -> Sampling
 
 
 def make_sampler(source: Source, guide: Source | None, plan: SamplingPlan, precision: str) -> ImageSampler:
-    from components.image_sampler import ImageSampler
+    from components.diffusion.image_sampler import ImageSampler
 
     m = source.parts.modules
     if precision == "fp64":

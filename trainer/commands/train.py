@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from trainer import config as configs
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help should not
-    from components.parallel import World
+    from components.distributed.parallel import World
 
 PROFILED = 3  # steps, where --profile does not say how many
 
@@ -35,13 +35,13 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.profile is not None:
         overrides = [*overrides, f"--profile.steps={profiled_steps(arguments.profile)}"]
     config = configs.load(arguments.config, overrides)
-    from components import parallel
+    from components.distributed import parallel
 
     world = parallel.join_world(config.parallel.timeout_s)
     try:
         set_backends(config)
         log_to(config, world)
-        from trainer.loop import Trainer
+        from trainer.run.loop import Trainer
 
         trainer = Trainer(config, world)
         if world.is_main:

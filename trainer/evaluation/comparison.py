@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from components.distributed.parallel import World
 from components.evaluation import EvaluationError
 from components.evaluation.extract import extract
 from components.evaluation.feature_cache import FeatureCache
@@ -13,7 +14,6 @@ from components.evaluation.images import Images
 from components.evaluation.measures import FRECHET, Summariser, Summary, compare, needs_neighbours
 from components.evaluation.moments import save_statistics
 from components.evaluation.precision_recall import NEIGHBOURS
-from components.parallel import World
 from trainer.evaluation.measured import Measured, network_warnings
 from trainer.evaluation.references import Reference
 

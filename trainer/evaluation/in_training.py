@@ -13,21 +13,21 @@ import torch
 from tqdm import tqdm
 
 from components import registry
-from components.ema import Ema
+from components.diffusion.image_sampler import to_uint8
+from components.distributed.parallel import World, gather_rows
+from components.distributed.ranks import Ranks
 from components.evaluation import EvaluationError
 from components.evaluation.images import First, Images
 from components.evaluation.measures import FRECHET, Summariser, Summary, compare, needs_neighbours
 from components.evaluation.moments import read_statistics
-from components.image_sampler import to_uint8
-from components.parallel import World, gather_rows
-from components.ranks import Ranks
-from components.weights import WeightsError
-from trainer import pictures
-from trainer.assemble import Parts
+from components.files.weights import WeightsError
+from components.optim.ema import Ema
 from trainer.config import Config, ConfigError
 from trainer.evaluation.comparison import check_counts, summarise_reference, write_statistics
 from trainer.evaluation.measured import Measured, make_networks, network_warnings
 from trainer.evaluation.references import Reference, dataset_images
+from trainer.run import pictures
+from trainer.run.parts import Parts
 
 logger = logging.getLogger("titanrepa")
 

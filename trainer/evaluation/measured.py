@@ -13,12 +13,12 @@ from components import registry
 from components.evaluation.inception import Inception
 from components.evaluation.measures import ENDINGS
 from components.evaluation.networks import EncoderNetwork, Network, native_grid
-from components.fingerprint import fingerprint
+from components.files.fingerprint import fingerprint
 from components.registry import nearest
 from trainer import config as configs
-from trainer.assemble import make_plugin
 from trainer.config import ConfigError
-from trainer.schema import PluginTable
+from trainer.config.schema import PluginTable
+from trainer.run.assemble import make_plugin
 
 
 @dataclass(frozen=True)

@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 from components import registry
+from components.diffusion.image_sampler import to_uint8
+from components.distributed.parallel import World
+from components.distributed.ranks import Ranks
 from components.evaluation.extract import extract
 from components.evaluation.feature_cache import FeatureCache
 from components.evaluation.images import Images
 from components.evaluation.measures import FRECHET, Summariser, compare
 from components.evaluation.reconstruction import psnr, ssim
-from components.fingerprint import fingerprint
-from components.image_sampler import to_uint8
-from components.parallel import World
-from components.precision import parameter_dtype
-from components.ranks import Ranks
-from trainer.assemble import make_plugin
+from components.files.fingerprint import fingerprint
+from components.nn.precision import parameter_dtype
 from trainer.config import Config
+from trainer.config.schema import PluginTable
 from trainer.evaluation.comparison import check_counts
 from trainer.evaluation.measured import Measured, network_warnings
 from trainer.evaluation.references import Reference
-from trainer.schema import PluginTable
+from trainer.run.assemble import make_plugin
 
 METRICS = ("rfid", "psnr", "ssim", "lpips")
 

@@ -13,10 +13,10 @@ from components.evaluation import EvaluationError
 from components.evaluation.images import ArrayImages, DatasetImages, First, ImageFolder, Images
 from components.evaluation.measures import ENDINGS
 from components.evaluation.moments import Gaussian, read_statistics
-from trainer.assemble import make_plugin
 from trainer.config import Config, ConfigError
 from trainer.evaluation.measured import Measured
-from trainer.samples import SETTINGS, SampleFolder
+from trainer.models.sample_folder import SETTINGS, SampleFolder
+from trainer.run.assemble import make_plugin
 
 
 @dataclass

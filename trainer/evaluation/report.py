@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from components.evaluation import EvaluationError
-from trainer.monitor.events import EventWriter
-from trainer.samples import write_whole
+from trainer.models.sample_folder import write_whole
+from trainer.run.monitor.events import EventWriter
 
 TITLES = {
     "fid": "FID",

@@ -1,0 +1,302 @@
+"""From a dataset to micro-batches on the host: a pure data order, worker processes, unreadable files.
+
+Training reads an endless stream of positions p = 0, 1, 2, ...; position p is place p mod n of the permutation of
+epoch p // n. Step k takes [k * B, (k + 1) * B) for the global batch size B, and within it micro-batch i of rank r
+takes [0, b) + k * B + (i * world + r) * b, where b = B / (world * accumulation). So the number of ranks and of
+micro-batches only cuts the same global batches differently, and the whole state is how many samples were consumed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from components.contracts import Cached, Dataset, Sample
+from components.diffusion.draws import generator
+
+if TYPE_CHECKING:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+logger = logging.getLogger(__name__)
+
+
+class DataError(Exception):
+    """The data cannot be used: missing, empty, too much of it unreadable, or not as promised."""
+
+
+class GlobalOrder:
+    """Which sample stands at which position of the endless stream: a pure function of (seed, position).
+
+    Args:
+        size: samples n of the dataset, at least 1.
+        seed: of the run.
+        shuffle: permute every epoch anew; else the dataset's own order.
+    """
+
+    def __init__(self, size: int, seed: int, shuffle: bool = True) -> None:
+        if size < 1:
+            raise DataError("the dataset is empty")
+        self.size = size
+        self.seed = seed
+        self.shuffle = shuffle
+        self._permutations: dict[int, Tensor] = {}
+
+    def at(self, position: int) -> tuple[int, int]:
+        """Position >= 0 -> (epoch, index into the dataset)."""
+        epoch, place = divmod(position, self.size)
+        return epoch, int(self._permutation(epoch)[place]) if self.shuffle else place
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if epoch not in self._permutations:
+            # Two are kept: a batch may span the boundary of two epochs. 10 MB each for ImageNet.
+            for old in sorted(self._permutations)[:-1]:
+                del self._permutations[old]
+            self._permutations[epoch] = torch.randperm(self.size, generator=generator(self.seed, epoch, "order"))
+        return self._permutations[epoch]
+
+
+class MicroBatches:
+    """The micro-batches of one rank, in order and without end: a batch sampler of lists of (epoch, index).
+
+    Args:
+        order: of the samples.
+        batch_size: B, images of a step over all ranks and micro-batches.
+        rank: this process's place among the data-parallel ranks.
+        world: number of data-parallel ranks.
+        accumulation: micro-batches per step and rank.
+        consumed: samples that earlier steps took, over all ranks: where the stream is entered.
+
+    Raises:
+        DataError: B cannot be divided.
+    """
+
+    def __init__(
+        self,
+        order: GlobalOrder,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulation: int = 1,
+        consumed: int = 0,
+    ) -> None:
+        if batch_size < 1 or batch_size % (world * accumulation):
+            raise DataError(
+                f"a global batch of {batch_size} images cannot be divided equally among {world} ranks x "
+                f"{accumulation} micro-batches; set training.batch_size to a multiple of {world * accumulation}"
+            )
+        self.order = order
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world = world
+        self.accumulation = accumulation
+        self.consumed = consumed
+        self.size = batch_size // (world * accumulation)
+
+    def positions(self) -> Iterator[int]:
+        """The position in the stream of each micro-batch's first sample; the others follow it."""
+        for step in itertools.count(self.consumed, self.batch_size):
+            for i in range(self.accumulation):
+                yield step + (i * self.world + self.rank) * self.size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for start in self.positions():
+            yield [self.order.at(p) for p in range(start, start + self.size)]
+
+
+class TrainingView:
+    """A dataset indexed by (epoch, index), whose images are mirrored by a coin that (seed, epoch, index) decides.
+
+    Args:
+        dataset: see :class:`components.contracts.Dataset`.
+        seed: of the run.
+        flip: False: never mirror, whatever the dataset allows.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, flip: bool = True) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.flip = flip and dataset.flip
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """Raises :class:`DataError` if the dataset breaks its contract."""
+        epoch, index = key
+        flip = self.flip and bool(torch.rand((), generator=generator(self.seed, epoch, index, "flip")) < 0.5)
+        holds_copies = hasattr(self.dataset, "mirrored")
+        sample = Sample(*(self.dataset.mirrored(index) if flip and holds_copies else self.dataset[index]))
+        self._check(sample, index)
+        return sample._replace(image=sample.image.flip(-1)) if flip and not holds_copies else sample
+
+    def _check(self, sample: Sample, index: int) -> None:
+        image = sample.image
+        right = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() == 3 and len(image) == 3
+        if not right and (image is not None or sample.cached is None):
+            got = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise DataError(f"{type(self.dataset).__name__}[{index}]: image is {got}, expected torch.uint8 (3, R, R)")
+        if not 0 <= sample.label < self.dataset.num_classes:
+            raise DataError(
+                f"{type(self.dataset).__name__}[{index}]: label {sample.label} is outside "
+                f"[0, {self.dataset.num_classes})"
+            )
+
+
+class Loaded(NamedTuple):
+    """A micro-batch on the host: ``images`` uint8 (b, 3, R, R), ``labels`` int64 (b,), paths of unreadable files."""
+
+    images: Tensor | None
+    labels: Tensor
+    unreadable: list[str]
+    cached: Cached | None = None
+
+
+def collate(samples: Sequence[Sample]) -> Loaded:
+    """Stacks samples, which must be alike."""
+    first, cached = samples[0], None
+    if first.cached is not None:
+        rows = [s.cached for s in samples]
+        features = {label: torch.stack([row.features[label] for row in rows]) for label in first.cached.features}
+        cached = Cached(torch.stack([row.mean for row in rows]), torch.stack([row.std for row in rows]), features)
+    return Loaded(
+        None if first.image is None else torch.stack([s.image for s in samples]),
+        torch.tensor([s.label for s in samples], dtype=torch.int64),
+        [s.unreadable for s in samples if s.unreadable is not None],
+        cached,
+    )
+
+
+def make_loader(
+    dataset: Dataset,
+    *,
+    seed: int,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    accumulation: int = 1,
+    consumed: int = 0,
+    workers: int = 0,
+    prefetch: int = 2,
+    pin_memory: bool = False,
+    shuffle: bool = True,
+    flip: bool = True,
+    start_method: str | None = None,
+) -> StatefulDataLoader:
+    """An endless loader of :class:`Loaded` micro-batches of one rank; ``batch_sampler`` is a :class:`MicroBatches`.
+
+    It has no state to save: to resume, pass what was consumed. Read it through
+    :class:`components.data.prefetch.Prefetcher`.
+
+    Args:
+        dataset: at least one image; picklable unless ``start_method`` is "fork".
+        seed: of the run; decides order and mirroring.
+        batch_size, rank, world, accumulation, consumed: see :class:`MicroBatches`.
+        workers: processes that load; 0 loads in the calling thread.
+        prefetch: micro-batches that each worker holds ready.
+        pin_memory: page-locked host memory, for asynchronous copies to a GPU.
+        shuffle: False: the dataset's own order.
+        flip: False: never mirror.
+        start_method: of the workers: "fork", "forkserver", "spawn"; None: the platform's.
+
+    Raises:
+        DataError: the dataset is empty, or the batch cannot be divided.
+    """
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    order = GlobalOrder(len(dataset), seed, shuffle)
+    batches = MicroBatches(
+        order, batch_size=batch_size, rank=rank, world=world, accumulation=accumulation, consumed=consumed
+    )
+    # One iterator never ends, so its workers persist without persistent_workers, which would only add an exit hook
+    # that waits five seconds for each. A generator of its own: else the workers' seeds are drawn from the global one.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.15
+        return StatefulDataLoader(
+            TrainingView(dataset, seed, flip),
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=pin_memory,
+            worker_init_fn=start_worker,
+            multiprocessing_context=start_method if workers else None,
+            generator=generator(seed, "workers"),
+            prefetch_factor=prefetch if workers else None,
+            snapshot_every_n_steps=None,
+        )
+
+
+def start_worker(_: int) -> None:
+    """What a loading process does first."""
+    # Ctrl-C, torchrun and Slurm signal every process of the job. The workers stay, so that the trainer can finish
+    # its step and save; they end with their loader or with the trainer.
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_trainer, daemon=True).start()
+
+
+def _obey_trainer() -> None:
+    trainer = multiprocessing.parent_process().pid
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
+
+
+class UnreadableCounter:
+    """Counts images that were replaced because their file is unreadable, and stops a run with too many of them.
+
+    Args:
+        max_rate: the fraction of the images seen that may be unreadable, in [0, 1].
+
+    Attributes:
+        seen: images seen.
+        count: those of them that were replaced.
+    """
+
+    # The rate of fewer images than this says nothing.
+    enough = 1000
+
+    def __init__(self, max_rate: float) -> None:
+        self.max_rate = max_rate
+        self.seen = 0
+        self.count = 0
+        self._logged: dict[str, None] = {}
+
+    def update(self, seen: int, unreadable: Sequence[str]) -> None:
+        """Adds a batch of ``seen`` images with these unreadable files; warns once for each path.
+
+        Raises:
+            DataError: ``count`` exceeds ``max_rate`` of the images seen (of 1000, while there are fewer).
+        """
+        self.seen += seen
+        self.count += len(unreadable)
+        for path in unreadable:
+            if path not in self._logged:
+                self._logged[path] = None
+                logger.warning("unreadable image, another one takes its place: %s", path)
+        if self.count > self.max_rate * max(self.seen, self.enough):
+            latest = "\n".join(f"  {path}" for path in list(self._logged)[-5:])
+            raise DataError(
+                f"{self.count} of {self.seen} images are unreadable ({self.count / self.seen:.2%}), more than "
+                f"loader.max_unreadable = {self.max_rate:g} allows; the latest:\n{latest}\n"
+                "Repair or remove these files, or raise loader.max_unreadable."
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        """The two counts."""
+        return {"seen": self.seen, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.seen, self.count = state["seen"], state["count"]

@@ -1,0 +1,168 @@
+"""Micro-batches on the device, one ahead of the step that uses them."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from components.contracts import Batch, Posterior
+from components.data.loader import Loaded
+
+if TYPE_CHECKING:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+
+class Prefetcher:
+    """Iterates over a loader in a thread and has the next micro-batch ready on the device.
+
+    Yields ``(batch, extra, unreadable)``: a :class:`components.contracts.Batch`, what ``extra`` returned, and the
+    paths of unreadable files that were replaced. An exception in the loader or in ``extra`` is raised again by
+    ``next``, with the traceback of where it happened. Create it in the main thread (PyTorch notices killed workers
+    from there alone); use it as a context manager, or call :meth:`close`.
+
+    Memory on the device: one float micro-batch besides the one in use.
+
+    Args:
+        loader: from :func:`make_loader`.
+        device: where the batches go.
+        extra: called in the thread with the position in the stream of each micro-batch's first sample, for example
+            to draw the micro-batch's random numbers. Tensors on the CPU in what it returns (also in tuples, dicts and
+            dataclasses) are copied to the device, through pinned memory to a GPU.
+
+    Attributes:
+        waited_s: seconds that ``next`` has spent waiting for data, in total.
+    """
+
+    def __init__(
+        self, loader: StatefulDataLoader, device: torch.device | str, extra: Callable[[int], Any] | None = None
+    ) -> None:
+        self.device = torch.device(device)
+        self.waited_s = 0.0
+        self._cuda = self.device.type == "cuda"
+        if self._cuda and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self._stream = torch.cuda.Stream(self.device) if self._cuda else None
+        self._extra = extra
+        self._ready: queue.SimpleQueue = queue.SimpleQueue()
+        self._room = threading.Semaphore(1)
+        self._closed = False
+        self._end: BaseException | None = None
+        self._positions = loader.batch_sampler.positions()
+        self._batches = iter(loader)  # starts the workers
+        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def __iter__(self) -> Prefetcher:
+        return self
+
+    def __next__(self) -> tuple[Batch, Any, list[str]]:
+        if self._closed:
+            raise StopIteration
+        if self._end is not None:
+            raise self._end
+        start = time.perf_counter()
+        item = self._ready.get()
+        self.waited_s += time.perf_counter() - start
+        if isinstance(item, BaseException):
+            self._end = item
+            raise item
+        self._room.release()
+        batch, extra, unreadable, copied = item
+        if copied is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(copied)
+            for tensor in _tensors((batch, extra)):
+                if tensor.is_cuda:
+                    # It belongs to the side stream, which would reuse the memory before this stream is done with it.
+                    tensor.record_stream(current)
+        return batch if self._cuda else _to_batch(batch), extra, unreadable
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the thread and the workers; those that hang are terminated after seconds. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        self._room.release()
+        self._thread.join(timeout=2)
+        shutdown = getattr(self._batches, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
+
+    def _run(self) -> None:
+        end: BaseException = StopIteration()
+        try:
+            # A thread starts on device 0, where pinning alone would create a context.
+            with torch.cuda.device(self.device) if self._cuda else contextlib.nullcontext():
+                for loaded, position in zip(self._batches, self._positions):
+                    self._room.acquire()
+                    if self._closed:
+                        break
+                    self._ready.put(self._prepare(loaded, position))
+        except BaseException as error:
+            end = error
+        self._ready.put(end)
+
+    def _prepare(self, loaded: Loaded, position: int) -> tuple[Batch | Loaded, Any, list[str], torch.cuda.Event | None]:
+        with torch.cuda.stream(self._stream) if self._cuda else contextlib.nullcontext():
+            # On a CPU the consumer does it: a parallel operation in this thread would bring up a second team of OpenMP
+            # threads, whose busy waiting takes the cores from the training.
+            batch = _to_batch(_map(loaded, self._copy)) if self._cuda else loaded
+            extra = None if self._extra is None else _map(self._extra(position), self._copy)
+            return batch, extra, loaded.unreadable, self._stream.record_event() if self._cuda else None
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if self._cuda and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()  # returns a pinned tensor as it is; a copy from other memory would wait
+        return tensor.to(self.device, non_blocking=True)
+
+
+def _to_batch(loaded: Loaded) -> Batch:
+    """uint8 images -> float in [-1, 1]; what is cached -> fp32."""
+    images = None if loaded.images is None else loaded.images.float().div_(127.5).sub_(1)
+    if loaded.cached is None:
+        return Batch(images, loaded.labels)
+    mean, std, features = _map(loaded.cached, Tensor.float)
+    return Batch(images, loaded.labels, Posterior.from_std(mean, std), features)
+
+
+def _map(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """A record with ``fn`` applied to every tensor in it."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, dict):
+        return {key: _map(item, fn) for key, item in value.items()}
+    if isinstance(value, tuple):
+        items = [_map(item, fn) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if dataclasses.is_dataclass(value):
+        return type(value)(**{key: _map(item, fn) for key, item in vars(value).items()})
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value):
+        yield from _tensors(list(vars(value).values()))

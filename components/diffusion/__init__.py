@@ -1,0 +1,1 @@
+"""Paths, losses, random numbers and samplers of diffusion."""

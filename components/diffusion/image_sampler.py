@@ -1,0 +1,140 @@
+"""Images by number: image i is the same for every world size and every restart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from components.contracts import DenoiserOutput, LatentShape
+from components.diffusion.draws import generator
+from components.diffusion.flow import Flow
+from components.diffusion.samplers import Guidance, sample_ode, sample_sde
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How noise becomes images.
+
+    Attributes:
+        method: Euler or Heun on the ODE, or Euler-Maruyama on the SDE ("sde").
+        steps: of the integrator, at least 2; Heun evaluates the denoiser twice in each.
+        guidance: its scale and times.
+        seed: of all noise.
+        shift: of the integrator's times, as ``Flow.shift``; 0: the flow's own.
+    """
+
+    method: Literal["euler", "heun", "sde"] = "euler"
+    steps: int = 50
+    guidance: Guidance = field(default_factory=Guidance)
+    seed: int = 0
+    shift: float = 0.0
+
+
+class ImageSampler:
+    """Draws latents with the denoiser and decodes them.
+
+    A vector that the denoiser denoises with the latent (``extra_dim``) is integrated with it, guided alike, and left.
+
+    Args:
+        plan: see :class:`SamplingPlan`.
+        denoiser: contract ``Denoiser``.
+        latent_norm: :class:`components.nn.latent_norm.LatentNorm`, whose inverse leads back to the tokenizer's scale.
+        tokenizer: contract ``Tokenizer``.
+        flow: the path that the denoiser was trained on, with its shift.
+        latent: shape of one latent.
+        guide: a weaker denoiser for autoguidance; none: classifier-free guidance.
+
+    Raises:
+        ValueError: classifier-free guidance of a denoiser that was never trained without labels; a guide that denoises
+            something else besides the latent.
+    """
+
+    def __init__(
+        self,
+        plan: SamplingPlan,
+        denoiser: Any,
+        latent_norm: Any,
+        tokenizer: Any,
+        flow: Flow,
+        latent: LatentShape,
+        guide: Any = None,
+    ) -> None:
+        if plan.guidance.scale > 1 and guide is None and not denoiser.label_dropout:
+            raise ValueError(
+                "guidance needs a denoiser that knows images without label, but denoiser.label_dropout is 0; "
+                "set the guidance scale to 1, or give a weaker checkpoint as guide"
+            )
+        extra_dim = getattr(denoiser, "extra_dim", 0)
+        if guide is not None and getattr(guide, "extra_dim", 0) != extra_dim:
+            raise ValueError("the guide must denoise the same as the denoiser: with the same class token, or without")
+        if extra_dim:
+            denoiser, guide = Joint(denoiser, latent), None if guide is None else Joint(guide, latent)
+        self.extra_dim = extra_dim
+        self.plan, self.denoiser, self.latent_norm, self.tokenizer = plan, denoiser, latent_norm, tokenizer
+        self.flow = replace(flow, shift=plan.shift or flow.shift)
+        self.latent, self.guide = latent, guide
+
+    @torch.no_grad()
+    def __call__(self, ids: Sequence[int], labels: Tensor) -> Tensor:
+        """Images (B, 3, R, R) in [-1, 1], float32.
+
+        The noise of image i is a function of (seed, i); bit for bit the image depends on the batch it is computed in,
+        too, since kernels sum in another order for another batch size.
+
+        Args:
+            ids: numbers of the B images.
+            labels: (B,) int64, on the device of the modules.
+        """
+        plan, device = self.plan, labels.device
+        generators = [generator(plan.seed, "image", i) for i in ids]
+        dtype = next(self.denoiser.parameters()).dtype
+
+        def noise(_: int = 0) -> Tensor:
+            drawn = torch.stack([torch.randn(self.latent, generator=g) for g in generators])
+            if self.extra_dim:
+                extra = torch.stack([torch.randn(self.extra_dim, generator=g) for g in generators])
+                drawn = torch.cat([drawn.flatten(1), extra], dim=1)
+            return drawn.to(device, dtype)
+
+        common = {"steps": plan.steps, "guidance": plan.guidance, "guide": self.guide, "warp": self.flow.shifted}
+        if plan.method == "sde":
+            z = sample_sde(self.denoiser, noise(), labels, step_noise=noise, flow=self.flow, **common)
+        else:
+            z = sample_ode(self.denoiser, noise(), labels, heun=plan.method == "heun", **common)
+        if self.extra_dim:
+            z, _ = self.denoiser.split(z)
+        z = self.latent_norm.invert(z).to(dtype)
+        return self.tokenizer.decode(z).float().clamp(-1, 1)
+
+
+class Joint:
+    """A denoiser of a latent and a vector, as one of a flat state (B, C h w + D_e): what samplers integrate.
+
+    Args:
+        denoiser: contract ``Denoiser`` with ``extra_dim`` D_e.
+        latent: shape of one latent.
+    """
+
+    def __init__(self, denoiser: Any, latent: LatentShape) -> None:
+        self.denoiser, self.latent = denoiser, latent
+        self.null_label, self.parameters = denoiser.null_label, denoiser.parameters
+
+    def split(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C h w + D_e) -> (B, C, h, w) and (B, D_e)."""
+        x, extra = state.split([math.prod(self.latent), self.denoiser.extra_dim], dim=1)
+        return x.unflatten(1, tuple(self.latent)), extra
+
+    def __call__(self, state: Tensor, t: Tensor, labels: Tensor) -> DenoiserOutput:
+        x, extra = self.split(state)
+        out = self.denoiser(x, t, labels, extra)
+        return DenoiserOutput(torch.cat([out.velocity.flatten(1), out.extra], dim=1), out.tokens)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """(B, 3, R, R) in [-1, 1] -> the nearest uint8."""
+    return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,1 @@
+"""Modules spread over ranks, and what ranks do together."""

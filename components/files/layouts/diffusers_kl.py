@@ -1,0 +1,230 @@
+"""diffusers' ``AutoencoderKL``: its keys, its config.json, and the latent statistics in it.
+
+Our keys are those of CompVis's latent diffusion. An architecture is the dict that a tokenizer states as its
+``architecture``: latent_channels, channels (at full resolution), multipliers (of them, per level), attention_levels
+(with attention behind each residual block), res_blocks (per encoder level), mid_attention, norm_groups, quant_conv.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components.files.model_file import replace, save_tensors
+from components.files.weights import WeightsError
+
+# Ours, theirs, and what the place holds. "#": a number; "^": a level, which the decoder's blocks count from the other
+# end in diffusers.
+PLACES = (
+    ("encoder.down.#.block.#", "encoder.down_blocks.#.resnets.#", "block"),
+    ("encoder.down.#.attn.#", "encoder.down_blocks.#.attentions.#", "attention"),
+    ("encoder.down.#.downsample.conv", "encoder.down_blocks.#.downsamplers.0.conv", ""),
+    ("decoder.up.^.block.#", "decoder.up_blocks.^.resnets.#", "block"),
+    ("decoder.up.^.attn.#", "decoder.up_blocks.^.attentions.#", "attention"),
+    ("decoder.up.^.upsample.conv", "decoder.up_blocks.^.upsamplers.0.conv", ""),
+    *((f"{side}.mid.block_1", f"{side}.mid_block.resnets.0", "block") for side in ("encoder", "decoder")),
+    *((f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0", "attention") for side in ("encoder", "decoder")),
+    *((f"{side}.mid.block_2", f"{side}.mid_block.resnets.1", "block") for side in ("encoder", "decoder")),
+    *((f"{side}.norm_out", f"{side}.conv_norm_out", "") for side in ("encoder", "decoder")),
+)
+INSIDE = {
+    "block": (("nin_shortcut", "conv_shortcut"),),
+    "attention": (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")),
+    "": (),
+}
+# Names of files from before diffusers 0.17, as the SD-VAE's on its hub page.
+OLD = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
+DOWN, UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+# diffusers' own defaults of what a config.json may leave out, and the only values that we have.
+FIXED = {"in_channels": 3, "out_channels": 3, "act_fn": "silu"}
+
+
+def is_diffusers(keys: Iterable[str]) -> bool:
+    """Whether some key of an autoencoder is named as in diffusers."""
+    return any("_blocks." in key or ".mid_block." in key for key in keys)
+
+
+def to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A tokenizer's state dict under diffusers' names; its attention has linear layers, not 1 x 1 convolutions."""
+    levels = _levels(state, "encoder.down.")
+    converted = {}
+    for key, value in state.items():
+        name = _translate(key, levels, 0)
+        converted[name] = value.flatten(1) if _is_projection(name) and value.ndim == 4 else value
+    return converted
+
+
+def from_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of :func:`to_diffusers`; keys that are not diffusers' keep their names."""
+    levels = _levels(state, "encoder.down_blocks.")
+    converted = {}
+    for key, value in state.items():
+        *rest, leaf, kind = key.split(".")
+        if leaf in OLD and "attentions" in rest:  # by our name, which no rule of the way back changes
+            key = ".".join([*rest, OLD[leaf], kind])
+        name = _translate(key, levels, 1)
+        projection = _is_projection(key) or leaf in OLD
+        converted[name] = value[:, :, None, None] if projection and value.ndim == 2 else value
+    return converted
+
+
+def config(architecture: dict[str, Any], resolution: int, mean: Tensor | None, std: Tensor | None) -> dict[str, Any]:
+    """The config.json of an architecture.
+
+    ``latents_mean`` and ``latents_std`` are per channel. ``scaling_factor`` and ``shift_factor`` say the same in two
+    numbers, for programs that know no more: z -> (z - shift_factor) * scaling_factor has mean 0 and variance 1 over
+    all elements. Use one pair or the other, never both.
+
+    Args:
+        resolution: images' side in pixels, the ``sample_size``.
+        mean: of the latents, per channel (C,); None: unknown, and z is left as it is.
+        std: of the latents, per channel (C,).
+    """
+    a = architecture
+    attention = [level in a["attention_levels"] for level in range(len(a["multipliers"]))]
+    found = {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": "0.35.0",
+        **FIXED,
+        "block_out_channels": _widths(a),
+        "down_block_types": [DOWN[has] for has in attention],
+        "up_block_types": [UP[has] for has in reversed(attention)],
+        "layers_per_block": a["res_blocks"],
+        "latent_channels": a["latent_channels"],
+        "norm_num_groups": a["norm_groups"],
+        "mid_block_add_attention": a["mid_attention"],
+        "use_quant_conv": a["quant_conv"],
+        "use_post_quant_conv": a["quant_conv"],
+        "sample_size": resolution,
+        "force_upcast": True,
+        "scaling_factor": 1.0,
+    }
+    if mean is not None and std is not None:
+        mean, std = mean.double(), std.double()
+        variance = std.square().mean() + mean.var(correction=0)
+        found |= {"scaling_factor": variance.rsqrt().item(), "shift_factor": mean.mean().item()}
+        found |= {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
+    return found
+
+
+def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> list[Path]:
+    """Writes what ``diffusers.AutoencoderKL.from_pretrained`` loads, and returns the files.
+
+    Args:
+        folder: made if need be; an autoencoder in it is replaced.
+        state: a tokenizer's state dict under our names.
+        config: as :func:`config` makes it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    about, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
+    about.unlink(missing_ok=True)  # a kill leaves none, so no half an autoencoder
+    save_tensors(weights, to_diffusers(state), {"format": "pt"})
+    partial = folder / "config.json.partial"
+    partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    replace(partial, about)
+    return [about, weights]
+
+
+def architecture(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """The architecture that a config.json states.
+
+    Args:
+        source: the file, for messages.
+
+    Raises:
+        WeightsError: it is not an AutoencoderKL, or one that we cannot build.
+    """
+
+    def refuse(why: str) -> WeightsError:
+        return WeightsError(f"{source}: {why}, which our autoencoders do not have")
+
+    if config.get("_class_name") != "AutoencoderKL":
+        raise refuse(f"_class_name = {config.get('_class_name')!r} instead of 'AutoencoderKL'")
+    for key, value in FIXED.items():
+        if config.get(key, value) != value:
+            raise refuse(f"{key} = {config[key]!r} instead of {value!r}")
+    down = list(config.get("down_block_types", DOWN[:1]))
+    up = list(config.get("up_block_types", UP[:1]))[::-1]
+    strange = [name for name in (*down, *up) if name not in (*DOWN, *UP)]
+    if strange:
+        raise refuse(f"blocks of the kind {strange[0]}")
+    attention = [DOWN.index(name) for name in down]
+    if attention != [UP.index(name) for name in up]:
+        raise refuse("attention in other levels of the encoder than of the decoder")
+    quant_conv = config.get("use_quant_conv", True)
+    if quant_conv != config.get("use_post_quant_conv", True):
+        raise refuse("only one of use_quant_conv and use_post_quant_conv")
+    widths = list(config.get("block_out_channels", [64]))
+    channels = math.gcd(*widths)
+    return {
+        "latent_channels": config.get("latent_channels", 4),
+        "channels": channels,
+        "multipliers": [width // channels for width in widths],
+        "attention_levels": [level for level, has in enumerate(attention) if has],
+        "res_blocks": config.get("layers_per_block", 1),
+        "mid_attention": config.get("mid_block_add_attention", True),
+        "norm_groups": config.get("norm_num_groups", 32),
+        "quant_conv": quant_conv,
+    }
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Options to set so that an architecture becomes another, as TOML lines; channels times multipliers counts."""
+    found = {key: theirs[key] for key in ours if ours[key] != theirs[key]}
+    if _widths(ours) == _widths(theirs):
+        found = {key: value for key, value in found.items() if key not in ("channels", "multipliers")}
+    return [f"{key} = {str(value).lower() if isinstance(value, bool) else value}" for key, value in found.items()]
+
+
+def statistics(config: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation of the latents, per channel, as far as a config.json states them.
+
+    ``latents_mean`` and ``latents_std``, or else ``shift_factor`` and 1 / ``scaling_factor`` for every channel.
+    """
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        return torch.tensor(mean).flatten(), torch.tensor(std).flatten()
+    if config.get("scaling_factor") is None:
+        return None
+    channels = config.get("latent_channels", 4)
+    shift = config.get("shift_factor") or 0.0
+    return torch.full((channels,), float(shift)), torch.full((channels,), 1.0 / config["scaling_factor"])
+
+
+def _widths(architecture: dict[str, Any]) -> list[int]:
+    return [architecture["channels"] * m for m in architecture["multipliers"]]
+
+
+def _is_projection(key: str) -> bool:
+    """Whether a diffusers key is the weight of one of an attention's linear layers."""
+    return ".attentions." in key and ".to_" in key and key.endswith(".weight")
+
+
+def _levels(state: Iterable[str], prefix: str) -> int:
+    return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
+
+
+def _translate(key: str, levels: int, side: int) -> str:
+    """Our key by diffusers' name (``side`` 0), or theirs by ours (1); unknown ones as they are."""
+    for place in PLACES:
+        source, target = place[side], place[1 - side]
+        match = re.fullmatch(re.escape(source).replace(r"\#", r"(\d+)").replace(r"\^", r"(\d+)") + r"\.(.+)", key)
+        if match is None:
+            continue
+        *numbers, rest = match.groups()
+        for number in numbers:
+            mark = re.search(r"[#^]", target)[0]
+            target = target.replace(mark, str(levels - 1 - int(number)) if mark == "^" else number, 1)
+        for names in INSIDE[place[2]]:
+            if rest.startswith(names[side] + "."):
+                rest = names[1 - side] + rest.removeprefix(names[side])
+                break
+        return f"{target}.{rest}"
+    return key

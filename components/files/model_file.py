@@ -1,0 +1,131 @@
+"""Our own files of a trained model: a folder with its config and one safetensors file per module.
+
+``config.toml`` is the run's resolved config; ``tokenizer.safetensors``, ``denoiser.safetensors``,
+``latent_norm.safetensors`` and, where they are wanted, ``heads.safetensors`` and ``discriminator.safetensors`` hold
+the modules' own state dicts. Each file stands alone: its metadata carry the config, too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components.files.manifest import sync_folder
+from components.files.weights import WeightsError
+
+FORMAT = "titanrepa-1"
+CONFIG = "config.toml"
+PARTS = ("tokenizer", "denoiser", "latent_norm", "heads", "discriminator")
+
+
+def write_model(
+    folder: Path, states: Mapping[str, dict[str, Tensor]], config_toml: str, step: int, weights: str
+) -> list[Path]:
+    """Writes a model folder and returns its files; a kill leaves no ``config.toml``, so no half a model.
+
+    Args:
+        folder: made if need be; another model in it is replaced, whole.
+        states: state dicts by part.
+        config_toml: the resolved config.
+        step: optimizer steps behind the weights.
+        weights: "ema" or "online".
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)
+    for part in PARTS:
+        if part not in states:
+            (folder / f"{part}.safetensors").unlink(missing_ok=True)
+    files = [folder / f"{part}.safetensors" for part in states]
+    for file, (part, state) in zip(files, states.items()):
+        write_part(file, part, state, config_toml, step, weights)
+    partial = folder / f"{CONFIG}.partial"
+    partial.write_text(config_toml, encoding="utf-8")
+    replace(partial, folder / CONFIG)
+    return [*files, folder / CONFIG]
+
+
+def write_part(path: Path, part: str, state: dict[str, Tensor], config_toml: str, step: int, weights: str) -> None:
+    """Writes one module's state dict, whole or not at all.
+
+    Args:
+        path: the file; an existing one is replaced.
+        part: the module's name, as ``Modules.named`` has it.
+        state: tensors of any device and memory format; kept in their dtype.
+        config_toml: the resolved config.
+        step: optimizer steps behind the weights.
+        weights: "ema" or "online".
+    """
+    about = {"format": FORMAT, "part": part, "config": config_toml, "step": str(step), "weights": weights}
+    save_tensors(path, state, about)
+
+
+def save_tensors(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    partial = path.with_name(f"{path.name}.partial")
+    seen: set[int] = set()
+    save_file({key: _alone(value, seen) for key, value in state.items()}, partial, metadata)
+    replace(partial, path)
+
+
+def save_tree(path: Path, tree: dict[str, Any]) -> None:
+    """Writes nested dicts of tensors and plain values with torch.save, whole or not at all."""
+    seen: set[int] = set()
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: bare(inner) for key, inner in value.items()}
+        return _alone(value, seen) if isinstance(value, Tensor) else value
+
+    partial = path.with_name(f"{path.name}.partial")
+    torch.save(bare(tree), partial)
+    replace(partial, path)
+
+
+def _alone(tensor: Tensor, seen: set[int]) -> Tensor:
+    """The tensor in host memory of its own: torch.save writes all that a view looks into, safetensors shares none."""
+    tensor = tensor.detach().cpu().contiguous()
+    memory = tensor.untyped_storage()
+    if memory.nbytes() != tensor.nbytes or memory.data_ptr() in seen:
+        tensor = tensor.clone()
+    seen.add(tensor.untyped_storage().data_ptr())
+    return tensor
+
+
+def read_part(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """State dict and metadata ("part", "config", "step", "weights") of one file.
+
+    Raises:
+        WeightsError: it is missing, damaged, or not one of ours.
+    """
+    from safetensors import safe_open
+
+    if not Path(path).is_file():
+        raise WeightsError(f"'{path}' does not exist; expected a file of a model folder, as tokenizer.safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except Exception as error:
+        reason = str(error).split("\n", 1)[0]
+        raise WeightsError(f"'{path}' is damaged or no safetensors file ({type(error).__name__}: {reason})") from error
+    if about.get("format") != FORMAT:
+        raise WeightsError(
+            f"'{path}' states format {about.get('format')!r}, expected '{FORMAT}': it was not made by export or "
+            "import; make a model folder of it with python -m trainer import"
+        )
+    return state, about
+
+
+def replace(partial: Path, path: Path) -> None:
+    """Gives a file that was written aside its name, once its content is on the disk."""
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)

@@ -1,0 +1,242 @@
+"""Weights from files: safe (no pickled code), strict, with errors that name file and keys."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from components.distributed.materialize import fill
+
+HUB_TIMEOUT_S = 10
+HUB_PATH = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)/(?P<filename>[^@]+?)(?:@(?P<revision>.+))?")
+SHOWN = 20  # keys of a kind that a message spells out; more are written as ranges
+
+
+class WeightsError(Exception):
+    """Weights are missing, unreadable, or do not fit the module."""
+
+
+class Opaque:
+    """Stands for an object whose class is not loaded: takes any arguments and state, and does nothing with them."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Opaque:
+        return object.__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+# Besides tensors and plain values, a file may hold the options of a command line (published training checkpoints) and
+# what Lightning leaves beside the weights (CompVis checkpoints), which is read as Opaque.
+OPAQUE = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+)
+ALLOWED = [argparse.Namespace, *((Opaque, name) for name in OPAQUE)]
+
+
+def read_state(path: str | Path, what: str) -> dict[str, Tensor]:
+    """Reads a state dict from ``.safetensors`` or a ``torch.save`` file (tensors only, never code).
+
+    A wrapper of one level (``state_dict``, ``model``) is opened.
+
+    Args:
+        path: the file, or ``hf://organisation/name/file[@revision]``.
+        what: whose weights they are, for messages ("tokenizer autoencoder_kl").
+
+    Raises:
+        WeightsError: no such file; not a weights file; it holds no tensors.
+    """
+    state = read_tree(path, what)
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not any(isinstance(v, Tensor) for v in state.values()):
+        raise WeightsError(f"{what}: checkpoint '{path}' holds no named tensors")
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def read_tree(path: str | Path, what: str) -> dict[str, Any]:
+    """Reads everything that a weights file holds: tensors and plain values in nested dicts.
+
+    Tensors of a ``torch.save`` file stay on the disk until they are used: a training checkpoint is mostly optimizer.
+
+    Args:
+        path: as :func:`read_state`.
+        what: whose weights they are, for messages.
+
+    Raises:
+        WeightsError: no such file; not a weights file; it would run code.
+    """
+    file = local_file(path, what)
+    if file.is_dir():
+        raise WeightsError(f"{what}: checkpoint '{path}' is a folder; expected a .safetensors or torch.save file")
+    if not file.is_file():
+        raise WeightsError(f"{what}: checkpoint '{path}' does not exist (looked at {file.absolute()})")
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        with safe_globals(ALLOWED):
+            tree = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:
+        # PyTorch's first paragraph advises to read the file with weights_only=False.
+        reason = next((line for line in str(error).split("\n") if line and "weights_only" not in line), "")
+        if code := _code_in(file, str(error)):
+            raise WeightsError(
+                f"{what}: checkpoint '{path}' is refused: it pickles {', '.join(code)}, and reading that could run "
+                "code. Take it as .safetensors, or, only if you trust its source, save its state dict anew with "
+                "torch.save"
+            ) from error
+        raise WeightsError(
+            f"{what}: checkpoint '{path}' cannot be read as .safetensors or as tensors saved by torch.save "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+    if not isinstance(tree, dict):
+        raise WeightsError(f"{what}: checkpoint '{path}' holds a {type(tree).__name__}; expected named tensors")
+    return tree
+
+
+def _code_in(file: Path, message: str) -> list[str]:
+    """Names of the classes and functions that a file pickles and that are not allowed, as far as it can be told."""
+    try:
+        with safe_globals(ALLOWED):
+            return sorted(get_unsafe_globals_in_checkpoint(file))
+    except Exception:  # in PyTorch's old format, damaged, or no such file at all
+        return re.findall(r"GLOBAL (\S+) (?:was not an allowed|whose module)", message)
+
+
+def local_file(path: str | Path, what: str) -> Path:
+    """The local path; a file ``hf://organisation/name/file[@revision]`` comes from the cache or is downloaded.
+
+    Raises:
+        WeightsError: an ``hf://`` path of another form, or one that cannot be had.
+    """
+    if not str(path).startswith("hf://"):
+        return Path(path).expanduser()
+    match = HUB_PATH.fullmatch(str(path))
+    if match is None:
+        raise WeightsError(f"{what}: '{path}' is not of the form hf://organisation/name/file[@revision]")
+    return _from_hub(
+        what,
+        **match.groupdict(),
+        instead=f"put the file's own path in place of '{path}', where you have {match['filename']} from elsewhere",
+    )
+
+
+def hub_file(what: str, repo: str, filename: str, *, revision: str | None = None, option: str, file: str) -> Path:
+    """A file of a Hugging Face repository: from the local cache, or downloaded into it.
+
+    Args:
+        what: whose weights they are, for messages.
+        repo: "organisation/name".
+        filename: within the repository.
+        revision: branch, tag or commit; none: the main branch.
+        option: the key that names a local file instead, as ``[losses.lpips] vgg_checkpoint``.
+        file: which file that may be.
+
+    Raises:
+        WeightsError: neither cached nor to be had; says both ways to provide it.
+    """
+    return _from_hub(what, repo, filename, revision, instead=f'set\n  {option} = "FILE"\nwhere FILE is {file}')
+
+
+def _from_hub(what: str, repo: str, filename: str, revision: str | None, instead: str) -> Path:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.utils import LocalEntryNotFoundError
+
+    where = {"repo_id": repo, "filename": filename, "revision": revision}
+    try:
+        try:
+            return Path(hf_hub_download(**where, local_files_only=True))
+        except LocalEntryNotFoundError:
+            # One request first: without a network, hf_hub_download retries for 25 s before it gives up.
+            get_hf_file_metadata(hf_hub_url(**where), timeout=HUB_TIMEOUT_S)
+            return Path(hf_hub_download(**where))
+    except Exception as error:
+        reason = str(error).split("\n", 1)[0]
+        raise WeightsError(
+            f"{what}: the weights {repo} are not in the Hugging Face cache and could not be downloaded "
+            f"({type(error).__name__}: {reason}). Either run once with network access (or copy a filled cache and "
+            f"point HF_HOME at it), or {instead}"
+        ) from error
+
+
+def load_strict(module: nn.Module, state: dict[str, Tensor], what: str, source: str | Path) -> None:
+    """Loads ``state`` into ``module`` in place, all of it or nothing; a sharded module's ranks take their parts.
+
+    Raises:
+        WeightsError: missing, unexpected or mis-shaped keys, every one named.
+    """
+    own = module.state_dict()
+    check_fit(own, state, what, source)
+    if any(isinstance(value, DTensor) for value in own.values()):
+        for key, value in own.items():
+            fill(value, state[key])
+    else:
+        module.load_state_dict(state)
+
+
+def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], what: str, source: str | Path) -> None:
+    """Compares names and shapes of a module's state dict (it may be on the meta device) with those of a file.
+
+    Raises:
+        WeightsError: missing, unexpected or mis-shaped keys, every one named; many as ``blocks.{0..27}.mlp.fc1.bias``.
+    """
+    shapes: dict[str, list[str]] = {}
+    for key in own:
+        if key in state and state[key].shape != own[key].shape:
+            change = f"file {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
+            shapes.setdefault(change, []).append(key)
+    mis_shaped = sum(len(keys) for keys in shapes.values())
+    listed = [f"{key}: {change}" for change, keys in shapes.items() for key in compact(keys, mis_shaped)]
+    problems = [f"  {mis_shaped} of another shape: {', '.join(listed)}"] if listed else []
+    for title, keys in (
+        ("unexpected", [key for key in state if key not in own]),
+        ("missing", [key for key in own if key not in state]),
+    ):
+        if keys:
+            problems.insert(0, f"  {len(keys)} {title}: {', '.join(compact(keys, len(keys)))}")
+    if problems:
+        raise WeightsError(f"{what}: '{source}' does not fit the module:\n" + "\n".join(problems))
+
+
+def compact(keys: Sequence[str], count: int = SHOWN + 1) -> Iterable[str]:
+    """The same keys in fewer words, losing none: ``blocks.{0..27}.attn.qkv.weight``; few are left as they are.
+
+    Args:
+        count: of keys in the whole message; up to :data:`SHOWN` are spelt out.
+    """
+    if count <= SHOWN:
+        return keys
+    rows = [tuple(key.split(".")) for key in keys]
+    for place in range(max(map(len, rows))):
+        groups: dict[Any, list[str]] = {}
+        for row in rows:
+            number = place < len(row) and row[place].isdigit()
+            groups.setdefault((row[:place], row[place + 1 :]) if number else row, []).append(
+                row[place] if number else ""
+            )
+        rows = [(*frame[0], _range(numbers), *frame[1]) if numbers[0] else frame for frame, numbers in groups.items()]
+    return [".".join(row) for row in rows]
+
+
+def _range(numbers: list[str]) -> str:
+    values = sorted(map(int, numbers))
+    if len(values) == 1:
+        return numbers[0]
+    if values == list(range(values[0], values[-1] + 1)):
+        return f"{{{values[0]}..{values[-1]}}}"
+    return f"{{{','.join(map(str, values))}}}"

@@ -1,0 +1,1 @@
+"""Latents and features computed once and read every epoch."""

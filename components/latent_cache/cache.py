@@ -1,0 +1,287 @@
+"""Tokenizer posteriors (and encoder features) of a dataset on disk, read by index.
+
+A cache is a folder of n images in the dataset's order, s to a shard (the last one holds the rest)::
+
+    latents-00000.safetensors   images 0 to s - 1
+    latents-00001.safetensors   images s to 2 s - 1
+    ...
+    latents-stats.safetensors   mean, std: float64 (C,), per channel; fits latent_norm.statistics
+    index.json                  written last: without it the cache is not complete
+
+Tensors of a shard, m images each; ``dtype`` is fp16, bf16 or fp32, one for all:
+
+========================  ============  ============================================================
+mean, std                 (m, C, h, w)  posterior q(z|x) of the image: z = mean + std * noise
+mean_flipped,             (m, C, h, w)  of the image mirrored left-right, if ``flipped``
+std_flipped
+features.LABEL            (m, N, D)     patch tokens of encoder LABEL, if there are ``features``
+features_flipped.LABEL    (m, N, D)     of the mirrored image, if ``flipped``, too
+labels                    (m,)          class, int64
+========================  ============  ============================================================
+
+``index.json`` is one object; ``own_crc32`` covers the others (:func:`write_json`):
+
+- ``format`` 1, ``count`` n, ``shard_size`` s, ``latent`` [C, h, w], ``dtype``, ``flipped``, and the networks'
+  ``precision`` ("bf16": autocast);
+- ``num_classes``, ``class_names``, ``dataset``: name, options, resolution, flip (whether it allows mirroring), and
+  ``probes``, small copies of some images, by which the dataset is recognised;
+- ``tokenizer``: ``fingerprint`` (:func:`components.files.fingerprint.fingerprint`) and ``origin``, for people;
+- ``features`` by label: ``fingerprint``, ``origin``, ``name`` and ``options`` of the encoder, ``shape`` [N, D];
+- ``statistics``: ``mean`` and ``std`` of z per channel, in float64, before rounding to ``dtype``, over all images and
+  mirrored copies: std^2 = E[std^2] + Var[mean];
+- ``unreadable``: [index, path] of each image whose file could not be read; another one's latent and label stand in
+  its place;
+- ``shards``: ``file``, ``size`` in bytes and ``crc32`` of each, and ``sums`` of mean, mean^2 and std^2 per channel.
+
+While a cache is being made, ``progress/`` holds its settings and a record of every finished shard.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components.contracts import Cached, LatentShape
+from components.data.loader import DataError
+from components.files import manifest
+
+FORMAT = 1
+INDEX, STATISTICS, PROGRESS = "index.json", "latents-stats.safetensors", "progress"
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+FLIPPED = "_flipped"
+OWN_CRC32 = "own_crc32"
+_CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
+
+
+class LatentCache:
+    """A finished cache, read by index from memory-mapped shards. Picklable, and safe to use in forked workers.
+
+    Args:
+        path: the folder.
+
+    Attributes:
+        index: what ``index.json`` says.
+        latent: shape of one latent.
+        flipped: whether mirrored copies are there.
+        replaced: indices of images that another one stands for.
+
+    Raises:
+        DataError: there is no complete cache, or a file of it is damaged; names the file.
+    """
+
+    # Mapped files that a process keeps; each is a few kilobytes of tables besides the pages that were read.
+    open_shards = 512
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.index = read_index(self.path)
+        self.latent = LatentShape(*self.index["latent"])
+        self.flipped: bool = self.index["flipped"]
+        self.replaced = {index for index, _ in self.index["unreadable"]}
+        for shard in self.index["shards"]:
+            check_size(self.path / shard["file"], shard["size"])
+        self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": collections.OrderedDict()}
+
+    def __len__(self) -> int:
+        return self.index["count"]
+
+    @property
+    def num_classes(self) -> int:
+        return self.index["num_classes"]
+
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of z per channel, (C,) float64 each."""
+        mean, std = (self.index["statistics"][name] for name in ("mean", "std"))
+        return torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+
+    def read(self, index: int, flipped: bool = False, features: Sequence[str] = ()) -> tuple[Cached, int]:
+        """Posterior, features and label of image ``index`` in [0, len), in the cache's dtype.
+
+        Args:
+            flipped: of the mirrored image.
+            features: labels of the encoders whose features are wanted.
+
+        Raises:
+            IndexError: outside [0, len).
+            DataError: the shard is damaged or gone; names it.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"latent cache {self.path}: index {index} is outside its {len(self)} images")
+        number, row = divmod(index, self.index["shard_size"])
+        suffix = FLIPPED if flipped else ""
+        shard = self._shard(number)
+        try:
+            mean, std = (shard.get_slice(f"{name}{suffix}")[row] for name in ("mean", "std"))
+            found = {label: shard.get_slice(f"features{suffix}.{label}")[row] for label in features}
+            return Cached(mean, std, found), int(shard.get_slice("labels")[row])
+        except Exception as error:
+            raise DataError(f"{self._file(number)}: image {index} cannot be read: {error}") from error
+
+    def _file(self, number: int) -> Path:
+        return self.path / self.index["shards"][number]["file"]
+
+    def _shard(self, number: int) -> Any:
+        if self._process != os.getpid():  # forked: the parent's maps are the parent's
+            self._open, self._process = collections.OrderedDict(), os.getpid()
+        if number not in self._open:
+            # A map of a file that has become shorter would end the process by SIGBUS.
+            check_size(self._file(number), self.index["shards"][number]["size"])
+            self._open[number] = open_shard(self._file(number))
+            if len(self._open) > self.open_shards:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        return self._open[number]
+
+
+class ShardWriter:
+    """Writes one shard in safetensors' layout, rows in any order, in constant memory; a file once it is committed.
+
+    Args:
+        path: of the shard; it is written beside, under another name.
+        tensors: dtype and shape by name.
+
+    Raises:
+        DataError: the file cannot be written, as on a full disk; also from every method.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> None:
+        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self._rows: dict[str, tuple[int, int]] = {}  # offset of the first row, bytes of a row
+        header, end = {}, 0
+        # The widest first: every tensor then begins at a multiple of its elements' size.
+        for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+            size = torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+            self._rows[name] = (end, size // shape[0])
+            end += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._base = 8 + len(text)
+        with self._writing():
+            self._file = open(self.partial, "wb")  # noqa: SIM115, closed by commit or on the way out
+            self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, first: int, rows: Tensor) -> None:
+        """Rows ``first`` and following of a tensor, in the shard's dtype, on the CPU."""
+        offset, size = self._rows[name]
+        with self._writing():
+            self._file.seek(self._base + offset + first * size)
+            self._file.write(memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy()))
+
+    def commit(self) -> dict[str, Any]:
+        """Puts the file on the disk and in its place; its ``size`` and ``crc32``."""
+        with self._writing():
+            self._file.close()
+            found = manifest.checksum(self.partial, sync=True)
+            if isinstance(found, str):
+                raise DataError(f"{self.partial} cannot be read back: {found}")
+            os.replace(self.partial, self.path)
+            manifest.sync_folder(self.path.parent)
+            return found
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"{self.partial} cannot be written: {error.strerror}; the same command goes on once that is mended"
+            ) from error
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # of what could not be written
+            self._file.close()
+        self.partial.unlink(missing_ok=True)
+
+
+def shard_name(number: int) -> str:
+    return f"latents-{number:05d}.safetensors"
+
+
+def open_shard(path: Path) -> Any:
+    """A memory-mapped safetensors file; DataError names it if it is none."""
+    from safetensors import safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:
+        raise DataError(f"{path} is damaged: {error}; {REPAIR}") from error
+
+
+REPAIR = "run the same encode command again, which makes damaged shards anew"
+REMAKE = "remove the folder and encode the dataset again"
+
+
+def check_size(path: Path, size: int) -> None:
+    """Raises DataError, naming the file, unless it has this many bytes."""
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; {REPAIR}") from error
+    if found != size:
+        raise DataError(f"{path} is damaged: {found} bytes, expected {size}; {REPAIR}")
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """What the cache's ``index.json`` says.
+
+    Raises:
+        DataError: there is none, or it is damaged or of another format.
+    """
+    if not (path / INDEX).is_file():
+        make = "make one with: python -m trainer encode SOURCE"
+        if not path.is_dir():
+            raise DataError(f"latent cache '{path}' does not exist (looked at {path.absolute()}); {make} --out {path}")
+        if (path / PROGRESS).is_dir():
+            raise DataError(f"latent cache '{path}' is not complete; run the same encode command again to finish it")
+        raise DataError(f"'{path}' is no latent cache: it has no {INDEX}; {make}")
+    index = read_json(path / INDEX)
+    if index.get("format") != FORMAT:
+        raise DataError(f"{path / INDEX} states format {index.get('format')}; this version reads format {FORMAT}")
+    return index
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    """Writes fields and their CRC-32 whole or not at all; when it returns, the file is on the disk."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w") as file:
+        json.dump(fields | {OWN_CRC32: _crc32(fields)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    manifest.sync_folder(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The fields that :func:`write_json` wrote; DataError, naming the file, if it is damaged."""
+    try:
+        fields = json.loads(path.read_bytes())
+        crc32 = fields.pop(OWN_CRC32)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"{path} is damaged: not a complete JSON object; {REMAKE}") from error
+    if crc32 != _crc32(fields):
+        raise DataError(f"{path} is damaged: its CRC-32 does not match its content; {REMAKE}")
+    return fields
+
+
+def _crc32(fields: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(fields, sort_keys=True).encode()):08x}"

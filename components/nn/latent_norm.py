@@ -1,0 +1,101 @@
+"""Batch norm on latents: the denoiser sees zero mean and unit variance per channel, however z drifts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from components.monitor.latent_statistics import observe
+from components.nn.batch_norm import batch_norm
+from components.nn.precision import at_least_fp32
+
+
+class LatentNorm(nn.Module):
+    """Affine-free batch norm between tokenizer and denoiser (REPA-E, arXiv 2504.10483, section 3.2).
+
+    Train and eval mode mean nothing here: the caller says which statistics it wants. ``forward`` and
+    ``invert`` use the running ones and change nothing; ``batch`` uses those of the batch over all ranks.
+    Everything is computed in at least fp32.
+
+    Args:
+        channels: latent channels C.
+        momentum: share of a batch in the running statistics.
+        eps: added to the variance.
+    """
+
+    def __init__(self, channels: int, *, momentum: float = 0.1, eps: float = 1e-4) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.eps = eps
+        # Named as in nn.BatchNorm2d: released checkpoints keep this module as `bn`.
+        self.register_buffer("running_mean", torch.empty(channels))
+        self.register_buffer("running_var", torch.empty(channels))
+        self.register_buffer("num_batches_tracked", torch.empty((), dtype=torch.long))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Zero mean, unit variance, no batch seen."""
+        self.running_mean.zero_()
+        self.running_var.fill_(1.0)
+        self.num_batches_tracked.zero_()
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Latents (B, C, h, w) normalised with the running statistics."""
+        observe(z)
+        return (at_least_fp32(z) - _map(self.running_mean)) * torch.rsqrt(_map(self.running_var) + self.eps)
+
+    def batch(self, z: Tensor, update: bool = True) -> Tensor:
+        """Latents (B, C, h, w) normalised with their own statistics, through which gradients flow.
+
+        Args:
+            z: latents of this rank; the statistics cover all ranks, which must all call.
+            update: move the running statistics towards the batch's (unbiased variance).
+        """
+        observe(z)
+        if not update:
+            return batch_norm(z, eps=self.eps)
+        self.num_batches_tracked.add_(1)
+        return batch_norm(z, self.running_mean, self.running_var, momentum=self.momentum, eps=self.eps)
+
+    def invert(self, z_normalised: Tensor) -> Tensor:
+        """Undoes ``forward``: (B, C, h, w) back to the tokenizer's scale."""
+        return at_least_fp32(z_normalised) * torch.sqrt(_map(self.running_var) + self.eps) + _map(self.running_mean)
+
+    def summary(self) -> dict[str, Tensor]:
+        """Scalars over the channels of the running statistics."""
+        mean, var = self.running_mean, self.running_var
+        low, high = torch.aminmax(var)
+        return {
+            "mean": mean.mean(),
+            "mean_abs_max": mean.abs().amax(),
+            "variance_mean": var.mean(),
+            "variance_min": low,
+            "variance_max": high,
+        }
+
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Sets the running statistics from measured ones.
+
+        Args:
+            mean: C values, of any shape.
+            std: C positive values, of any shape.
+
+        Raises:
+            ValueError: not C values each, not finite, or a standard deviation that is not positive.
+        """
+        channels = self.running_mean.numel()
+        if mean.numel() != channels or std.numel() != channels:
+            raise ValueError(
+                f"latent statistics: expected {channels} means and {channels} standard deviations, one per "
+                f"latent channel, got {mean.numel()} and {std.numel()}"
+            )
+        if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
+            raise ValueError("latent statistics: means must be finite and standard deviations finite and positive")
+        self.running_mean.copy_(mean.flatten())
+        self.running_var.copy_(std.flatten().square())
+
+
+def _map(value: Tensor) -> Tensor:
+    """(C,) -> (C, 1, 1), to broadcast over positions."""
+    return value[:, None, None]

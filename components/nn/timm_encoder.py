@@ -1,0 +1,279 @@
+"""Alignment encoders out of timm's models: what every such plugin shares."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from components.files.weights import WeightsError, hub_file, load_strict, read_state
+from components.nn.precision import at_least_fp32
+from components.registry import encoders
+
+HUB_FILE = "model.safetensors"  # unless timm names another
+
+
+class TimmEncoder(nn.Module):
+    """A frozen model of timm as a :class:`components.contracts.Encoder`; plugins derive from it.
+
+    Vision transformers: images are resized to ``grid * patch_size`` pixels per side, so that the transformer's patches
+    are the denoiser's tokens whatever the resolution. A position embedding of another grid is resampled when the
+    weights are read (as :attr:`position_resize` says). Class and register tokens take part in attention and are
+    dropped from the result.
+
+    Models of feature maps (hierarchical transformers, convolutional networks): images are resized to the size of the
+    pretraining, and the last feature map to ``grid`` per side.
+
+    Features of another size than ``grid`` are averaged over blocks where the grid divides it, else resized
+    (bilinear, antialiased).
+
+    The weights stay random before ``load_weights``.
+
+    Args:
+        model: name in timm, with the tag of its weights: "vit_base_patch14_dinov2.lvd142m".
+        grid: the denoiser's tokens per side.
+        pretrained: read the weights that belong to ``model`` from the Hugging Face cache, or download them.
+        checkpoint: file to read instead (.safetensors, or tensors saved by torch.save), in timm's layout or in
+            any that timm converts to it, which includes the original authors' for DINOv2 and OpenAI's CLIP.
+        final_norm: whether the features pass the model's last norm.
+        resize_first: resize before the normalisation instead of after it. The weights of either resize sum to one, so
+            this matters to the last bits only.
+        resize: how images are resized: without antialiasing, or "bilinear_antialias" with it.
+        layer: block whose tokens are taken (of models of feature maps: the stage); negative ones count from the last.
+        image_size: pixels per side that the model sees, where that is not as above.
+        options: what timm's constructor of the model takes: {"global_pool": "token"}.
+
+    Attributes:
+        embed_dim: features D of a token.
+        side: pixels per side that the model sees.
+        position_resize: options of timm's ``resample_abs_pos_embed``; none: bicubic, antialiased.
+
+    Raises:
+        ValueError: timm knows no such model or tag, or cannot make it with these options, or it gives no features.
+    """
+
+    position_resize: dict[str, Any] = {}
+
+    def __init__(
+        self,
+        model: str,
+        grid: int,
+        *,
+        pretrained: bool = True,
+        checkpoint: str | None = None,
+        final_norm: bool = True,
+        resize_first: bool = False,
+        resize: Literal["bicubic", "bilinear", "bilinear_antialias"] = "bicubic",
+        layer: int = -1,
+        image_size: int | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.pretrained = pretrained
+        self.checkpoint = checkpoint
+        self.final_norm = final_norm
+        self.resize_first = resize_first
+        mode, _, antialias = resize.partition("_")
+        self.resize = {"mode": mode, "antialias": bool(antialias), "align_corners": False}
+        self.model = self._made(model, options)
+        self.patch_tokens = all(hasattr(self.model, name) for name in ("set_input_size", "num_prefix_tokens"))
+        self.layer = layer
+        if self.patch_tokens:
+            depth, patch = len(self.model.blocks), self.model.patch_embed.feat_ratio()
+            if not -depth <= layer < depth:
+                raise ValueError(f"{self._what}: layer = {layer}, but '{model}' has {depth} blocks: 0 to {depth - 1}")
+            if image_size is not None and (image_size <= 0 or image_size % patch):
+                raise ValueError(f"{self._what}: image_size = {image_size} is no multiple of the patch, {patch} pixels")
+            self.is_last = layer % depth == depth - 1
+            self.side = image_size or grid * patch
+            self.model.set_input_size(img_size=self.side)
+            self.embed_dim: int = self.model.embed_dim
+        else:
+            self.is_last = layer == -1
+            self.side = image_size or self.model.pretrained_cfg["input_size"][-1]
+            self.embed_dim = self._map_features(model, options)
+            if hasattr(self.model, "set_input_size"):
+                self.model.set_input_size(img_size=self.side)
+        self._computed_on_meta = any(buffer.is_meta for buffer in self.model.buffers())
+        self.register_buffer("mean", torch.empty(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.empty(1, 3, 1, 1), persistent=False)
+        self._fill_buffers()
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> TimmEncoder:
+        """Stays in evaluation mode whatever ``mode`` says."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Patch tokens (B, grid * grid, D), rows first, fp32 (fp64 from a module in fp64).
+
+        Args:
+            images: (B, 3, R, R) in [-1, 1].
+        """
+        features = at_least_fp32(self._features(self.model, self._prepared(images)))
+        if features.ndim == 3:
+            if features.shape[1] == self.grid**2:
+                return features
+            features = features.transpose(1, 2).unflatten(2, (math.isqrt(features.shape[1]), -1))
+        return _on_grid(features, self.grid).flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """One vector per image (B, D), fp32.
+
+        Of a transformer's last block it is what timm's model pools to: the class token behind the final norm, the
+        mean of the patch tokens, or what an attention pool makes of them. Else it is the mean of the features.
+
+        Args:
+            images: (B, 3, R, R) in [-1, 1].
+        """
+        if not (self.patch_tokens and self.is_last):
+            return self(images).mean(1)
+        tokens = self.model.forward_features(self._prepared(images))
+        return at_least_fp32(self.model.forward_head(tokens, pre_logits=True))
+
+    def load_weights(self) -> None:
+        """Reads ``checkpoint``, or else the pretrained weights, or else nothing; every key must fit.
+
+        Keys of a classifier are left out; the encoder has none.
+
+        Raises:
+            WeightsError: the file is missing, unreadable or of another architecture; or the download failed.
+        """
+        # On the meta device, where the module may have been made, the constants were lost.
+        self._fill_buffers()
+        if self.checkpoint is None and not self.pretrained:
+            return
+        path = self.checkpoint or self._hub_file()
+        load_strict(self.model, self._converted(self._read(path)), self._what, path)
+
+    def _made(self, model: str, options: dict[str, Any] | None) -> nn.Module:
+        import timm  # takes seconds
+
+        try:
+            return timm.create_model(model, pretrained=False, num_classes=0, **(options or {}))
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{self._what}: timm cannot make '{model}': {error}") from error
+
+    def _map_features(self, model: str, options: dict[str, Any] | None) -> int:
+        """Features D of a model of feature maps, found by running it on the meta device.
+
+        Raises:
+            ValueError: it cannot run on images of this size, has no such layer, or cannot normalise its features.
+        """
+        with torch.device("meta"):
+            probe = self._made(model, options).eval()
+            try:
+                if hasattr(probe, "set_input_size"):
+                    probe.set_input_size(img_size=self.side)
+                shape = self._features(probe, torch.empty(1, 3, self.side, self.side)).shape
+            except Exception as error:
+                raise ValueError(
+                    f"{self._what}: timm's '{model}' gives no features of layer {self.layer} of images of {self.side} "
+                    f"pixels, {'with' if self.final_norm else 'without'} its final norm: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+        if len(shape) != 4 or shape[-1] != shape[-2]:
+            raise ValueError(f"{self._what}: timm's '{model}' gives features {tuple(shape)}, expected (B, D, n, n)")
+        return shape[1]
+
+    def _features(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Tokens (B, n * n, D) or a feature map (B, D, n, n) of ``layer``."""
+        (features,) = model.forward_intermediates(
+            x,
+            indices=[self.layer],
+            norm=self.final_norm,
+            stop_early=not self.is_last,
+            output_fmt="NLC" if self.patch_tokens else "NCHW",
+            intermediates_only=True,
+        )
+        return features
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1], as the model takes them."""
+        x = (at_least_fp32(images) + 1) / 2
+        if self.resize_first:
+            x = self._normalised(self._resized(x))
+        else:
+            x = self._resized(self._normalised(x))
+        return x.to(next(self.model.parameters()).dtype)
+
+    def _resized(self, x: Tensor) -> Tensor:
+        if x.shape[-2:] == (self.side, self.side):
+            return x
+        return F.interpolate(x, size=(self.side, self.side), **self.resize)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+    @torch.no_grad()
+    def _fill_buffers(self) -> None:
+        for name in ("mean", "std"):
+            buffer = getattr(self, name)
+            buffer.copy_(buffer.new_tensor(self.model.pretrained_cfg[name]).view(1, 3, 1, 1))
+        if self._computed_on_meta:
+            for name, module in self.model.named_modules():
+                if hasattr(module, "init_non_persistent_buffers"):
+                    module.init_non_persistent_buffers()
+                elif module._non_persistent_buffers_set and not self.mean.is_meta:
+                    raise WeightsError(
+                        f"{self._what}: made on the meta device, where {name} lost what its constructor computed, and "
+                        "this timm cannot compute it again; make the encoder on the CPU, or install a newer timm"
+                    )
+
+    def _read(self, path: str | Path) -> dict[str, Tensor]:
+        """The named tensors of a file, in timm's layout or one that timm converts; plugins know more layouts."""
+        return read_state(path, self._what)
+
+    def _converted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict in timm's layout, position embedding on our grid, without the classifier."""
+        convert = getattr(sys.modules[type(self.model).__module__], "checkpoint_filter_fn", None)
+        if convert is not None:
+            # Another architecture may break timm's conversion half way: then load_strict names the file's own keys.
+            with contextlib.suppress(Exception):
+                state = convert(dict(state), self.model, **self.position_resize)
+        classifier = self.model.pretrained_cfg.get("classifier") or ()
+        heads = tuple(f"{c}." for c in ([classifier] if isinstance(classifier, str) else classifier))
+        return {key: value for key, value in state.items() if not key.startswith(heads)}
+
+    def _hub_file(self) -> Path:
+        """The pretrained weights' file in the Hugging Face cache, downloaded if need be."""
+        config = self.model.pretrained_cfg
+        option = f"[encoders.{self._name}] checkpoint"
+        url = config.get("url")
+        if not config.get("hf_hub_id"):
+            raise WeightsError(
+                f"{self._what}: timm publishes no weights for '{config['architecture']}'; set\n"
+                f'  {option} = "FILE"\n{f"where FILE is the original {url}, " if url else ""}'
+                "or pretrained = false for random weights"
+            )
+        repo, _, revision = config["hf_hub_id"].partition("@")
+        filename = config.get("hf_hub_filename") or HUB_FILE
+        original = f", or the original {url}" if url else ""
+        file = f"{filename} of the Hugging Face repository {repo}{original}"
+        return hub_file(self._what, repo, filename, revision=revision or None, option=option, file=file)
+
+    @property
+    def _name(self) -> str:
+        """The plugin's name, for messages."""
+        return next((p.name for p in encoders if p.cls is type(self)), type(self).__name__)
+
+    @property
+    def _what(self) -> str:
+        return f"encoder {self._name}"
+
+
+def _on_grid(planes: Tensor, grid: int) -> Tensor:
+    """(B, D, n, n) -> (B, D, grid, grid)."""
+    n = planes.shape[-1]
+    if n % grid == 0:
+        return F.adaptive_avg_pool2d(planes, grid)
+    return F.interpolate(planes, (grid, grid), mode="bilinear", antialias=n > grid, align_corners=False)

@@ -1,0 +1,98 @@
+"""JSON Schema of a config file, every registered plugin's options included, for editors.
+
+Draft 7, and of that only what older validators know as well (``enum`` and ``anyOf`` instead of ``const`` and ``if``):
+TOML extensions complete and check by it where a file names it in a line ``#:schema ./schema.json``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from components import registry
+from components.registry import Plugin
+from trainer.config.schema import Config, OptimizerTable
+
+DRAFT = "http://json-schema.org/draft-07/schema#"
+REFERENCE = "#/definitions/{model}"
+ONE_TABLE = ("recipe", "tokenizer", "denoiser", "dataset")
+LABELLED = {"encoders": "encoder", "losses": "loss"}
+
+
+def json_schema() -> dict[str, Any]:
+    """The schema of everything that the registry holds now."""
+    schema = {"$schema": DRAFT, "title": "titanrepa run"}
+    schema |= Config.model_json_schema(ref_template=REFERENCE)
+    definitions = schema["definitions"] = schema.pop("$defs")
+    tables = schema["properties"]
+    for kind, plugins in registry.KINDS.items():
+        for plugin in plugins:
+            definitions[f"{kind}.{plugin.name}"] = _table(plugin, definitions)
+    for kind in ONE_TABLE:
+        tables[kind] = {"description": f"Name of a {kind} and its options.", "anyOf": _named(kind)}
+    for place, kind in LABELLED.items():
+        for plugin in registry.KINDS[kind]:  # under its own name as the label
+            own = definitions[f"{kind}.{plugin.name}"]
+            unnamed = own | {"required": [key for key in own["required"] if key != "name"]}
+            definitions[f"{place}.{plugin.name}"] = unnamed
+        tables[place] = {
+            "type": "object",
+            "description": f"Tables [{place}.LABEL]: name of a {kind} (LABEL, if missing) and its options.",
+            "properties": {
+                plugin.name: {
+                    "description": plugin.summary,
+                    "anyOf": [{"$ref": f"#/definitions/{place}.{plugin.name}"}, *_named(kind, besides=plugin.name)],
+                }
+                for plugin in registry.KINDS[kind]
+            },
+            "additionalProperties": {"anyOf": _named(kind)},
+        }
+    group = OptimizerTable.model_json_schema(ref_template=REFERENCE)
+    optimizer = definitions["Optimizer"]
+    names = sorted({name for recipe in registry.recipes for name in recipe.cls.trains})
+    optimizer["properties"] |= {name: group | {"description": f"Settings of the group '{name}'."} for name in names}
+    optimizer["additionalProperties"] = False
+    del definitions["PluginTable"], definitions["EncoderTable"]
+    return _plain(schema)
+
+
+def _table(plugin: Plugin, definitions: dict[str, Any]) -> dict[str, Any]:
+    """One plugin's table, its name required."""
+    table = plugin.schema().model_json_schema(ref_template=REFERENCE)
+    definitions |= table.pop("$defs", {})
+    name = {"enum": [plugin.name], "description": plugin.summary}
+    # What the trainer reads of every encoder's table: its weight.
+    common = dict(definitions["EncoderTable"]["properties"]) if plugin.kind == "encoder" else {}
+    return {
+        "title": f"{plugin.kind} {plugin.name}",
+        "description": plugin.summary,
+        "type": "object",
+        "properties": {**common, "name": name, **table.get("properties", {})},
+        "required": ["name", *table.get("required", [])],
+        "additionalProperties": False,
+    }
+
+
+def _named(kind: str, besides: str = "") -> list[dict[str, Any]]:
+    return [{"$ref": f"#/definitions/{kind}.{name}"} for name in registry.KINDS[kind].names() if name != besides]
+
+
+def _plain(node: Any) -> Any:
+    """Without what TOML lacks (null), pydantic's titles of keys, and line breaks in descriptions."""
+    if isinstance(node, list):
+        return [_plain(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    found = {key: _plain(value) for key, value in node.items()}
+    if isinstance(found.get("description"), str):
+        found["description"] = " ".join(found["description"].split())
+    if "default" in found and found["default"] is None:
+        del found["default"]
+    if isinstance(found.get("anyOf"), list):
+        found["anyOf"] = [option for option in found["anyOf"] if option != {"type": "null"}]
+        if len(found["anyOf"]) == 1:
+            found = {**found.pop("anyOf")[0], **found}
+    if isinstance(found.get("properties"), dict):
+        for value in found["properties"].values():
+            if isinstance(value, dict) and isinstance(value.get("title"), str):
+                del value["title"]
+    return found

@@ -1,0 +1,72 @@
+"""The true peak of a step's memory on this machine, to hold an estimate against."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from pathlib import Path
+
+import torch
+
+from components.distributed import parallel
+from components.distributed.parallel import World
+from trainer.commands.train import set_backends
+from trainer.config import Config, ConfigError
+from trainer.estimate.dry_run import micro_batches
+from trainer.run.assemble import build, check
+from trainer.run.monitor.flops import never_stop
+from trainer.run.step import make_step
+
+STEPS = 2  # optimizer states exist from the second on
+
+
+def measure_peak(config: Config, world: World) -> tuple[float, bool]:
+    """Bytes at the peak of real steps with random weights and images, on the rank that needed most.
+
+    On a GPU what PyTorch allocated; on a CPU the growth of the process's resident memory since before the model was
+    built, which libraries' scratch memory is part of.
+
+    Returns:
+        bytes; whether the steps ran in bf16.
+
+    Raises:
+        ConfigError: neither a GPU nor Linux.
+    """
+    set_backends(config)
+    on_gpu = world.device.type == "cuda"
+    if not on_gpu and not sys.platform.startswith("linux"):
+        raise ConfigError("--measure needs a GPU, or Linux to read the process's memory")
+    # Imports what the plugins need, so that it does not count.
+    check(config, world.size, world.local_size)
+    gc.collect()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        _return_freed_memory()
+        before = _resident("VmRSS")
+    parts = build(config, world, files=False)
+    step = make_step(config, parts, world.device)
+    never_stop(parts)
+    for _ in range(STEPS):
+        step(config.training.steps - 1, micro_batches(config, parts, world, config.training.accumulation))
+    peak = torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM") - before
+    return max(row[0] for row in parallel.gather_floats(float(peak))), step.autocast_dtype is not None
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps freed memory for itself; from now on tensors go back to the system, and the peak is of live ones."""
+    mmap_threshold, trim_threshold, threshold = -3, -1, 65536
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(mmap_threshold, threshold)
+        libc.mallopt(trim_threshold, threshold)
+        libc.malloc_trim(0)
+    # The peak so far, of imports, is forgotten.
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _resident(field: str) -> int:
+    """Bytes: VmRSS now, VmHWM at the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

@@ -1,0 +1,187 @@
+"""Weights of other programs -> the states of our modules, checked against a config's architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components import registry
+from components.contracts import Modules
+from components.files.layouts import diffusers_kl, files, published
+from components.files.layouts.files import WeightsFile
+from components.files.model_file import PARTS
+from components.files.weights import WeightsError, check_fit
+from components.nn.latent_norm import LatentNorm
+from trainer.config import Config, ConfigError, PluginTable
+from trainer.run.assemble import build_parts
+from trainer.run.initial_statistics import read_statistics
+
+State = dict[str, Tensor]
+
+
+@dataclass
+class Imported:
+    """What was found.
+
+    Attributes:
+        step: optimizer steps behind the weights, if the file says.
+        weights: "ema" or "online".
+        states: state dicts by part.
+        online: raw weights beside averaged ones, by part; empty where the file has one of them only.
+        notes: what the user should know, line by line.
+    """
+
+    step: int
+    weights: str
+    states: dict[str, State] = field(default_factory=dict)
+    online: dict[str, State] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def import_model(
+    config: Config, path: str, *, tokenizer: str | None = None, stats: str | None = None, weights: str = "ema"
+) -> Imported:
+    """Reads a REPA-E checkpoint, or a tokenizer's or denoiser's own file, for the modules that a config names.
+
+    Args:
+        config: of the architecture; ``training.num_classes`` is filled in.
+        path: file or diffusers folder.
+        tokenizer: file of the tokenizer, where ``path`` has none; none: the config's ``tokenizer.checkpoint``.
+        stats: file of latent statistics; none: those in ``path``, else the config's ``latent_norm.statistics``, else
+            those of a diffusers folder.
+        weights: "ema" or "model": which of a training checkpoint's denoisers; the other one is kept beside.
+
+    Raises:
+        ConfigError: something is missing that an option can name.
+        WeightsError: keys are missing, unexpected or mis-shaped, every one named; or a file cannot be read.
+    """
+    file = files.read(path, "import")
+    config.training.num_classes = config.training.num_classes or published.num_classes(
+        file.tensors, _option(config, "denoiser.label_dropout") or 0.0
+    )
+    with torch.device("meta"):
+        m = build_parts(config, dataset=None, prepare=lambda place, role, module: None).modules
+    own = {part: getattr(m, part).state_dict() for part in PARTS if getattr(m, part) is not None}
+    step = file.values.get("steps", file.values.get("global_step", 0))
+    found = Imported(int(step), "online" if weights == "model" else "ema")
+    problems: list[str] = []
+
+    def add(part: str, state: State, into: dict[str, State]) -> None:
+        """Checks a part, so that all of them are checked before the first complaint."""
+        try:
+            check_fit(own[part], state, part, path)
+        except WeightsError as error:
+            problems.append(str(error))
+        into[part] = state
+
+    _take_denoiser(file, own, weights, found, add)
+    tokenizer_file = _take_tokenizer(config, file, tokenizer, m, own["tokenizer"], found, add)
+    if not found.states:
+        raise ConfigError(
+            f"'{path}' holds no tensor of this config's tokenizer or denoiser; it holds {files.left_out(file)}"
+        )
+    _take_latent_norm(config, stats, tokenizer_file, own, found)
+    _take_discriminator([file, tokenizer_file], own, found, add)
+    if problems:
+        raise WeightsError("\n".join(problems))
+    for each in {id(f): f for f in (file, tokenizer_file) if f is not None}.values():
+        if rest := files.left_out(each):
+            found.notes.append(f"Left out of '{each.source}': {rest}")
+    found.notes = [*dict.fromkeys(found.notes), *_other_arguments(config, file.values.get("args"))]
+    return found
+
+
+Add = Callable[[str, State, dict[str, State]], None]
+
+
+def _take_denoiser(file: WeightsFile, own: dict[str, State], weights: str, found: Imported, add: Add) -> None:
+    keys = published.join_denoiser(own) if "denoiser" in own else {}
+    if weights == "ema" and not files.holds(file, "ema", keys) and files.holds(file, "model", keys):
+        found.notes.append(f"'{file.source}' has no averaged weights: these are its `model`")
+        found.weights, weights = "online", "model"
+    if not files.holds(file, weights, keys):
+        return
+    chosen: list[tuple[str, dict[str, State]]] = [(weights, found.states)]
+    if weights == "ema" and any(f"ema.{key}" in file.tensors for key in keys):
+        chosen += [("model", found.online)] if any(f"model.{key}" in file.tensors for key in keys) else []
+    for role, into in chosen:
+        split = published.split_denoiser(files.take(file, role, keys)[1])
+        for part, state in split.items():
+            if part in own:
+                add(part, state, into)
+            else:
+                found.notes.append(f"Left out: {part}, which the config's recipe does not use")
+        if "heads" in own and "heads" not in split:
+            found.notes.append(f"'{file.source}' has no heads, which only training needs")
+
+
+def _take_tokenizer(
+    config: Config, file: WeightsFile, path: str | None, m: Modules, own: State, found: Imported, add: Add
+) -> WeightsFile | None:
+    path = path or (None if files.holds(file, "tokenizer", own) else config.tokenizer.options.get("checkpoint"))
+    if path is None and not files.holds(file, "tokenizer", own):
+        if found.states:
+            raise ConfigError(f"'{file.source}' holds no tokenizer; add --tokenizer=FILE, or set tokenizer.checkpoint")
+        return None
+    source = files.read(path, "tokenizer") if path else file
+    architecture = getattr(m.tokenizer, "architecture", None)
+    add("tokenizer", files.tokenizer_state(source, own, architecture, "tokenizer"), found.states)
+    return source
+
+
+def _take_latent_norm(
+    config: Config, stats: str | None, tokenizer_file: WeightsFile | None, own: dict[str, State], found: Imported
+) -> None:
+    if "latent_norm" not in own:
+        return
+    measured = None
+    if stats or ("latent_norm" not in found.states and config.latent_norm.statistics):
+        measured = read_statistics(stats or config.latent_norm.statistics)
+    elif "latent_norm" not in found.states and tokenizer_file is not None and tokenizer_file.config is not None:
+        measured = diffusers_kl.statistics(tokenizer_file.config)
+    if measured is not None:
+        norm = LatentNorm(len(own["latent_norm"]["running_mean"]))
+        try:
+            norm.set_statistics(*measured)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        for states in (found.states, found.online) if found.online else (found.states,):
+            states["latent_norm"] = norm.state_dict()
+    if "latent_norm" not in found.states:
+        if "denoiser" in found.states:
+            raise ConfigError("the file has no latent statistics (bn.*), which the denoiser needs; add --stats=FILE")
+        found.notes.append("There are no latent statistics; --stats=FILE adds them")
+
+
+def _take_discriminator(sources: list[WeightsFile | None], own: dict[str, State], found: Imported, add: Add) -> None:
+    network = published.to_discriminator(own.get("discriminator", {}))
+    for file in sources:
+        if file is not None and "discriminator" not in found.states and files.holds(file, "discriminator", network):
+            state = files.take(file, "discriminator", network)[1]
+            add("discriminator", published.from_discriminator(state, own["discriminator"]), found.states)
+
+
+def _other_arguments(config: Config, arguments: Any) -> list[str]:
+    """Options of the published command line that shapes do not show, where the config says otherwise."""
+    lines = []
+    for name, place in published.ARGUMENTS.items():
+        theirs, ours = getattr(arguments, name, None), _option(config, place)
+        if theirs is not None and ours is not None and theirs != ours:
+            lines.append(
+                f"Warning: the checkpoint was trained with {name} = {theirs}, but the config has {place} = {ours}"
+            )
+    return lines
+
+
+def _option(config: Config, place: str) -> Any:
+    """A value of the config, or the default of a plugin's option; None where there is none."""
+    table_name, key = place.split(".")
+    table = getattr(config, table_name)
+    if not isinstance(table, PluginTable):
+        return getattr(table, key, None)
+    option = registry.KINDS[table_name].get(table.name).options.get(key)
+    return table.options.get(key, option.default if option else None)

@@ -1,0 +1,141 @@
+"""A folder of samples that can be begun, killed, gone on with, and read by other people's evaluation scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from components.diffusion.draws import generator
+from trainer.config import ConfigError
+
+SETTINGS, GRID, ARCHIVE = "samples.json", "grid.png", "samples.npz"
+GRID_IMAGES = 100
+FREE = ("num_samples", "batch_size", "source")  # may differ when more is added to a folder
+
+
+class SampleFolder:
+    """PNG files ``000000.png``, ... and ``samples.json``, which says how they were made.
+
+    Args:
+        path: made when it is missing.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def file(self, i: int) -> Path:
+        return self.path / f"{i:06d}.png"
+
+    def settings(self) -> dict[str, Any] | None:
+        """What ``samples.json`` says, if it is there."""
+        try:
+            return json.loads((self.path / SETTINGS).read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ConfigError(f"'{self.path / SETTINGS}' is damaged ({error}); remove the folder") from error
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Notes the settings, or compares them with those that the folder was begun with.
+
+        Raises:
+            ConfigError: they differ, so that the folder would mix images of two kinds; or it cannot be written.
+        """
+        before = self.settings()
+        if before is not None:
+            other = [k for k in settings if k not in FREE and before.get(k) != settings[k]]
+            if other:
+                listed = "".join(f"\n  {k}: {before.get(k)} there, {settings[k]} now" for k in other)
+                raise ConfigError(
+                    f"'{self.path}' was begun with other settings:{listed}\nRemove it, or choose another --out"
+                )
+        elif self.path.is_dir() and any(self.path.glob("*.png")):
+            raise ConfigError(f"'{self.path}' holds images of another origin; choose another --out")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path / SETTINGS, json.dumps(settings, indent=1).encode())
+        except OSError as error:
+            raise ConfigError(f"--out: cannot write to '{self.path}': {error.strerror}") from error
+
+    def missing(self, count: int) -> set[int]:
+        """Of images 0 to ``count`` those that are not there."""
+        there = set(os.listdir(self.path))
+        return {i for i in range(count) if f"{i:06d}.png" not in there}
+
+    def write(self, i: int, image: Tensor) -> None:
+        """Image i, uint8 (3, R, R) on the host; the file is whole or absent."""
+        import io
+
+        import PIL.Image
+
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG", compress_level=1)
+        write_whole(self.file(i), buffer.getvalue())
+
+    def read(self, i: int) -> Tensor:
+        """Image i, uint8 (3, R, R)."""
+        import PIL.Image
+
+        with PIL.Image.open(self.file(i)) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+    def write_grid(self, count: int) -> Path:
+        """The first images, side by side."""
+        from trainer.run.pictures import grid, save_png
+
+        images = torch.stack([self.read(i) for i in range(min(count, GRID_IMAGES))])
+        save_png(grid(images.float() / 127.5 - 1), self.path / GRID)
+        return self.path / GRID
+
+    def write_archive(self, count: int, resolution: int) -> Path:
+        """The ADM suite's batch: ``arr_0``, uint8 (count, R, R, 3); image by image, never all in memory."""
+        path, partial = self.path / ARCHIVE, self.path / (ARCHIVE + ".partial")
+        with zipfile.ZipFile(partial, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, resolution, resolution, 3)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for i in range(count):
+                file.write(self.read(i).permute(1, 2, 0).contiguous().numpy().tobytes())
+        os.replace(partial, path)
+        return path
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that is whole or absent, whenever the process is killed."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def parse_labels(text: str, num_classes: int) -> list[int] | str:
+    """``balanced``, ``random``, or class numbers ``0,207,388``.
+
+    Raises:
+        ConfigError: neither, or a class that does not exist.
+    """
+    if text in ("balanced", "random"):
+        return text
+    try:
+        classes = [int(word) for word in text.split(",")]
+    except ValueError:
+        classes = []
+    if not classes or not all(0 <= c < num_classes for c in classes):
+        raise ConfigError(
+            f"--labels={text}: expected balanced, random, or class numbers from 0 to {num_classes - 1} as 0,3,7"
+        )
+    return classes
+
+
+def labels_of(ids: Sequence[int], kind: list[int] | str, num_classes: int, seed: int) -> list[int]:
+    """The class of each image, a function of its number: all or the listed classes in turn, or drawn at random."""
+    if kind == "random":
+        return [int(torch.randint(num_classes, (), generator=generator(seed, "label", i))) for i in ids]
+    classes = range(num_classes) if kind == "balanced" else kind
+    return [classes[i % len(classes)] for i in ids]

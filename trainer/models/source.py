@@ -1,0 +1,196 @@
+"""A trained model, from wherever it lies: a run, one of its checkpoints, a model folder, or a config's own files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from components.checkpoint import CheckpointError, CheckpointManager
+from components.distributed.materialize import materialise
+from components.distributed.parallel import World, compile_units
+from components.files.fingerprint import fingerprint
+from components.files.weights import load_strict
+from trainer.config import Config, ConfigError, load, loads
+from trainer.run import assemble
+from trainer.run.parts import Parts
+from trainer.run.prepare import seeded
+
+SAMPLING = ("tokenizer", "denoiser", "latent_norm")
+
+
+@dataclass
+class Stored:
+    """What a source holds, before anything is built.
+
+    Attributes:
+        config: of the run that made it.
+        states: of the modules asked for that it has, by name; whole, in the host's memory.
+        step: optimizer steps behind it; 0 for a config.
+        path: as the user named it.
+        run: folder of the run, where there is one.
+        weights: "ema" where averages were asked for; a module that has none is taken as it is.
+    """
+
+    config: Config
+    states: dict[str, dict[str, Tensor]]
+    step: int
+    path: str
+    run: Path | None
+    weights: str
+
+    @property
+    def label(self) -> str:
+        """Where the weights come from, for people."""
+        return f"{self.path} at step {self.step}, {self.weights} weights" if self.states else self.path
+
+
+@dataclass
+class Source(Stored):
+    """A source whose modules are built: frozen, in eval mode, whole on every rank."""
+
+    parts: Parts
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights that sampling uses; about a second per gigabyte."""
+        named = self.parts.modules.named()
+        each = [fingerprint(named[name]) for name in SAMPLING if name in named]
+        return hashlib.sha256("".join(each).encode()).hexdigest()
+
+
+def read_source(
+    path: str,
+    *,
+    weights: str = "ema",
+    step: int | None = None,
+    overrides: Sequence[str] = (),
+    needs: Sequence[str] = SAMPLING,
+) -> Stored:
+    """Reads config and weights. Collective where there are several ranks.
+
+    Args:
+        path: a run folder, a checkpoint in it, a model folder (:mod:`components.files.model_file`), or a TOML file.
+        weights: "ema" or "online".
+        step: of the checkpoint; none: the newest sound one. For run folders.
+        overrides: ``--section.key=value`` on the run's config.
+        needs: modules whose weights are wanted: names of ``checkpoint["modules"]``.
+
+    Raises:
+        ConfigError: nothing of the kind is at ``path``, saying what is.
+        CheckpointError: it is damaged, or there is no checkpoint of that step.
+        WeightsError: a model folder's file is damaged.
+    """
+    there = Path(path).expanduser()
+    if step is not None and not (there / "checkpoints").is_dir():
+        raise ConfigError(f"--step={step} chooses among a run's checkpoints, but '{path}' is not a run folder")
+    if there.suffix == ".toml":
+        return Stored(load(path, list(overrides)), {}, 0, path, None, weights)
+    if (there / "manifest.json").is_file():
+        return _from_checkpoint(path, there, weights, overrides, needs)
+    if (there / "checkpoints").is_dir():
+        return _from_checkpoint(path, _choose(there, step), weights, overrides, needs)
+    if (there / "config.toml").is_file() and any(there.glob("*.safetensors")):
+        from components.files import model_file
+
+        states, about = {}, {}
+        for name in needs:
+            if (there / f"{name}.safetensors").is_file():
+                states[name], about = model_file.read_part(there / f"{name}.safetensors")
+        config = loads((there / "config.toml").read_text(), str(there / "config.toml"), list(overrides))
+        return Stored(config, states, int(about.get("step", 0)), path, None, about.get("weights", weights))
+    if (there / "config.toml").is_file():
+        raise ConfigError(f"'{path}' is a run that has no checkpoint yet; train it first, or name another")
+    raise ConfigError(
+        f"'{path}' is no trained model{'' if there.exists() else ' (it does not exist)'}; expected a run folder "
+        "(outputs/NAME), one of its checkpoints (outputs/NAME/checkpoints/step_00000100), a model folder made by "
+        "export or import, or a TOML file" + _runs()
+    )
+
+
+def open_source(
+    path: str,
+    world: World,
+    *,
+    weights: str = "ema",
+    step: int | None = None,
+    overrides: Sequence[str] = (),
+    needs: Sequence[str] = SAMPLING,
+    dataset: bool = False,
+    compiled: bool = False,
+) -> Source:
+    """Reads and builds a trained model; see :func:`read_source`.
+
+    Args:
+        world: this process; every rank gets whole modules.
+        needs: fields of ``Modules``; "encoders" and others that a checkpoint does not hold load their own weights.
+        dataset: build the config's dataset, too.
+        compiled: torch.compile the modules' units.
+
+    Raises:
+        ConfigError: it lacks weights that are needed.
+    """
+    stored = read_source(path, weights=weights, step=step, overrides=overrides, needs=needs)
+    config, seed = stored.config, stored.config.training.seed
+    what = f"'{path}'"
+
+    def prepare(place: str, role: str, module: nn.Module) -> None:
+        module.eval().requires_grad_(False)
+        if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+            with seeded(seed, place):
+                materialise(module, world.device)
+        module.to(world.device)
+        if role in stored.states:
+            load_strict(module, stored.states[role], f"{role} of {what}", path)
+        elif not module.state_dict():
+            pass  # pixels need no tokenizer
+        elif role == "tokenizer" and getattr(module, "checkpoint", None):
+            module.load_weights()
+        elif role in SAMPLING:
+            raise ConfigError(
+                f"{what} holds no trained {role}"
+                + ("; set tokenizer.checkpoint" if role == "tokenizer" else "; expected a run or model folder")
+            )
+        elif hasattr(module, "load_weights"):
+            module.load_weights()
+        if compiled and any(True for _ in module.parameters()):
+            compile_units(module)
+
+    data = None
+    if dataset:
+        data = assemble.make_plugin("dataset", "dataset", config.dataset, config.training.resolution)
+    parts = assemble.build_parts(config, data, prepare, uses=frozenset(needs))
+    parts.dataset = data
+    return Source(**vars(stored), parts=parts)
+
+
+def _from_checkpoint(
+    path: str, checkpoint: Path, weights: str, overrides: Sequence[str], needs: Sequence[str]
+) -> Stored:
+    manager = CheckpointManager(checkpoint.parent)
+    wanted = [f"{where}.{name}" for name in needs for where in ("modules", "ema")]
+    found = manager.read(checkpoint, ["config", "progress.step", *wanted])
+    places = ("ema", "modules") if weights == "ema" else ("modules",)
+    states = {}
+    for name in needs:
+        held = [found[f"{place}.{name}"] for place in places if f"{place}.{name}" in found]
+        states |= {name: held[0]} if held else {}
+    run = Path(path) if (Path(path) / "checkpoints").is_dir() else checkpoint.absolute().parent.parent
+    config = loads(found["config"], str(run / "config.toml"), list(overrides))
+    return Stored(config, states, found["progress.step"], path, run, weights)
+
+
+def _choose(run: Path, step: int | None) -> Path:
+    manager = CheckpointManager(run / "checkpoints")
+    checkpoint = next(manager.candidates(), None) if step is None else run / "checkpoints" / f"step_{step:08d}"
+    if checkpoint is None:
+        raise CheckpointError(f"'{run}' holds no sound checkpoint; train it first")
+    return checkpoint
+
+
+def _runs() -> str:
+    runs = sorted(p.parent for p in Path("outputs").glob("*/checkpoints"))[:10]
+    return "; there are:" + "".join(f"\n  {run}" for run in runs) if runs else ""

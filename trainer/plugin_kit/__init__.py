@@ -1,0 +1,1 @@
+"""For authors of plugins: conformance checks, templates, the page of plugins."""

@@ -1,0 +1,1 @@
+"""A training run, from assembly to the last step."""

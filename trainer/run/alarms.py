@@ -1,0 +1,180 @@
+"""What happens at an alarm: a file that says what was seen, a line in the log, a mark in TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from components.contracts import Recipe
+from components.data.loader import GlobalOrder
+from components.distributed.parallel import World
+from components.monitor.guard import ADVERSARY, NORM, Alarm, Guard
+from components.monitor.metrics import StepRecord
+from trainer.config import Config
+
+logger = logging.getLogger("titanrepa")
+
+
+class GuardStop(Exception):
+    """The guard ended the run; the message is its report."""
+
+
+class Watch:
+    """Shows every step to the guard, and does at an alarm what the config says.
+
+    Args:
+        config: of the run.
+        world: this process; rank 0 writes.
+        recipe: of the run; says which group trains the discriminator.
+
+    Attributes:
+        guard: decides.
+        rollbacks: of this run, restarts included.
+        mark: told the name of an alarm and the number of finished steps, to show it.
+    """
+
+    def __init__(self, config: Config, world: World, recipe: Recipe) -> None:
+        self.table, self.world, self.folder = config.guard, world, Path(config.run.dir)
+        self.batch_size = config.training.batch_size
+        self.guard = Guard(**config.guard.model_dump(exclude={"policy", "max_rollbacks"}))
+        self.rollbacks = 0
+        self.mark: Callable[[str, int], None] = lambda name, step: None
+        self._adversary = next((g for g, members in recipe.trains.items() if "discriminator" in members), None)
+        self._path: Path | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"guard": self.guard.state_dict(), "rollbacks": self.rollbacks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.guard.load_state_dict(state["guard"])
+        self.rollbacks = state["rollbacks"]
+
+    def forget(self, step: int) -> None:
+        """Takes back what was seen of ``step`` and later ones."""
+        self.guard.forget(step)
+
+    def observe(self, record: StepRecord, values: dict[str, float], order: GlobalOrder, consumed: int) -> Alarm | None:
+        """Looks at a step; the same on every rank.
+
+        Args:
+            values: what ``record`` read.
+            order: of the data.
+            consumed: samples at the end of the step.
+
+        Returns:
+            An alarm that calls for a rollback.
+
+        Raises:
+            GuardStop: by policy, or since there were too many rollbacks.
+        """
+        seen = dict(values)
+        if f"grad_norm/{self._adversary}" in values:  # it was trained in this step
+            seen[ADVERSARY] = values[f"{self._adversary}/loss"]
+        for alarm in self.guard.observe(record.step, seen, applied=values["skipped_steps"] == 0):
+            self._write_down(alarm, record, values, samples_of(order, consumed, self.batch_size))
+            if self.table.policy == "stop":
+                self.stop(alarm, "guard.policy = 'stop'")
+            if self.table.policy == "rollback" and self.rollbacks >= self.table.max_rollbacks:
+                self.stop(alarm, f"guard.max_rollbacks = {self.table.max_rollbacks}, and there were as many")
+            if self.table.policy == "rollback":
+                return alarm
+        return None
+
+    def stop(self, alarm: Alarm, reason: str) -> NoReturn:
+        """Ends the run with a report."""
+        raise GuardStop(closing_report(alarm, self.guard, reason, self._path))
+
+    def _write_down(self, alarm: Alarm, record: StepRecord, values: dict[str, float], samples: list) -> None:
+        found = diagnosis(alarm, record, values, self.guard, samples)
+        self._path = path_of(self.folder, found)
+        self.mark(alarm.name, alarm.step + 1)
+        if self.world.is_main:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(found, indent=1))
+            logger.warning(
+                f"ALARM {alarm.name} at step {alarm.step}: {alarm.message} (all that is known: {self._path})"
+            )
+
+
+def diagnosis(alarm: Alarm, record: StepRecord, values: dict[str, float], guard: Guard, samples: list) -> dict:
+    """Everything known about an alarm, as JSON can hold it.
+
+    Args:
+        record: of the step that raised it.
+        values: what that step measured.
+        samples: (epoch, index into the dataset) of each image of that step, over all ranks.
+    """
+    layers = {name: dict(zip(names, norms.tolist())) for name, (names, norms) in record.layers.items()}
+    totals = {name: math.sqrt(sum(n * n for n in norms.values())) for name, norms in layers.items()}
+    first = guard.first_to_go()
+    suspects = [alarm.metric.removeprefix(NORM).split("/")[0], first.module if first is not None else ""]
+    # A step that was skipped is not finite anywhere: the module that went first tells more.
+    suspects = suspects[::-1] if values["skipped_steps"] else suspects
+    # The latents' variance is the tokenizer's doing.
+    suspects = ["tokenizer" if suspect == "latent" else suspect for suspect in suspects]
+    worst = next((module for module in suspects if module in layers), _largest(totals))
+    return _plain(
+        {
+            "alarm": alarm._asdict(),
+            "step": record.step,
+            "went_first": first._asdict() if first is not None else None,
+            "values": values,
+            "gradient_norms": totals,
+            "worst_module": worst,
+            "layers_of_worst_module": dict(sorted(layers.get(worst, {}).items(), key=lambda item: -_rank(item[1]))),
+            "samples_epoch_and_index": samples,
+            "last_steps": [{"step": step, **seen} for step, seen in guard.history],
+        }
+    )
+
+
+def path_of(folder: Path, found: dict[str, Any]) -> Path:
+    """Where a diagnosis is written, in a run's folder."""
+    return folder / "alarms" / f"step_{found['step']:08d}_{found['alarm']['name']}.json"
+
+
+def closing_report(alarm: Alarm, guard: Guard, reason: str, path: Path | None) -> str:
+    """Why a run was stopped: the alarm, which module went first, and the last steps."""
+    first = guard.first_to_go()
+    lines = [f"the guard stopped the run at step {alarm.step}: {alarm.message} ({reason})"]
+    if first is not None:
+        lines.append(
+            f"{first.metric} went first, at step {first.step}: {first.value:.4g}, usually about {first.usual:.4g}"
+        )
+    lines.append("the last steps:")
+    watched = sorted({name for _, seen in list(guard.history)[-5:] for name in seen if _shown(name)})
+    lines += [
+        f"  {step:>8}  " + "  ".join(f"{name} {seen[name]:.4g}" for name in watched if name in seen)
+        for step, seen in list(guard.history)[-5:]
+    ]
+    return "\n".join([*lines, f"all that is known: {path}"])
+
+
+def samples_of(order: GlobalOrder, consumed: int, batch_size: int) -> list[tuple[int, int]]:
+    """(epoch, index) of the images of the step that ended with ``consumed``."""
+    return [order.at(position) for position in range(consumed - batch_size, consumed)]
+
+
+def _shown(name: str) -> bool:
+    return name.endswith("/loss") or name.startswith("grad_norm/")
+
+
+def _rank(norm: float) -> float:
+    return norm if math.isfinite(norm) else math.inf
+
+
+def _largest(totals: dict[str, float]) -> str | None:
+    return max(totals, key=lambda name: _rank(totals[name]), default=None)
+
+
+def _plain(value: Any) -> Any:
+    """Infinities and NaN as text: JSON has none."""
+    if isinstance(value, dict):
+        return {key: _plain(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(child) for child in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,116 @@
+"""Where the latent norm's first statistics come from: a file, a latent cache, or the first training images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from components.contracts import Modules
+from components.data.loader import make_loader
+from components.diffusion.draws import draw
+from components.distributed.parallel import World
+from components.files.layouts import diffusers_kl
+from components.files.weights import WeightsError, local_file, read_state
+from components.latent_cache.dataset import CachedDataset
+from components.nn.precision import parameter_dtype
+from trainer.config import Config, ConfigError
+from trainer.run.parts import Parts
+
+
+def read_statistics(path: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per latent channel, (C,) each.
+
+    Args:
+        path: tensors ``mean`` and ``std``, or ``latents_bias`` and ``latents_scale`` = 1 / std, as published, or
+            ``running_mean`` and ``running_var``, as export writes the latent norm of a joint run; or a diffusers
+            folder or its config.json: ``latents_mean`` and ``latents_std``, else ``shift_factor`` and
+            1 / ``scaling_factor``.
+
+    Raises:
+        ConfigError: the file is missing or holds no such pair.
+    """
+    try:
+        file = local_file(path, "latent_norm.statistics")
+        if file.is_dir() or file.suffix == ".json":
+            return _read_diffusers(file / "config.json" if file.is_dir() else file, path)
+        state = read_state(file, "latent_norm.statistics")
+    except WeightsError as error:
+        raise ConfigError(str(error)) from error
+    if {"latents_bias", "latents_scale"} <= state.keys():
+        return state["latents_bias"].flatten(), 1.0 / state["latents_scale"].flatten()
+    if {"mean", "std"} <= state.keys():
+        return state["mean"].flatten(), state["std"].flatten()
+    if {"running_mean", "running_var"} <= state.keys():
+        return state["running_mean"].flatten(), state["running_var"].flatten().sqrt()
+    raise ConfigError(
+        f"latent_norm.statistics = '{path}': expected tensors mean and std, latents_bias and latents_scale, or "
+        f"running_mean and running_var; found {', '.join(sorted(state))}"
+    )
+
+
+def _read_diffusers(file: Path, path: str) -> tuple[Tensor, Tensor]:
+    what = f"latent_norm.statistics = '{path}'"
+    try:
+        found = diffusers_kl.statistics(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"{what}: '{file}' cannot be read ({error.strerror}); expected a diffusers folder") from error
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{what}: '{file}' is not the JSON of a diffusers autoencoder: {error}") from error
+    if found is None:
+        raise ConfigError(
+            f"{what}: '{file}' states neither latents_mean and latents_std nor scaling_factor; leave it empty to "
+            "measure them"
+        )
+    return found
+
+
+@torch.no_grad()
+def measure_statistics(config: Config, parts: Parts, world: World) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of z per channel over the first training images; the same for every world size.
+
+    Cost: one encoder pass over ``latent_norm.images`` images, shared among the ranks.
+    """
+    m: Modules = parts.modules
+    batch_size = config.training.batch_size
+    loader = make_loader(
+        parts.dataset, seed=config.training.seed, batch_size=batch_size, rank=world.rank, world=world.size
+    )
+    positions = loader.batch_sampler.positions()
+    total = torch.zeros(3, parts.latent.channels, dtype=torch.float64, device=world.device)
+    for loaded, position in zip(loader, positions):
+        if position >= max(config.latent_norm.images, batch_size):
+            break
+        x = loaded.images.to(world.device).float().div_(127.5).sub_(1)
+        x = x.to(parameter_dtype(m.tokenizer))
+        step, first = divmod(position, batch_size)
+        here = range(first, first + len(x))
+        # A key of its own: training must not see these numbers again.
+        draws = draw(config.training.seed, -1 - step, here, batch_size, parts.latent)
+        z = m.tokenizer.encode(x).sample(draws.posterior.to(world.device)).double()
+        total += torch.stack([torch.ones_like(z), z, z.square()]).sum(dim=(1, 3, 4))
+    if world.size > 1:
+        dist.all_reduce(total)
+    count, first_moment, second_moment = total
+    mean = first_moment / count
+    return mean, (second_moment / count - mean.square()).clamp_min(1e-12).sqrt()
+
+
+def prepare_latent_norm(config: Config, parts: Parts, world: World) -> None:
+    """Sets the latent norm's running statistics before the first step of a new run."""
+    if parts.modules.latent_norm is None:
+        return
+    path = config.latent_norm.statistics
+    if path:
+        mean, std = read_statistics(path)
+    elif isinstance(parts.dataset, CachedDataset):
+        mean, std = parts.dataset.cache.statistics
+    else:
+        mean, std = measure_statistics(config, parts, world)
+    try:
+        parts.modules.latent_norm.set_statistics(mean, std)
+    except ValueError as error:
+        raise ConfigError(f"latent_norm.statistics = '{path}': {error}") from error

@@ -1,0 +1,308 @@
+"""The training loop: resume, iterate, watch, log, draw, save, stop when asked."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from components.checkpoint import (
+    CheckpointManager,
+    load_module_state,
+    load_optimizer_state,
+    module_state,
+    optimizer_state,
+)
+from components.contracts import Draws
+from components.data.loader import UnreadableCounter, make_loader
+from components.data.prefetch import Prefetcher
+from components.diffusion.draws import draw
+from components.distributed.parallel import World
+from components.monitor.guard import Alarm
+from components.monitor.metrics import Metrics, StepRecord, same_on_all_ranks
+from components.monitor.phases import PhaseClock
+from trainer.config import Config, changes
+from trainer.evaluation.in_training import TrainingEvaluation
+from trainer.run import alarms
+from trainer.run.assemble import build, check
+from trainer.run.initial_statistics import prepare_latent_norm
+from trainer.run.monitor.flops import try_flops_per_image
+from trainer.run.monitor.profiling import Profiler
+from trainer.run.process import StopSignals, garbage_collected
+from trainer.run.report import Reporter
+from trainer.run.saving import Saves
+from trainer.run.step import make_step
+
+logger = logging.getLogger("titanrepa")
+
+
+class Trainer:
+    """One run, from assembly to the last step.
+
+    Args:
+        config: validated.
+        world: this process among the ranks.
+
+    Raises:
+        ConfigError: before any large part is built.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world, self.device = config, world, world.device
+        self.folder = Path(config.run.dir)
+        self._meta = check(config, world.size, world.local_size)
+        self.evaluation = TrainingEvaluation(config, world) if config.evaluation.every else None
+        self.parts = build(config, world)
+        # Who samples from the run later may not have the data.
+        config.training.num_classes = self.parts.num_classes
+        self.metrics = Metrics()
+        self.clock = PhaseClock(self.device)
+        self.train_step = make_step(config, self.parts, self.device, clock=self.clock)
+        self.groups, self.ema = self.train_step.groups, self.train_step.ema
+        self.unreadable = UnreadableCounter(config.loader.max_unreadable)
+        self.checkpoints = CheckpointManager(
+            self.folder / "checkpoints", keep=config.run.keep_checkpoints, keep_every=config.run.keep_every
+        )
+        self.saves = Saves(self.checkpoints, world, self.state)
+        self.watch = alarms.Watch(config, world, self.parts.recipe)
+        self.profiler: Profiler | None = None
+        self.step = 0
+        self.consumed = 0
+        # A record is read one step later on a GPU, when its copy has long arrived; a CPU computes as it goes.
+        self.lag = 1 if self.device.type == "cuda" else 0
+        self._unread: deque[tuple[StepRecord, int]] = deque()
+        self.signals = StopSignals(self._log)
+        self.stopping = False  # all ranks know of a signal on one of them
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict:
+        """Everything the next step depends on, and the frozen tokenizer, so that a run folder can be sampled from."""
+        modules = {"tokenizer", "latent_norm"} | {name for group in self.groups.values() for name in group.modules}
+        named = self.parts.modules.named()
+        return {
+            "modules": {name: module_state(named[name]) for name in sorted(modules) if name in named},
+            "ema": {name: module_state(m) for name, m in self.ema.modules.items()} if self.ema else {},
+            "optimizers": {name: optimizer_state(g.modules, g.optimizer) for name, g in self.groups.items()},
+            "progress": {
+                "step": self.step,
+                "consumed": self.consumed,
+                "unreadable": self.unreadable.state_dict(),
+                "watch": self.watch.state_dict(),
+            },
+            "config": self.config.to_toml(),
+        }
+
+    def load(self, path: Path) -> str:
+        """Puts a checkpoint into the run; returns the config that it was written with."""
+        state = self.checkpoints.load(path, self.state())
+        named = self.parts.modules.named()
+        for name, module in state["modules"].items():
+            load_module_state(named[name], module)
+        for name, module in state["ema"].items():
+            load_module_state(self.ema.modules[name], module)
+        for name, group in self.groups.items():
+            load_optimizer_state(group.modules, group.optimizer, state["optimizers"][name])
+        progress = state["progress"]
+        self.step, self.consumed = progress["step"], progress["consumed"]
+        self.unreadable.load_state_dict(progress["unreadable"])
+        self.watch.load_state_dict(progress["watch"])
+        return state["config"]
+
+    def resume(self) -> bool:
+        """Loads the newest sound checkpoint of the run folder, if there is one."""
+        path = self.checkpoints.latest()
+        if path is None:
+            return False
+        written_with = self.load(path)
+        self._log(f"resumed from {path} at step {self.step}")
+        for change in changes(written_with, self.config.to_toml()):
+            self._log(f"changed since that checkpoint: {change}")
+        return True
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> bool:
+        """Trains to the last step, or to the step in which a signal arrives on any rank.
+
+        Returns:
+            Whether the run is complete.
+
+        Raises:
+            GuardStop: at an alarm, by policy.
+        """
+        self._prepare_folder()
+        if not self.resume():
+            with self.train_step.evaluating():
+                prepare_latent_norm(self.config, self.parts, self.world)
+            if self.ema is not None:
+                self.ema.reset()
+        if self.step >= self.config.training.steps:
+            total = self.config.training.steps
+            self._log(f"already complete: step {self.step} of {total}; raise training.steps to go on")
+            return True
+        if self.evaluation is not None:
+            self.evaluation.prepare(self.parts)
+        flops = try_flops_per_image(self.config, self._meta, self.parts, self.world)
+        reporter = Reporter(self.config, self.world, list(self.groups), self.step, flops)
+        self.watch.mark = reporter.mark
+        garbage = garbage_collected(self.config.training.gc_every)
+        with contextlib.closing(reporter), self._profiling(reporter), self.signals, garbage as collect_garbage:
+            while True:
+                with self._batches() as batches:
+                    alarm = self._train(batches, reporter, collect_garbage)
+                if alarm is None:
+                    break
+                self._roll_back(alarm)
+                reporter.begin(self.step)
+                reporter.mark(alarm.name, self.step)  # what is behind this step was just taken back
+            self.saves.finish()
+        return self.step >= self.config.training.steps
+
+    def _train(self, batches: Prefetcher, reporter: Reporter, collect_garbage) -> Alarm | None:
+        """Steps until the end, a stop, or an alarm that calls for a rollback, which is returned."""
+        total = self.config.training.steps
+        while self.step < total and not self.stopping:
+            if self.profiler is not None:
+                self.profiler.before(self.step)
+            record = self.train_step(self.step, self._micro_batches(batches), stop=self.signals.requested)
+            self.step += 1
+            if self.profiler is not None:
+                self.profiler.after()
+            self.consumed += self.config.training.batch_size
+            self._unread.append((record, self.consumed))
+            reporter.bar.update()
+            collect_garbage(self.step)
+            alarm = self._read(self.lag)
+            if alarm is None and (self.stopping or self._due()):
+                alarm = self._read(0)
+            if alarm is not None:
+                return alarm
+            self._after_step(reporter, batches)
+        return None
+
+    def _read(self, lag: int) -> Alarm | None:
+        """Looks at what steps measured, all but the last ``lag``; the same on every rank."""
+        while len(self._unread) > lag:
+            record, consumed = self._unread.popleft()
+            values = record.read()
+            self.stopping = self.stopping or values.pop("stop") > 0
+            self.metrics.add(values)
+            alarm = self.watch.observe(record, same_on_all_ranks(values), self._order, consumed)
+            if alarm is not None:
+                return alarm
+        return None
+
+    def _after_step(self, reporter: Reporter, batches: Prefetcher) -> None:
+        run, every = self.config.run, self.config.sampling.every
+        last = self.step == self.config.training.steps
+        if last or self.stopping or self.step % run.log_every == 0 or self.step == 1:
+            values = self.metrics.read()
+            values["data/unreadable"] = float(self.unreadable.count)
+            values["data/epoch"] = self.consumed / len(self.parts.dataset)
+            reporter.report(self.step, values, batches.waited_s)
+        outside = reporter.stopwatch.outside
+        # Saved first: pictures take memory, and must not cost the step if they fail.
+        if last or self.stopping:
+            with outside("saving"):
+                self.saves.save(self.step)
+        elif run.checkpoint_every and self.step % run.checkpoint_every == 0:
+            with outside("saving"):
+                self.saves.try_to_save(self.step, in_background=run.async_checkpoints)
+        if last or (every and self.step % every == 0):
+            with outside("pictures"), self.train_step.evaluating():
+                reporter.draw(self.step, self.parts, self.ema)
+        if self.evaluation is not None and (last or self.step % self.config.evaluation.every == 0):
+            with outside("evaluation"), self.train_step.evaluating():
+                reporter.evaluated(self.step, *self.evaluation(self.parts, self.ema))
+
+    def _due(self) -> bool:
+        """Whether something that needs all records happens behind this step."""
+        run, every = self.config.run, self.config.sampling.every
+        cadences = [run.log_every, run.checkpoint_every, every, self.config.evaluation.every]
+        return self.step in (1, self.config.training.steps) or any(n and self.step % n == 0 for n in cadences)
+
+    @contextlib.contextmanager
+    def _profiling(self, reporter: Reporter) -> Iterator[None]:
+        """Inside, some steps are profiled if the config says so."""
+        table = self.config.profile
+        if not table.steps:
+            yield
+            return
+        self.profiler = Profiler(
+            **table.model_dump(), folder=self.folder / "profile", left=self.config.training.steps - self.step,
+            world=self.world, clock=self.clock, outside=reporter.stopwatch.outside,
+        )  # fmt: skip
+        with contextlib.closing(self.profiler):
+            yield
+
+    def _batches(self) -> Prefetcher:
+        c = self.config
+        loader = make_loader(
+            self.parts.dataset,
+            seed=c.training.seed,
+            batch_size=c.training.batch_size,
+            rank=self.world.rank,
+            world=self.world.size,
+            accumulation=c.training.accumulation,
+            consumed=self.consumed,
+            workers=c.loader.workers,
+            prefetch=c.loader.prefetch,
+            pin_memory=self.device.type == "cuda",
+        )
+        self._order = loader.batch_sampler.order
+        first_step, first_position = self.step, self.consumed
+        size = c.training.batch_size // (self.world.size * c.training.accumulation)
+
+        def draws(position: int) -> Draws:
+            steps, place = divmod(position - first_position, c.training.batch_size)
+            here = range(place, place + size)
+            parts, size_of_all = self.parts, c.training.batch_size
+            return draw(c.training.seed, first_step + steps, here, size_of_all, parts.latent, parts.extra_dim)
+
+        return Prefetcher(loader, self.device, extra=draws)
+
+    def _micro_batches(self, batches: Prefetcher) -> Iterator:
+        for _ in range(self.config.training.accumulation):
+            batch, draws, unreadable = next(batches)
+            self.unreadable.update(len(batch.labels), unreadable)
+            yield batch, draws
+
+    def _roll_back(self, alarm: Alarm) -> None:
+        """To the last good checkpoint, but behind the data that has been seen since.
+
+        Raises:
+            GuardStop: there is none.
+        """
+        consumed, rollbacks, came_from = self.consumed, self.watch.rollbacks + 1, self.step
+        self._unread.clear()
+        self.metrics.read()
+        self.saves.finish()
+        good = next(self.checkpoints.candidates(up_to=alarm.onset), None)
+        if good is None:
+            self.watch.stop(alarm, f"there is no checkpoint from before step {alarm.onset}, when the trouble began")
+        self.load(good)
+        self.watch.forget(self.step)
+        skipped = consumed - self.consumed
+        self.consumed, self.watch.rollbacks = consumed, rollbacks
+        # What was saved since the trouble began must not be resumed from; and a restart must skip the data, too.
+        self.checkpoints.discard(beyond=self.step)
+        self.saves.save(self.step)
+        self._log(
+            f"rolled back from step {came_from} to {self.step} ({rollbacks} of {self.config.guard.max_rollbacks}); "
+            f"{skipped} samples are skipped"
+        )
+
+    # -- reports -------------------------------------------------------------------------------------------------
+
+    def _prepare_folder(self) -> None:
+        if not self.world.is_main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.toml").write_text(self.config.to_toml())
+
+    def _log(self, message: str) -> None:
+        if self.world.is_main:
+            logger.info(message)

@@ -1,0 +1,213 @@
+"""What a run shows: TensorBoard, metrics.jsonl, the progress bar, log lines, pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from tqdm import tqdm
+
+from components import registry
+from components.distributed.parallel import World, gather_floats
+from components.optim.ema import Ema
+from trainer.config import Config, flatten
+from trainer.run import pictures
+from trainer.run.monitor.events import EventWriter
+from trainer.run.monitor.speed import Eta, Stopwatch, clock_time, device_peak, memory, speeds
+from trainer.run.monitor.stragglers import Stragglers, probe
+from trainer.run.parts import Parts
+
+logger = logging.getLogger("titanrepa")
+
+# Curves whose last points stand in the HPARAMS tab.
+FINAL = ("evaluation/", "samples/", "speed/images_per_s", "speed/mfu", "latent/variance", "latent/spatial_variance")
+
+
+class Reporter:
+    """Writes what rank 0 shows; every rank calls every method, since some of what is shown is computed together.
+
+    Args:
+        config: of the run.
+        world: this process.
+        groups: names of the parameter groups, whose losses stand on the progress bar.
+        step: the last finished one.
+        flops_per_image: that the model needs; None: not known, so that TFLOP/s and MFU are not shown.
+
+    Attributes:
+        stopwatch: told of what is not training.
+    """
+
+    def __init__(
+        self, config: Config, world: World, groups: list[str], step: int, flops_per_image: int | None = None
+    ) -> None:
+        self.config, self.world, self.groups, self.flops_per_image = config, world, groups, flops_per_image
+        self.folder = Path(config.run.dir)
+        self.writer: EventWriter | None = None
+        self.stopwatch = Stopwatch(world.device)
+        self.stragglers = Stragglers()
+        self.peak = self._peak()
+        self._shown: dict[str, float] = {}  # the last value of each tag
+        self._trained: tuple[float, dict[str, float]] = (0.0, {})  # seconds, and those of each interruption
+        # None: only on a terminal. Elsewhere a bar is noise, and report() logs lines.
+        disable = None if world.is_main else True
+        total = config.training.steps
+        self.bar = tqdm(total=total, initial=step, unit="step", disable=disable, dynamic_ncols=True)
+        self.begin(step)
+
+    def begin(self, step: int) -> None:
+        """Starts after ``step``; TensorBoard hides points of later steps, which a rollback or resume discarded."""
+        self._since = (step, 0.0)
+        self._eta = Eta(step, self.config.training.steps)
+        self.stopwatch.begin()
+        self.bar.n = step
+        self.bar.refresh()
+        if self.world.is_main:
+            if self.writer is not None:
+                self.writer.close()
+            self.writer = EventWriter(self.folder / "tensorboard", step + 1 if step else None)
+            self.writer.text("config", "```toml\n" + self.config.to_toml() + "```", step)
+
+    def close(self) -> None:
+        """Also after an error: writes the hyperparameters with the last values, and how the time was spent."""
+        self.bar.close()
+        if self.writer is None:
+            return
+        if self._shown:
+            self.writer.hyperparameters(flatten(self.config.to_toml()), self._final_metrics())
+            seconds, outside = self._add_up(*self.stopwatch.read())
+            spent = "".join(f", {clock_time(s)} {name}" for name, s in outside.items() if s >= 0.5)
+            logger.info(f"time of this start: {clock_time(seconds)} training{spent}")
+        self.writer.close()
+
+    def report(self, step: int, values: dict[str, float], waited_s: float) -> None:
+        """Shows the means since the last report. The device has nothing left to do.
+
+        Args:
+            step: finished steps.
+            values: by TensorBoard tag.
+            waited_s: seconds that this rank has ever waited for data.
+        """
+        seconds, outside = self.stopwatch.read()
+        with self.stopwatch.outside("logging"):
+            self._report(step, values, waited_s, seconds, outside)
+
+    def _report(
+        self, step: int, values: dict[str, float], waited_s: float, seconds: float, outside: dict[str, float]
+    ) -> None:
+        before, waited = self._since
+        self._since = (step, waited_s)
+        self._add_up(seconds, outside)
+        share = (waited_s - waited) / seconds
+        ranks = gather_floats(share, probe(self.world.device) if self.world.size > 1 else 0.0)
+        if self.writer is None:
+            return
+        steps, lost = step - before, sum(outside.values())
+        images = steps * self.config.training.batch_size
+        values |= speeds(images, seconds, self.world.size, self.flops_per_image, self.peak)
+        values["speed/data_wait_share"] = max(share for share, _ in ranks)
+        values |= self.name_stragglers(step, ranks)
+        values |= {f"time/outside/{name}": s for name, s in outside.items()}
+        values["time/outside/share"] = lost / (seconds + lost)
+        values |= memory(self.world.device)
+        self._write(step, values)
+        if values.get("skipped_steps"):
+            share = values["skipped_steps"]
+            logger.warning(f"step {step}: {share:.0%} of the last {steps} steps skipped: not finite")
+        self._log(step, values)
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        """The progress bar, and a line in the log; on a terminal the bar is enough."""
+        shown = {name: f"{values[f'{name}/loss']:.3f}" for name in self.groups if f"{name}/loss" in values}
+        speed = {"images/s": f"{values['speed/images_per_s']:.4g}"}
+        if "speed/mfu" in values:
+            speed["MFU"] = f"{values['speed/mfu']:.1%}"
+        elif "speed/tflops_per_gpu" in values:
+            speed["TFLOP/s"] = f"{values['speed/tflops_per_gpu']:.3g}"
+        self.bar.set_postfix(shown | speed)
+        total, left = self.config.training.steps, self._eta(step)
+        line = [f"{name} {value}" for name, value in shown.items()] + [
+            f"{value} {name}" for name, value in speed.items()
+        ]
+        if left and step < total:
+            line.append(f"{left} to go")
+        logger.info(f"step {step} of {total}: {', '.join(line)}", extra={"on_bar": not self.bar.disable})
+
+    def mark(self, alarm: str, step: int) -> None:
+        """Marks an alarm in TensorBoard at once: the run may end by it."""
+        if self.writer is not None:
+            self.writer.scalars({f"alarms/{alarm}": 1.0}, step)
+
+    def name_stragglers(self, step: int, ranks: list[list[float]]) -> dict[str, float]:
+        """See :class:`trainer.run.monitor.stragglers.Stragglers`."""
+        return self.stragglers(step, ranks)
+
+    def draw(self, step: int, parts: Parts, ema: Ema | None) -> None:
+        """Grids of reconstructions with their latents and of samples, histograms of the latent norm's statistics, and
+        how many samples the dataset's own judge recognizes."""
+        panels = {}
+        if parts.images is not None:  # on cached latents they need not be there
+            originals = pictures.fixed_images(parts, self.world.device)
+            latents, rebuilt = pictures.reconstruct(parts, ema, originals)
+            colors = pictures.in_colors(latents, originals.shape[-1])
+            panels["reconstructions"] = pictures.in_rows(originals, rebuilt, colors)
+        images = labels = None
+        if parts.modules.denoiser is not None:
+            images, labels = pictures.sample_images(self.config, parts, ema, self.world, self.config.sampling.images)
+            panels["samples"] = pictures.grid(images)
+        if self.writer is None:
+            return
+        if images is not None and hasattr(parts.images, "judge"):
+            right = (parts.images.judge(images.cpu()) == labels.cpu()).float().mean().item()
+            self._write(step, {"samples/judged_right": right}, json_too=False)
+            logger.info(f"step {step}: the judge recognises {right:.0%} of {len(images)} samples")
+        if (norm := parts.modules.latent_norm) is not None:
+            self.writer.histogram("latent_norm/running_mean", norm.running_mean, step)
+            self.writer.histogram("latent_norm/running_variance", norm.running_var, step)
+        for name, picture in panels.items():
+            self.writer.picture(name, picture, step)
+            pictures.save_png(picture, self.folder / "images" / f"{name}_{step:08d}.png")
+
+    def evaluated(self, step: int, values: dict[str, float | None], warnings: list[str]) -> None:
+        """Shows how samples compare with real images; None is a value that could not be had."""
+        if self.writer is None:
+            return
+        for warning in warnings:
+            logger.warning(f"step {step}: {warning}")
+        self._write(step, {f"evaluation/{name}": value for name, value in values.items() if value is not None})
+        shown = ", ".join(f"{name} -" if value is None else f"{name} {value:.3f}" for name, value in values.items())
+        logger.info(f"step {step}: {shown}")
+
+    def _write(self, step: int, values: dict[str, float], json_too: bool = True) -> None:
+        self._shown |= values
+        self.writer.scalars(values, step)
+        if json_too:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def _add_up(self, seconds: float, outside: dict[str, float]) -> tuple[float, dict[str, float]]:
+        """What was spent since the start of this process."""
+        before, parts = self._trained
+        names = dict.fromkeys((*parts, *outside))
+        self._trained = before + seconds, {name: parts.get(name, 0.0) + outside.get(name, 0.0) for name in names}
+        return self._trained
+
+    def _final_metrics(self) -> list[str]:
+        """Tags for the HPARAMS tab. TensorBoard keeps the list that a run's first end wrote: also what comes later."""
+        e, dataset = self.config.evaluation, registry.datasets.get(self.config.dataset.name).cls
+        coming = [f"evaluation/{name}" for name in e.metrics if e.every]
+        if "denoiser" in self.groups and hasattr(dataset, "judge"):
+            coming.append("samples/judged_right")
+        shown = [tag for tag in self._shown if tag.startswith(FINAL) or tag.endswith("/loss")]
+        return list(dict.fromkeys([*(f"{group}/loss" for group in self.groups), *shown, *coming]))
+
+    def _peak(self) -> float | None:
+        """TFLOP/s of the GPU; says so where it is not known."""
+        if not self.world.is_main or self.world.device.type != "cuda":
+            return None
+        name, peak = device_peak(self.world.device)
+        if peak is None:
+            logger.info(
+                f"the peak of '{name}' is not known (components/monitor/hardware.py): TFLOP/s is shown, MFU is not"
+            )
+        return peak
