@@ -1,6 +1,17 @@
 """The config of a run: TOML and overrides to typed, validated tables."""
 
-from trainer.config.load import ConfigError, assign, changes, describe, flatten, load, loads, read_toml, validate
+from trainer.config.load import (
+    ConfigError,
+    assign,
+    changes,
+    check_table,
+    describe,
+    flatten,
+    load,
+    loads,
+    parse_overrides,
+    validate,
+)
 from trainer.config.schema import Config, PluginTable
 
 __all__ = [
@@ -9,10 +20,11 @@ __all__ = [
     "PluginTable",
     "assign",
     "changes",
+    "check_table",
     "describe",
     "flatten",
     "load",
     "loads",
-    "read_toml",
+    "parse_overrides",
     "validate",
 ]
