@@ -146,7 +146,7 @@ def test_a_complete_or_failed_run_is_not_requeued(repo, status):
 def test_before_the_time_limit_the_nodes_save_then_the_job_is_requeued(repo):
     job = running(repo)
     job.send_signal(signal.SIGUSR1)
-    assert "goes back into the queue" in end(job, 0)
+    assert "requeueing job 5" in end(job, 0)
     assert repo.calls[-1] == "scontrol requeue 5"
     assert {"task 0 saved", "task 1 saved"} <= set(repo.calls)
 
