@@ -150,7 +150,7 @@ class BatchNormed(toys.ToyEncoder):
 
 @broken("encoder", "keeps_fp64", "tokens is float32 in an fp64 run")
 class AlwaysFloat(toys.ToyEncoder):
-    """Always casts to one dtype."""
+    """Always casts to fp32."""
 
     def forward(self, images):
         return super().forward(images).float()
@@ -223,7 +223,7 @@ class NoNullLabel(toys.ToyDenoiser):
 
 @broken("denoiser", "tokens_are_those_of_the_whole", "tokens() differs from the tokens of a whole call")
 class OtherTokens(toys.ToyDenoiser):
-    """Takes its tokens from a different place."""
+    """Returns other tokens from ``forward`` than from ``tokens``."""
 
     def forward(self, x_t, t, labels):
         out = super().forward(x_t, t, labels)
@@ -657,7 +657,7 @@ class RoundedVelocity(_Sound):
 
 @broken("recipe", "trains_on_cached_latents", "fails on a batch without images")
 class NeedsImages(_Sound):
-    """Declares that it needs no images, but uses them."""
+    """Declares that it trains on cached latents, but uses the images."""
 
     uses = frozenset({"tokenizer", "denoiser", "latent_norm"})
     trains = {"denoiser": ("denoiser",)}

@@ -42,7 +42,7 @@ def test_only_the_config_module_and_its_readers_know_the_config():
 
 
 def test_no_branch_on_a_plugins_name():
-    """`if config.recipe.name == "repae"` in the core would need an edit for every new plugin; ask the object instead."""
+    """A test like `config.recipe.name == "repae"` in the core needs an edit for every new plugin: ask the object."""
     from components import registry
 
     registry.discover("plugins")
