@@ -175,7 +175,7 @@ def test_the_rank_that_computes_slowly_is_named(toml, tmp_path, caplog):
 
 
 def test_a_full_disk_costs_a_warning_and_a_checkpoint_not_the_run(toml, tmp_path, caplog, monkeypatch):
-    """The second of three periodic saves finds no space; the first stays complete, and the third and last are written."""
+    """The second of three periodic saves finds no space; the first stays complete, the third and last are written."""
     import shutil
 
     usage, calls = shutil.disk_usage, []
