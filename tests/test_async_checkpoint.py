@@ -132,7 +132,7 @@ def test_the_state_on_a_gpu_may_change_at_once(tmp_path, gate):
     manager.wait()
     state = manager.load(1, {"a": a, "b": b, "cpu": torch.zeros(3)})
     assert torch.equal(state["a"].cpu(), before[0]) and torch.equal(state["b"].cpu(), before[1])
-    assert not any(copy.is_pinned() for copy in stage({"a": a, "b": b}).values())  # else kept
+    assert not any(copy.is_pinned() for copy in stage({"a": a, "b": b}).values())  # else they stay allocated
 
 
 # -- when it becomes complete ---------------------------------------------------------------------------------------
