@@ -1,4 +1,4 @@
-"""Plugins that each break one promise of their kind, and what the conformance kit must say about each."""
+"""Plugins that each violate one requirement of their kind, with the message the conformance kit must report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CASES: list[tuple[Plugin, str, str]] = []
 
 def broken(kind: str, check: str, says: str) -> Callable[[type], type]:
     def add(cls: type) -> type:
-        registry = Registry(kind)  # of its own: no config can name these
+        registry = Registry(kind)  # separate: no config can name these
         registry.register(cls.__name__)(cls)
         CASES.append((registry.get(cls.__name__), check, says))
         return cls
@@ -32,7 +32,7 @@ def broken(kind: str, check: str, says: str) -> Callable[[type], type]:
 
 @broken("encoder", "is_made_as_its_kind", "is made with (resolution, grid), but __init__ takes (resolution)")
 class NoGrid(toys.ToyEncoder):
-    """Forgets the grid."""
+    """Ignores the grid."""
 
     def __init__(self, resolution: int, *, grid: int = 4) -> None:
         super().__init__(resolution, grid)
@@ -40,7 +40,7 @@ class NoGrid(toys.ToyEncoder):
 
 @broken("loss", "says_what_it_is", "has no line for: power")
 class Undocumented(toys.ToyL1):
-    """Has an option that nobody explains."""
+    """Has an undocumented option."""
 
     def __init__(self, *, power: int = 1) -> None:
         pass
@@ -48,7 +48,7 @@ class Undocumented(toys.ToyL1):
 
 @broken("loss", "refuses_bad_options", "option power takes a value of any type")
 class Untyped(toys.ToyL1):
-    """Takes anything.
+    """Has an option without a type.
 
     Args:
         power: exponent.
@@ -60,7 +60,7 @@ class Untyped(toys.ToyL1):
 
 @broken("loss", "refuses_bad_options", "its default 'one' is not of its type int")
 class DefaultOfAnotherType(toys.ToyL1):
-    """Says a number and has a word.
+    """Has an option whose default does not match its type.
 
     Args:
         power: exponent.
@@ -72,10 +72,10 @@ class DefaultOfAnotherType(toys.ToyL1):
 
 @broken("loss", "refuses_bad_options", "a type that TOML cannot write")
 class TensorOption(toys.ToyL1):
-    """Wants a tensor from a text file.
+    """Has an option of type tensor, which TOML cannot express.
 
     Args:
-        matrix: of colours.
+        matrix: of colors.
     """
 
     def __init__(self, *, matrix: torch.Tensor = None) -> None:
@@ -84,7 +84,7 @@ class TensorOption(toys.ToyL1):
 
 @broken("loss", "can_be_made", "raises ZeroDivisionError")
 class CannotBeMade(toys.ToyL1):
-    """Fails in its constructor."""
+    """Raises in its constructor."""
 
     def __init__(self) -> None:
         self.weight = 1 / 0
@@ -95,7 +95,7 @@ class CannotBeMade(toys.ToyL1):
 
 @broken("encoder", "gives_tokens_at_every_resolution", "expected (1, 16, 12): drop class and register tokens")
 class ClassToken(toys.ToyEncoder):
-    """Keeps a class token."""
+    """Keeps the class token."""
 
     def forward(self, images):
         tokens = super().forward(images)
@@ -104,7 +104,7 @@ class ClassToken(toys.ToyEncoder):
 
 @broken("encoder", "gives_tokens_at_every_resolution", "for 2 images of 64 px and a grid of 4; expected (2, 16, 12)")
 class OneResolution(toys.ToyEncoder):
-    """Has as many tokens as the image has patches."""
+    """Returns one token per image patch, whatever the grid."""
 
     def forward(self, images):
         return F.unfold(images, 8, stride=8).transpose(1, 2)[..., :12] @ self.matrix[:12].to(images.dtype)
@@ -120,7 +120,7 @@ class ColumnsFirst(toys.ToyEncoder):
 
 @broken("encoder", "is_frozen", "are trainable (layer.weight")
 class Trainable(toys.ToyEncoder):
-    """Would learn."""
+    """Has trainable weights."""
 
     def __init__(self, resolution: int, grid: int) -> None:
         super().__init__(resolution, grid)
@@ -132,7 +132,7 @@ class Trainable(toys.ToyEncoder):
 
 @broken("encoder", "repeats_itself", "draws random numbers of its own (dropout?)")
 class Noisy(toys.ToyEncoder):
-    """Adds noise."""
+    """Adds random noise."""
 
     def forward(self, images):
         tokens = super().forward(images)
@@ -141,7 +141,7 @@ class Noisy(toys.ToyEncoder):
 
 @broken("encoder", "treats_images_one_by_one", "changes with the other images of the batch")
 class BatchNormed(toys.ToyEncoder):
-    """Subtracts the batch's mean."""
+    """Subtracts the batch mean."""
 
     def forward(self, images):
         tokens = super().forward(images)
@@ -150,7 +150,7 @@ class BatchNormed(toys.ToyEncoder):
 
 @broken("encoder", "keeps_fp64", "tokens is float32 in an fp64 run")
 class AlwaysFloat(toys.ToyEncoder):
-    """Casts."""
+    """Always casts to fp32."""
 
     def forward(self, images):
         return super().forward(images).float()
@@ -158,7 +158,7 @@ class AlwaysFloat(toys.ToyEncoder):
 
 @broken("encoder", "keeps_its_head_in_bf16", "tokens is float16 under bf16 autocast")
 class HalfUnderAutocast(toys.ToyEncoder):
-    """Mistakes one half precision for the other."""
+    """Confuses fp16 with bf16."""
 
     def forward(self, images):
         tokens = super().forward(images)
@@ -167,7 +167,7 @@ class HalfUnderAutocast(toys.ToyEncoder):
 
 @broken("encoder", "saves_and_loads", "neither a parameter nor a persistent buffer")
 class HiddenWeights(toys.ToyEncoder):
-    """Draws a matrix that no checkpoint holds."""
+    """Draws a matrix that no checkpoint contains."""
 
     def __init__(self, resolution: int, grid: int) -> None:
         super().__init__(resolution, grid)
@@ -180,7 +180,7 @@ class HiddenWeights(toys.ToyEncoder):
 
 @broken("encoder", "can_be_made_without_memory", "cannot be made on torch.device('meta')")
 class LooksAtValues(toys.ToyEncoder):
-    """Asks in its constructor what its weights are."""
+    """Reads its weights in the constructor."""
 
     def __init__(self, resolution: int, grid: int) -> None:
         super().__init__(resolution, grid)
@@ -189,7 +189,7 @@ class LooksAtValues(toys.ToyEncoder):
 
 @broken("encoder", "compiles_in_one_graph", "cannot be compiled in one graph")
 class GraphBreak(toys.ToyEncoder):
-    """Decides by a value."""
+    """Branches on a tensor's value."""
 
     def __init__(self, resolution: int, grid: int) -> None:
         super().__init__(resolution, grid)
@@ -205,7 +205,7 @@ class GraphBreak(toys.ToyEncoder):
 
 @broken("denoiser", "keeps_shapes", "velocity has shape (1, 8, 8, 8)")
 class PredictsSigma(toys.ToyDenoiser):
-    """Gives the velocity twice, as a learned variance would."""
+    """Returns twice the velocity's channels, as for a learned variance."""
 
     def forward(self, x_t, t, labels):
         out = super().forward(x_t, t, labels)
@@ -214,7 +214,7 @@ class PredictsSigma(toys.ToyDenoiser):
 
 @broken("denoiser", "has_its_attributes", "has no attribute null_label")
 class NoNullLabel(toys.ToyDenoiser):
-    """Does not say what no class is."""
+    """Does not declare its null label."""
 
     def __init__(self, latent, num_classes) -> None:
         super().__init__(latent, num_classes)
@@ -223,7 +223,7 @@ class NoNullLabel(toys.ToyDenoiser):
 
 @broken("denoiser", "tokens_are_those_of_the_whole", "tokens() differs from the tokens of a whole call")
 class OtherTokens(toys.ToyDenoiser):
-    """Takes its tokens somewhere else."""
+    """Returns other tokens from ``forward`` than from ``tokens``."""
 
     def forward(self, x_t, t, labels):
         out = super().forward(x_t, t, labels)
@@ -232,7 +232,7 @@ class OtherTokens(toys.ToyDenoiser):
 
 @broken("denoiser", "depends_on_all_inputs", "does not depend on t")
 class Timeless(toys.ToyDenoiser):
-    """Forgets the time."""
+    """Ignores the time."""
 
     def tokens(self, x_t, t, labels):
         return super().tokens(x_t, 0 * t, labels)
@@ -240,7 +240,7 @@ class Timeless(toys.ToyDenoiser):
 
 @broken("denoiser", "leads_gradients_to_latents", "no gradient reaches the latents through tokens()")
 class DetachedTokens(toys.ToyDenoiser):
-    """Cuts the alignment loss off."""
+    """Detaches the tokens from the alignment loss."""
 
     def tokens(self, x_t, t, labels):
         return super().tokens(x_t, t, labels).detach()
@@ -248,7 +248,7 @@ class DetachedTokens(toys.ToyDenoiser):
 
 @broken("denoiser", "learns_with_all_of_it", "no output depends on: idle.weight, idle.bias")
 class IdleWeights(toys.ToyDenoiser):
-    """Has a layer that it never calls."""
+    """Has a layer that is never called."""
 
     def __init__(self, latent, num_classes) -> None:
         super().__init__(latent, num_classes)
@@ -264,7 +264,7 @@ class Dropout(toys.ToyDenoiser):
 
 
 class _Initialised(toys.ToyDenoiser):
-    """Initialises itself, as it should be."""
+    """Initializes itself correctly; base of the broken ones."""
 
     def __init__(self, latent, num_classes) -> None:
         super().__init__(latent, num_classes)
@@ -285,7 +285,7 @@ class _Initialised(toys.ToyDenoiser):
 
 @broken("denoiser", "can_be_made_without_memory", "leaves uninitialised: positions")
 class ForgetsABuffer(_Initialised):
-    """Fills its parameters alone."""
+    """Initializes its parameters but not its buffers."""
 
     def init_weights(self):
         kept = self.positions.clone()
@@ -295,7 +295,7 @@ class ForgetsABuffer(_Initialised):
 
 @broken("denoiser", "can_be_made_without_memory", "init_weights() leaves order unlike __init__ does")
 class ForgetsIndices(_Initialised):
-    """Leaves integers as the allocator gave them."""
+    """Leaves an integer buffer uninitialized."""
 
     def init_weights(self):
         super().init_weights()
@@ -304,7 +304,7 @@ class ForgetsIndices(_Initialised):
 
 @broken("denoiser", "has_sound_units", "units() names blocks.0, whose weights are used, but not through its forward")
 class LyingUnits(toys.ToyDenoiser):
-    """Reaches into a unit for its weights."""
+    """Uses a unit's weights without calling the unit."""
 
     def tokens(self, x_t, t, labels):
         block, self.blocks[0] = self.blocks[0], nn.Identity()
@@ -317,7 +317,7 @@ class LyingUnits(toys.ToyDenoiser):
 
 @broken("denoiser", "has_sound_units", "units()[0] (Linear) is no sub-module of it")
 class ForeignUnits(toys.ToyDenoiser):
-    """Names a layer that it does not have."""
+    """Lists a unit that is not its submodule."""
 
     def units(self):
         return [nn.Linear(2, 2)]
@@ -325,7 +325,7 @@ class ForeignUnits(toys.ToyDenoiser):
 
 @broken("denoiser", "has_sound_units", "or something within it as well")
 class NestedUnits(toys.ToyDenoiser):
-    """Names a list and its items."""
+    """Lists a module list together with its items."""
 
     def units(self):
         return [self.blocks, *self.blocks]
@@ -333,7 +333,7 @@ class NestedUnits(toys.ToyDenoiser):
 
 @broken("denoiser", "shards_with_fsdp2", "fails under FSDP2")
 class WeightsBesideForward(toys.ToyDenoiser):
-    """Uses a unit's weight before the unit is called, where no rank has gathered it."""
+    """Uses a unit's weight before calling the unit, while the weight is still sharded."""
 
     def tokens(self, x_t, t, labels):
         return super().tokens(x_t * self.blocks[0].bias.mean(), t, labels)
@@ -346,14 +346,14 @@ class WeightsBesideForward(toys.ToyDenoiser):
     "tokenizer", "keeps_shapes", "the posterior's mean has shape (1, 4, 4, 4) for 1 images of 16 px; expected (1, 4"
 )
 class WrongFactor(toys.ToyTokenizer):
-    """Says 8 and shrinks by 4."""
+    """Declares a factor of 8 but downsamples by 4."""
 
     factor = 8
 
 
 @broken("tokenizer", "bounds_its_variance", "end with .clamp(-30.0, 20.0)")
 class Unbounded(toys.ToyTokenizer):
-    """Lets the log-variance go where it wants."""
+    """Does not clamp the log-variance."""
 
     def encode(self, x):
         return Posterior(*self.encoder(x).chunk(2, dim=1))
@@ -361,7 +361,7 @@ class Unbounded(toys.ToyTokenizer):
 
 @broken("tokenizer", "passes_gradients", "decode passes no finite gradient on to the latents")
 class NoGradientThroughDecode(toys.ToyTokenizer):
-    """Decodes for looking at only."""
+    """Decodes without gradients."""
 
     @torch.no_grad()
     def decode(self, z):
@@ -370,7 +370,7 @@ class NoGradientThroughDecode(toys.ToyTokenizer):
 
 @broken("tokenizer", "freezes_on_request", "say trainable = False")
 class SecretlyFrozen(toys.ToyTokenizer):
-    """Cannot learn, and does not say so."""
+    """Is frozen without declaring it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -387,7 +387,7 @@ class RoundedPosterior(toys.ToyTokenizer):
 
 @broken("loss", "is_a_scalar", "must be a scalar tensor, and is (1, 3, 32, 32)")
 class PerPixel(toys.ToyL1):
-    """Forgets the mean."""
+    """Returns a value per pixel instead of a mean."""
 
     def __call__(self, x, x_hat, posterior):
         return (x - x_hat).abs()
@@ -411,7 +411,7 @@ class RoundedLoss(toys.ToyL1):
 
 @broken("loss", "pulls_at_the_reconstruction", "not finite where image and reconstruction are equal")
 class RootOfZero(toys.ToyL1):
-    """Takes the root of a sum of squares."""
+    """Takes the square root of a sum of squares that can be zero."""
 
     def __call__(self, x, x_hat, posterior):
         return (x - x_hat.to(x.dtype)).square().sum().sqrt()
@@ -433,7 +433,7 @@ class LearnedLoss(nn.Module):
 
 @broken("loss", "has_all_weights_in_units", "network.weight is in none of units()")
 class NoUnits(toys.ToyAdversary):
-    """Hides its network."""
+    """Does not list its network as a unit."""
 
     def units(self):
         return []
@@ -441,14 +441,14 @@ class NoUnits(toys.ToyAdversary):
 
 @broken("loss", "has_a_weight", "weight = '0.1' is a str; expected float or int: factor in the tokenizer's loss")
 class WordForAWeight(toys.ToyAdversary):
-    """Has a weight that nobody can multiply by."""
+    """Has a string as its weight."""
 
     weight = "0.1"
 
 
 @broken("loss", "has_both_sides", "has no discriminator, which an AdversarialLoss")
 class OneSided(nn.Module):
-    """Has a generator's loss alone."""
+    """Has only the generator's loss."""
 
     weight = 1.0
 
@@ -461,7 +461,7 @@ class OneSided(nn.Module):
 
 @broken("loss", "judges_images", "no gradient reaches the reconstruction")
 class DetachedGenerator(toys.ToyAdversary):
-    """Detaches where it must not."""
+    """Detaches the generator's loss from the reconstruction."""
 
     def generator(self, x_hat, step):
         return super().generator(x_hat.detach(), step)
@@ -477,7 +477,7 @@ class HeadsOfOneSize(toys.ToyAlignment):
 
 @broken("loss", "has_its_weights", "has no attribute denoiser_weight: weight in the denoiser's loss")
 class OneWeight:
-    """Weighs in one loss alone."""
+    """Has a weight for only one of its two losses."""
 
     tokenizer_weight = 1.0
     make_heads, align = toys.ToyAlignment.make_heads, toys.ToyAlignment.align
@@ -495,7 +495,7 @@ class Repels(toys.ToyAlignment):
 
 
 class _Grey:
-    """Grey images of two classes, as they should be."""
+    """Gray images of two classes; a correct dataset."""
 
     num_classes, class_names, flip = 2, ("dark", "light"), False
 
@@ -523,7 +523,7 @@ class LabelsFromOne(_Grey):
 
 @broken("dataset", "gives_images_at_every_resolution", "expected torch.uint8")
 class FloatImages(_Grey):
-    """Scales its images already."""
+    """Returns images that are already scaled to float."""
 
     def __getitem__(self, index):
         item = super().__getitem__(index)
@@ -532,7 +532,7 @@ class FloatImages(_Grey):
 
 @broken("dataset", "gives_images_at_every_resolution", "has shape (48, 48, 3) at resolution 48")
 class ChannelsLast(_Grey):
-    """Has the channels behind the pixels, but for one resolution."""
+    """Returns channels last, except at one resolution."""
 
     def __getitem__(self, index):
         item = super().__getitem__(index)
@@ -550,7 +550,7 @@ class RandomCrops(_Grey):
 
 @broken("dataset", "ends", "item 100 of 100 does not raise IndexError")
 class Endless(_Grey):
-    """Begins anew."""
+    """Wraps around at its end."""
 
     def __getitem__(self, index):
         return super().__getitem__(index % 100)
@@ -558,7 +558,7 @@ class Endless(_Grey):
 
 @broken("dataset", "travels_to_workers", "cannot be pickled")
 class OpenFile(_Grey):
-    """Holds what no other process can have."""
+    """Holds an open file, which cannot be sent to another process."""
 
     def __init__(self, resolution: int) -> None:
         super().__init__(resolution)
@@ -576,7 +576,7 @@ class Nameless(_Grey):
 
 
 class _Sound:
-    """A tokenizer's reconstruction and a denoiser's velocity, as they should be."""
+    """Trains the tokenizer's reconstruction and the denoiser's velocity; a correct recipe."""
 
     uses = frozenset({"tokenizer", "denoiser", "latent_norm", "reconstruction"})
     trains = {"tokenizer": ("tokenizer",), "denoiser": ("denoiser",)}
@@ -596,21 +596,21 @@ class _Sound:
 
 @broken("recipe", "states_its_parts", "['vae'] are none")
 class UnknownPart(_Sound):
-    """Calls the tokenizer by another name."""
+    """Refers to the tokenizer by another name."""
 
     uses = frozenset({"vae"})
 
 
 @broken("recipe", "takes_a_step", "step updates the groups ['denoiser', 'tokenizer']; trains names ['denoiser']")
 class UnknownGroup(_Sound):
-    """Updates what it does not train."""
+    """Updates a group that it does not train."""
 
     trains = {"denoiser": ("denoiser",)}
 
 
 @broken("recipe", "teaches_each_group_from_its_own_losses", "sends gradients into tokenizer")
 class NoStopGradient(_Sound):
-    """Lets the diffusion loss into the tokenizer."""
+    """Lets the diffusion loss reach the tokenizer."""
 
     def step(self, m, batch, draws, update, step):
         posterior = m.tokenizer.encode(batch.images)
@@ -622,7 +622,7 @@ class NoStopGradient(_Sound):
 
 @broken("recipe", "leaves_everything_as_it_found_it", "leaves requires_grad of denoiser.")
 class LeavesFrozen(_Sound):
-    """Freezes and forgets."""
+    """Freezes a module and does not unfreeze it."""
 
     def step(self, m, batch, draws, update, step):
         super().step(m, batch, draws, update, step)
@@ -631,7 +631,7 @@ class LeavesFrozen(_Sound):
 
 @broken("recipe", "leaves_everything_as_it_found_it", "step changes the weight denoiser.")
 class StepsItself(_Sound):
-    """Is its own optimizer."""
+    """Updates the weights itself."""
 
     def step(self, m, batch, draws, update, step):
         super().step(m, batch, draws, update, step)
@@ -649,7 +649,7 @@ class OwnNoise(_Sound):
 
 @broken("recipe", "keeps_losses_in_fp32", "term velocity of 'denoiser' is torch.bfloat16 under bf16 autocast")
 class RoundedVelocity(_Sound):
-    """Compares in bf16."""
+    """Computes the velocity loss in bf16."""
 
     def velocity(self, m, z, batch, draws):
         return super().velocity(m, z, batch, draws).to(torch.get_autocast_dtype("cpu") if _autocast() else z.dtype)
@@ -657,7 +657,7 @@ class RoundedVelocity(_Sound):
 
 @broken("recipe", "trains_on_cached_latents", "fails on a batch without images")
 class NeedsImages(_Sound):
-    """Says that it needs none."""
+    """Declares that it trains on cached latents, but uses the images."""
 
     uses = frozenset({"tokenizer", "denoiser", "latent_norm"})
     trains = {"denoiser": ("denoiser",)}

@@ -1,4 +1,4 @@
-"""States that checkpoints of tests hold."""
+"""States for the checkpoint tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from components.checkpoint import CheckpointManager
 
 
 def state_at(step: int) -> dict:
-    """A state whose every value tells the step."""
+    """Return a state in which every value equals the step."""
     return {"model": {"w": torch.full((64, 8), float(step)), "n": torch.tensor(step)}, "step": step}
 
 
@@ -39,7 +39,7 @@ def two_checkpoints(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def full_disk():
-    """A limit on the size of files stands in for the full disk: writing fails in the middle just so."""
+    """Simulate a full disk by a limit on file size: writing fails partway in the same way."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:

@@ -1,4 +1,4 @@
-"""A few steps of a config with random weights and images, compiled or not, gradient by gradient."""
+"""Runs a few steps of a config with random weights and images, eager or compiled, and records every gradient."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from trainer.run.assemble import build, make_ema, parameter_groups
 from trainer.run.prepare import image_format
 from trainer.run.step import Step
 
-ZERO = 2e-5  # of its group's norm: a gradient that is zero in theory, as of a bias ahead of a norm
+ZERO = 2e-5  # relative to its group's norm: gradients that are zero in theory, such as of a bias before a norm
 
 
 @dataclass
 class Learned:
-    """What each step measured, the gradient norm of each parameter in each step, and how far each one moved."""
+    """Metrics of each step, gradient norm of each parameter in each step, and largest change of each parameter."""
 
     values: list[dict[str, float]]
     norms: list[dict[str, float]]
@@ -27,14 +27,14 @@ class Learned:
 
 
 def learn(config: Config, backend: str | None, steps: int = 2) -> Learned:
-    """Runs ``steps`` steps on one process.
+    """Run ``steps`` steps in one process.
 
     Args:
-        config: read without its files: frozen parts and images are random, and the same in every call.
-        backend: of torch.compile; none: eager.
+        config: read without its files: frozen modules and images are random, and the same in every call.
+        backend: of torch.compile; None: eager.
     """
     config = config.model_copy(update={"training": config.training.model_copy(update={"compile": backend is not None})})
-    torch.manual_seed(config.training.seed)  # of the frozen parts
+    torch.manual_seed(config.training.seed)  # for the frozen modules
     parts = build(config, World(), files=False, backend=backend or "inductor")
     groups = parameter_groups(config, parts)
     step = Step(
@@ -44,7 +44,7 @@ def learn(config: Config, backend: str | None, steps: int = 2) -> Learned:
     with torch.no_grad():
         for group in groups.values():
             for name, p in zip(group.names, group.parameters):
-                # Nothing starts at zero: a modulation of zero would hide whether a block learns.
+                # No weight stays at zero: a zero modulation would hide whether a block learns.
                 p.add_(0.02 * torch.randn(p.shape, generator=generator("not zero", name)))
     before = {name: p.detach().clone() for g in groups.values() for name, p in zip(g.names, g.parameters)}
     found = Learned([], [], {})
@@ -52,7 +52,7 @@ def learn(config: Config, backend: str | None, steps: int = 2) -> Learned:
         with torch.random.fork_rng():
             torch.manual_seed(k)
             batches = list(micro_batches(config, parts, World(), 1))
-        # The last steps of a run: losses that start late take part.
+        # Use the run's last steps, so that losses with a late start are active.
         record = step(config.training.steps - steps + k, batches)
         found.values.append(record.read())
         found.norms.append(
@@ -69,9 +69,9 @@ def learn(config: Config, backend: str | None, steps: int = 2) -> Learned:
 
 
 def assert_learns_alike(eager: Learned, compiled: Learned, rtol: float = 2e-3) -> None:
-    """Every loss and every parameter's gradient agree, every parameter has a gradient and has moved, in both.
+    """Assert that all losses and gradients agree, and that every parameter has a gradient and moves in both runs.
 
-    But for biases: the hinge loss gives the last one of a discriminator that is not sure yet a gradient of zero.
+    Biases may have none: the hinge loss has a zero gradient for the last bias of an untrained discriminator.
     """
     for k, (a, b) in enumerate(zip(eager.values, compiled.values, strict=True)):
         assert a.keys() == b.keys() and a["skipped_steps"] == b["skipped_steps"] == 0
@@ -81,7 +81,7 @@ def assert_learns_alike(eager: Learned, compiled: Learned, rtol: float = 2e-3) -
         assert a.keys() == b.keys()
         for name in a:
             whole = eager.values[k][f"grad_norm/{name.split('/')[0]}"]
-            # Steps that Adam took on the rounding of the first gradients show in the later ones.
+            # Adam amplifies rounding differences of the first gradients in later steps.
             scale = 1 if k == 0 else 10
             close = abs(a[name] - b[name]) <= scale * (rtol * a[name] + ZERO * whole)
             assert close, f"step {k}: gradient of {name}: {a[name]} eager, {b[name]} compiled, {whole} of its group"

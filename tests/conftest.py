@@ -1,4 +1,4 @@
-"""What every test gets."""
+"""Fixtures for every test."""
 
 import signal
 
@@ -9,7 +9,7 @@ from trainer.run.process import CAUGHT
 
 @pytest.fixture(autouse=True)
 def signal_handlers_restored():
-    """A run that was stopped goes on ignoring signals, and processes that a later test starts would inherit that."""
+    """Restore signal handlers: a stopped run keeps ignoring signals, and later child processes would inherit that."""
     before = {s: signal.getsignal(s) for s in CAUGHT}
     yield
     for s, handler in before.items():

@@ -1,7 +1,7 @@
-"""What the encoders' tests compare with: networks as their papers write them, in plain formulas in fp64.
+"""Reference networks for the encoder tests: plain formulas from the papers, in fp64.
 
-The formulas read the same state dicts as the encoders, of seeded random weights under the original authors' key names,
-at reduced width and depth: so conversion and arithmetic are checked together.
+The formulas read the same state dicts as the encoders: seeded random weights under the original authors' key names, at
+reduced width and depth. This checks conversion and arithmetic together.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def in_fp64(encoder: TimmEncoder, x: torch.Tensor) -> torch.Tensor:
 
 
 def random_state(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Values of every scale that matters: weights small enough that a norm's epsilon shows in the result."""
+    """Return random weights of all relevant scales: small enough that a norm's epsilon affects the result."""
     generator = torch.Generator().manual_seed(0)
     state = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
     for key, value in state.items():
@@ -59,7 +59,7 @@ def norm_shapes(*names: str) -> dict[str, tuple[int, ...]]:
 
 
 def vit_shapes(grid: int, patch: int, class_token: bool = True, depth: int = DEPTH) -> dict[str, tuple[int, ...]]:
-    """The plain vision transformer of DINO, MAE, MoCo v3 and I-JEPA."""
+    """Keys and shapes of the plain vision transformer of DINO, MAE, MoCo v3 and I-JEPA."""
     shapes: dict[str, tuple[int, ...]] = {
         "pos_embed": (1, class_token + grid * grid, WIDTH),
         "patch_embed.proj.weight": (WIDTH, 3, patch, patch),
@@ -93,7 +93,7 @@ def dinov2_state(registers: bool = False, swiglu: bool = False, grid: int = 37) 
 
 
 def clip_state(grid: int = 16, patch: int = PATCH) -> dict[str, torch.Tensor]:
-    """Keys and shapes of OpenAI's CLIP, with two of the text tower's."""
+    """Keys and shapes of OpenAI's CLIP, including two keys of the text tower."""
     shapes: dict[str, tuple[int, ...]] = {
         "positional_embedding": (77, 32),
         "ln_final.weight": (32,),
@@ -115,12 +115,12 @@ def clip_state(grid: int = 16, patch: int = PATCH) -> dict[str, torch.Tensor]:
 
 
 def constants(pair):
-    """Mean and deviation, which every code here holds in fp32."""
+    """Mean and standard deviation, which all published code holds in fp32."""
     return [torch.tensor(values).double().view(1, 3, 1, 1) for values in pair]
 
 
 def prepared(x, side, pair, resize_first=False, mode="bicubic"):
-    """Images in [-1, 1] as a network takes them."""
+    """Preprocess images in [-1, 1] for a network."""
     mean, std = constants(pair)
     x = (x.double() + 1) / 2
     if resize_first:
@@ -146,7 +146,7 @@ def gelu_tanh(x):
 
 
 def attend(q, k, v):
-    """(B, N, heads, d) each -> (B, N, heads * d)."""
+    """Attention: (B, N, heads, d) each -> (B, N, heads * d)."""
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1])
     return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v).flatten(2)
 
@@ -160,7 +160,7 @@ def attention(x, p, weight, bias, heads=HEADS):
 
 
 def patches(x, weight):
-    """Every patch, rows first, against the convolution's weights: (B, N, WIDTH)."""
+    """Patch embedding with the convolution's weights: (B, N, WIDTH), row-major."""
     size = weight.shape[-1]
     n = x.shape[-1] // size
     tiles = [
@@ -170,7 +170,7 @@ def patches(x, weight):
 
 
 def positions(table, grid, mode="bicubic", antialias=True):
-    """(n * n, WIDTH) -> (grid * grid, WIDTH); resampled in fp32, as when weights are read."""
+    """Resample position embeddings, (n * n, WIDTH) -> (grid * grid, WIDTH), in fp32 as weight loading does."""
     n = math.isqrt(len(table))
     planes = table.float().T.reshape(1, -1, n, n)
     if n != grid:
@@ -179,7 +179,7 @@ def positions(table, grid, mode="bicubic", antialias=True):
 
 
 def vit_formula(state, x, grid, *, heads=HEADS, depth=DEPTH, final_norm=True, act=gelu):
-    """Prepared images -> all tokens of the plain vision transformer, the class token first where it has one."""
+    """Plain vision transformer: preprocessed images -> all tokens, the class token first if there is one."""
     p = {key: value.double() for key, value in state.items()}
     x = patches(x, p["patch_embed.proj.weight"]) + p["patch_embed.proj.bias"]
     first = int("cls_token" in p)
@@ -200,7 +200,7 @@ def dinov2_formula(state, x, grid):
     x = prepared(x, PATCH * grid, IMAGENET)
     x = patches(x, p["patch_embed.proj.weight"]) + p["patch_embed.proj.bias"]
     x = x + positions(p["pos_embed"][0, 1:], grid)
-    if "register_tokens" in p:  # they have no position; the class token's is added in fp32, when weights are read
+    if "register_tokens" in p:  # no position embedding; the class token's is added in fp32 when weights are loaded
         prefix = torch.cat([(state["cls_token"] + state["pos_embed"][:, :1]).double(), p["register_tokens"]], dim=1)
     else:
         prefix = p["cls_token"] + p["pos_embed"][:, :1]
@@ -233,4 +233,4 @@ def clip_formula(state, x, grid, pair=OPENAI, act=lambda h: h * torch.sigmoid(1.
         x = x + linear(h, p, f"{b}.attn.out_proj.weight", f"{b}.attn.out_proj.bias")
         h = act(linear(norm(x, p, f"{b}.ln_2", 1e-5), p, f"{b}.mlp.c_fc.weight", f"{b}.mlp.c_fc.bias"))
         x = x + linear(h, p, f"{b}.mlp.c_proj.weight", f"{b}.mlp.c_proj.bias")
-    return x[:, 1:]  # neither ln_post nor proj
+    return x[:, 1:]  # without ln_post and proj

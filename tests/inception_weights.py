@@ -1,4 +1,4 @@
-"""Random weights for torch-fidelity's Inception, since tests have no network."""
+"""Random weights for torch-fidelity's Inception, since tests have no network access."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def random_inception(tmp_path_factory) -> Path:
-    """A file of 100 MB, made once per session: activations keep their size through the layers."""
+    """Return a file of 100 MB, created once per session, whose weights keep the activations' scale across layers."""
     path = tmp_path_factory.getbasetemp() / "random_inception.pth"
     return path if path.is_file() else _write(path)
 

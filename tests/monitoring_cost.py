@@ -1,7 +1,7 @@
-"""What watching a run costs: python -m tests.monitoring_cost CONFIG [--section.key=value ...]
+"""Measures the cost of monitoring: python -m tests.monitoring_cost CONFIG [--section.key=value ...]
 
-Trains for some steps on one thread, and prints the processor time of each measurement; no test. On a CPU that is the
-whole of it; on a GPU, the host's part.
+Not a test. Trains for a few steps on one thread and prints the processor time of each measurement. On a CPU that is
+the whole cost; on a GPU, only the host's part.
 """
 
 from __future__ import annotations

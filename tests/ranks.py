@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks of this machine, for tests."""
+"""Runs a function on several gloo ranks on this machine."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# The fork server imports these once, and forks ranks in milliseconds. The first functional collective, or the
-# first call of torch.compile, imports torch._dynamo: seconds.
+# The fork server imports these once and then forks ranks in milliseconds. torch._dynamo, which the first functional
+# collective or the first torch.compile would import, takes seconds.
 PRELOAD = [
     "torch",
     "torch.distributed",
@@ -28,21 +28,21 @@ PRELOAD = [
 def run_ranks(
     fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 120.0, backend: str = "gloo"
 ) -> list[Any]:
-    """Calls ``fn(rank, world, *args)`` on every rank of a process group, one thread each.
+    """Call ``fn(rank, world, *args)`` on every rank of a process group, with one thread each.
 
     Args:
-        fn: a function of a module's top level (it is pickled by name).
+        fn: a module-level function (it is pickled by name).
         world: number of ranks.
         args: picklable arguments.
         timeout_s: seconds after which the ranks are killed.
         backend: of the process group.
 
     Returns:
-        What each rank returned, by rank; anything that ``torch.save`` takes.
+        The return value of each rank, in rank order; anything that ``torch.save`` accepts.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: a rank raised; holds its traceback.
-        TimeoutError: the ranks did not end in time.
+        torch.multiprocessing.ProcessRaisedException: a rank raised; contains its traceback.
+        TimeoutError: the ranks did not finish in time.
     """
     multiprocessing.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:

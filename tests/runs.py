@@ -1,4 +1,4 @@
-"""Runs whose numbers tests compare."""
+"""Training runs whose numbers the tests compare."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from trainer.run.report import Reporter
 
 
 def finished(trainer: Trainer) -> dict:
-    """Trains to the end; without checkpoints, and without pictures unless asked for on the way, for time.
+    """Train to the end without checkpoints; pictures are drawn only if ``sampling.every`` is set, to save time.
 
     Returns:
-        steps: what each step measured.
-        seen: step and sums of image and noise of every sample that this rank trained on.
-        weights, buffers: by name, whole, those of the averages too.
-        held: the share of the denoiser's largest parameter that this rank holds.
-        graphs: how many had been compiled behind each step.
+        steps: the metrics of each step.
+        seen: step and sums of image and noise for every sample that this rank trained on.
+        weights, buffers: by name, unsharded, including the averages.
+        held: the fraction of the denoiser's largest parameter on this rank.
+        graphs: number of graphs compiled by the end of each step.
     """
     steps, seen, graphs = [], [], []
     observe, step = trainer.watch.observe, trainer.parts.recipe.step
@@ -54,7 +54,7 @@ def finished(trainer: Trainer) -> dict:
 
 
 def compiled_by_aot_eager() -> mock._patch:
-    """A context: aot_eager traces as inductor does, in a fraction of its time."""
+    """Context manager that compiles with aot_eager, which traces as inductor does in a fraction of the time."""
     return mock.patch(
         "trainer.run.prepare.backend_within", lambda budget, backend: backend_within(budget, backend="aot_eager")
     )
@@ -69,7 +69,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def largest_difference(a: dict, b: dict) -> dict[str, float]:
-    """Relative differences: of the losses and norms of all steps, of all weights, of all buffers."""
+    """Return the largest relative differences of losses and norms over all steps, of weights, and of buffers."""
     found = {"losses": 0.0, "weights": 0.0, "buffers": 0.0}
     assert len(a["steps"]) == len(b["steps"]) > 0
     for ours, theirs in zip(a["steps"], b["steps"]):

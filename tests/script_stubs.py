@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# All that the scripts may call; nvidia-smi and real Pythons stay out of sight.
+# All commands the scripts may call; nvidia-smi and real Pythons are hidden.
 TOOLS = (
     *("basename", "bash", "cat", "chmod", "cksum", "cp", "dirname", "env", "flock", "getconf", "grep", "head"),
     *("mkdir", "mktemp", "nproc", "pgrep", "readlink", "rm", "sed", "sleep", "tail", "tr"),
 )
 
-# Every call goes into the log, named after the stub's file. What it answers lies in files beside the log.
+# Each call is logged under the name of the stub's file. Its answers are read from files next to the log.
 FAKE_PYTHON = """#!/usr/bin/env bash
 name=$(basename "$0")
 [[ $0 != */.venv*/bin/* ]] || { name=${0%/bin/*}; name=${name##*/}; }
@@ -47,7 +47,7 @@ esac
 
 
 class Repository:
-    """A copy of the scripts in a folder of their own, and a PATH of stubs."""
+    """A copy of the scripts in a separate folder, and a PATH of stubs."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "re po"
@@ -66,7 +66,7 @@ class Repository:
         self.python("python3")
 
     def python(self, name: str, **answers: object) -> None:
-        """A stub of this name; ``check`` is the exit status of the check for packages (3 too old, 4 lacks some)."""
+        """Create a Python stub; ``check`` is the exit status of its package check (3: too old, 4: packages missing)."""
         if name != ".venv":
             (self.bin / name).write_text(FAKE_PYTHON)
             (self.bin / name).chmod(0o755)

@@ -1,4 +1,4 @@
-"""Runs that fail as long runs do, each failure injected into training: what is noticed, what is done, what is lost."""
+"""Injects the failures of long runs into training, and checks the alarm, the response and what is lost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make(toml: str, folder: Path, *options: str, world: World | None = None) -> 
 
 
 def poison(trainer: Trainer, positions: range) -> None:
-    """Images at these positions of the data's stream become NaN."""
+    """Set the images at these positions of the data stream to NaN."""
     original = trainer._micro_batches
 
     def micro_batches(batches):
@@ -46,7 +46,7 @@ def poison(trainer: Trainer, positions: range) -> None:
 
 
 def tamper(trainer: Trainer, group: str, change) -> None:
-    """Terms of a group's loss go through ``change(step, name, value)`` before they are added up."""
+    """Pass each term of a group's loss through ``change(step, name, value)`` before they are summed."""
     step = trainer.parts.recipe.step
 
     def stepped(m, batch, draws, update, k):
@@ -116,13 +116,13 @@ def test_rollback_skips_poisoned_data_and_completes(toml, tmp_path, caplog):
     poison(trainer, range(4 * BATCH, 6 * BATCH))
     with caplog.at_level("INFO", logger="titanrepa"):
         assert trainer.run()
-    # Steps 4 and 5 met the poison; the run went back to step 4 and on with the data behind them.
+    # Steps 4 and 5 saw NaN; the run returned to step 4 and continued with the data after them.
     assert (trainer.step, trainer.consumed, trainer.watch.rollbacks) == (8, 6 * BATCH + 4 * BATCH, 1)
     assert "rolled back from step 6 to 4 (1 of 3); 16 samples are skipped" in caplog.text
     assert all(p.isfinite().all() for p in trainer.parts.modules.denoiser.parameters())
     (found,) = diagnoses(tmp_path / "run")
     assert found["alarm"]["name"] == "skipped" and found["alarm"]["onset"] == 4 and found["step"] == 5
-    # 40 samples an epoch, 8 a step: step 5 began the second epoch.
+    # 40 samples per epoch, 8 per step: step 5 starts the second epoch.
     order = trainer._order
     assert [tuple(s) for s in found["samples_epoch_and_index"]] == [order.at(p) for p in range(40, 48)]
     assert found["values"]["tokenizer/loss"] == "nan" and found["went_first"]["step"] == 4
@@ -133,7 +133,7 @@ def test_rollback_skips_poisoned_data_and_completes(toml, tmp_path, caplog):
 
 
 def test_a_rolled_back_run_that_is_killed_goes_on_behind_the_poison(toml, tmp_path):
-    """The checkpoint written after a rollback holds the new place in the data, and the count of rollbacks."""
+    """The checkpoint saved after a rollback contains the new data position and the number of rollbacks."""
     options = ["--guard.policy=rollback", "--guard.skipped=2"]
     whole = make(toml, tmp_path / "whole", *options, "--training.steps=8")
     poison(whole, range(4 * BATCH, 6 * BATCH))
@@ -161,7 +161,7 @@ def test_a_rolled_back_run_that_is_killed_goes_on_behind_the_poison(toml, tmp_pa
 
 
 def test_what_was_saved_during_the_trouble_is_not_gone_on_from(toml, tmp_path):
-    """Alarms that need patience come late: checkpoints of the bad stretch must go."""
+    """Alarms with patience fire late: checkpoints saved since the onset must be removed."""
     options = [*WATCHED, "--guard.policy=rollback", "--run.checkpoint_every=3", "--run.keep_checkpoints=9"]
     trainer = make(toml, tmp_path / "run", *options, "--training.steps=20", "--guard.max_rollbacks=1")
     dying = {"yes": True}
@@ -225,7 +225,7 @@ def test_a_dying_discriminator_is_named(toml, tmp_path, caplog):
 
 
 def test_collapsing_latents_are_named(toml, tmp_path):
-    """What the diffusion loss does to a tokenizer: here by a shrinking posterior."""
+    """Collapse as the diffusion loss causes it in a tokenizer, here with a shrinking posterior."""
     trainer = make(toml, tmp_path / "run", *WATCHED, "--recipe.name=naive_e2e", "--latent_norm.momentum=0.9")
     quant, step = trainer.parts.modules.tokenizer.quant_conv, trainer.parts.recipe.step
 

@@ -1,4 +1,4 @@
-"""Alignment beyond the published case: weighted encoders, several depths, iREPA's head and targets, schedules."""
+"""Alignment beyond the published setting: encoder weights, several depths, iREPA's head and targets, and schedules."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def test_encoders_count_by_their_weight_at_every_depth():
     torch.testing.assert_close(found(depths), by_hand, rtol=1e-13, atol=0)
     m.heads = m.heads[:2]
     torch.testing.assert_close(found(depths[0]), (3 * values[0] + values[1]) / 4, rtol=1e-13, atol=0)
-    with pytest.raises(ValueError):  # heads for another number of depths
+    with pytest.raises(ValueError):  # heads for a different number of depths
         found(depths)
 
 
 def test_one_depth_and_equal_weights_are_the_published_case():
-    """Bit for bit what the loss made of all pairs at once, and no other head."""
+    """The same loss bit for bit as from all pairs at once, with the same heads."""
     m = toys.modules()
     m.encoders["other"] = m.encoders["patches"]
     m.heads = m.alignment.make_heads(32, [12, 12], 4).double()
@@ -214,7 +214,7 @@ IREPA = ['--losses.cosine.head="conv"', "--losses.cosine.spatial_norm"]
 
 
 def run(tmp_path, *overrides: str, steps: int, name: str = "run") -> tuple[list[dict], Trainer]:
-    """Every step's values, and the trainer at the end."""
+    """Return every step's values, and the trainer at the end."""
     seen = []
     c = load(
         tmp_path, "--training.precision=fp64", f"--training.steps={steps}", f"--run.dir={tmp_path}/{name}",

@@ -1,4 +1,4 @@
-"""The house rules, enforced: who may import whom, and that importing every plugin stays light."""
+"""The architecture rules: which package may import which, and plugin imports stay light."""
 
 import ast
 import subprocess
@@ -14,7 +14,7 @@ FILES = [p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py"
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names of every import in a file, those inside functions included."""
+    """Return the dotted names of all imports in a file, including those inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -30,7 +30,7 @@ def test_imports_follow_the_table(path):
     package = path.relative_to(ROOT).parts[0]
     ours = {name for name in imported(path) if name.split(".")[0] in PACKAGES}
     outside = {name for name in ours if name.split(".")[0] not in MAY_IMPORT[package]}
-    if path.name == "train_shapes_nets.py":  # a script: it trains the networks of two plugins
+    if path.name == "train_shapes_nets.py":  # a script that trains the networks of two plugins
         outside = {name for name in outside if not name.startswith("plugins.")}
     assert not outside, f"{path.relative_to(ROOT)} imports {sorted(outside)}"
 
@@ -42,7 +42,7 @@ def test_only_the_config_module_and_its_readers_know_the_config():
 
 
 def test_no_branch_on_a_plugins_name():
-    """`if config.recipe.name == "repae"` in the core would need an edit for every new plugin: ask the object."""
+    """A test like `config.recipe.name == "repae"` in the core needs an edit for every new plugin: ask the object."""
     from components import registry
 
     registry.discover("plugins")
@@ -91,7 +91,7 @@ MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__
 
 
 def test_no_circle_of_imports():
-    """Those inside functions and for annotations included."""
+    """Includes imports inside functions and for annotations."""
     needs = {}
     for name, path in MODULES.items():
         found = {i if i in MODULES else i.rpartition(".")[0] for i in imported(path)}

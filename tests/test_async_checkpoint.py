@@ -1,4 +1,4 @@
-"""A checkpoint saved in the background is the state of its moment, and keeps every promise of one saved at once."""
+"""A background checkpoint contains the state at the moment of saving, and has every guarantee of a synchronous one."""
 
 import contextlib
 import os
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Gate:
-    """Holds every write of tensors until it is opened."""
+    """Blocks all tensor writes until opened."""
 
     def __init__(self) -> None:
         self.reached, self._open = threading.Event(), threading.Event()
@@ -64,7 +64,7 @@ def gate(monkeypatch):
     gate.open()
 
 
-# -- the state of its moment ----------------------------------------------------------------------------------------
+# -- state at the moment of saving ----------------------------------------------------------------------------------
 
 
 def tensors_of_every_kind() -> dict[str, torch.Tensor]:
@@ -116,7 +116,7 @@ def test_the_copies_need_no_further_copy_when_they_are_written():
         assert copy.untyped_storage().nbytes() == copy.nbytes, name
         assert not copy.requires_grad and not copy.is_shared(), name
         pointers.add(copy.data_ptr())
-    assert len(pointers) == len(copies)  # "empty" has the address 0
+    assert len(pointers) == len(copies)  # the address of "empty" is 0
 
 
 @pytest.mark.cuda
@@ -132,10 +132,10 @@ def test_the_state_on_a_gpu_may_change_at_once(tmp_path, gate):
     manager.wait()
     state = manager.load(1, {"a": a, "b": b, "cpu": torch.zeros(3)})
     assert torch.equal(state["a"].cpu(), before[0]) and torch.equal(state["b"].cpu(), before[1])
-    assert not any(copy.is_pinned() for copy in stage({"a": a, "b": b}).values())  # the host keeps pinned memory
+    assert not any(copy.is_pinned() for copy in stage({"a": a, "b": b}).values())  # else they stay allocated
 
 
-# -- when it counts -------------------------------------------------------------------------------------------------
+# -- when it becomes complete ---------------------------------------------------------------------------------------
 
 
 def test_it_counts_when_it_is_complete_and_not_before(tmp_path, gate):
@@ -181,11 +181,11 @@ def test_the_old_ones_go_as_after_a_save(tmp_path):
     assert_holds(manager, manager.wait(), 70)
 
 
-# -- when it fails --------------------------------------------------------------------------------------------------
+# -- failures -------------------------------------------------------------------------------------------------------
 
 
 def fail(manager: CheckpointManager) -> None:
-    """Begins a save of step 2 that meets a full disk."""
+    """Start a save of step 2 on a full disk."""
     with full_disk():
         manager.save_async(2, {"w": torch.ones(50_000)})
         while not manager.done():
@@ -271,7 +271,7 @@ def test_an_interpreter_that_exits_finishes_it(tmp_path):
 
 
 class Net(nn.Module):
-    """Odd sizes: at four ranks the shards differ, and some are empty."""
+    """Odd sizes: on four ranks the shards differ, and some are empty."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -302,7 +302,7 @@ def whole(state: dict) -> dict[str, torch.Tensor]:
 
 
 def _save_and_train_on(rank: int, world: int, folder: Path) -> dict:
-    """At every rank's own pace: the background's collectives meet those of the training in no fixed order."""
+    """Each rank writes at its own pace, so background and training collectives interleave in no fixed order."""
     write_data = Writer.write_data
 
     def slow(*args):
@@ -402,7 +402,7 @@ def _meet_failures(rank: int, world: int, folder: Path) -> None:
     checkpoint.stage = stage
     assert not manager.pending
 
-    # Only rank 0 asks; the need is that of all ranks together, with replicas counted once.
+    # Only rank 0 checks the space, for all ranks together, with replicas counted once.
     size = 2 * (4 * 50_000 + OVERHEAD_BYTES) + MARGIN_BYTES
     for free, fits in ((size - 1, False), (size, True)):
         shutil.disk_usage = lambda path, free=free: shutil._ntuple_diskusage(0, 0, free)
@@ -410,7 +410,7 @@ def _meet_failures(rank: int, world: int, folder: Path) -> None:
             manager.save_async(4, {"a": torch.ones(50_000), "b": torch.ones(50_000)})
     assert manager.latest() == folder / "step_00000004"
     manager.save_async(5, state_at(5))
-    # The process group goes first: the save is lost, but nothing hangs or counts by half.
+    # The process group is destroyed first: the save is lost, but nothing hangs and nothing is half saved.
 
 
 def test_ranks_agree_about_failures(tmp_path):
@@ -432,6 +432,6 @@ def _lose_a_rank(rank: int, world: int, folder: Path) -> None:
 
 
 def test_a_rank_that_dies_leaves_the_others_neither_hanging_nor_half_saved(tmp_path):
-    with pytest.raises(FileNotFoundError):  # of what rank 0 would have returned
+    with pytest.raises(FileNotFoundError):  # the missing return value of rank 0
         run_ranks(_lose_a_rank, 2, tmp_path)
     assert steps(tmp_path) == ["step_00000001", "told"]

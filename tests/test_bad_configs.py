@@ -1,4 +1,4 @@
-"""Bad configs: each is refused before anything is built, with a message that names the key and what is allowed."""
+"""Invalid configs are refused before anything is built, with the key and the allowed values in the message."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 GOOD = toys.TOML
 
-# (what to override, what the message must say)
+# (overrides, expected words of the message)
 BAD = [
     ("--trainig.steps=5", ["trainig: unknown key", "did you mean 'training'"]),
     ("--training.stpes=5", ["training.stpes: unknown key", "did you mean 'steps'"]),

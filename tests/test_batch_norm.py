@@ -1,4 +1,4 @@
-"""Batch norm over ranks is batch norm of the whole batch, whatever the number of ranks."""
+"""Batch norm across ranks equals batch norm of the whole batch, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def one_thread():
 
 
 def data(mean: float = 0.5, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch and the gradient that reaches its normalised values."""
+    """A batch and the gradient of its normalized values."""
     g = torch.Generator().manual_seed(0)
     x = mean + torch.randn(SHAPE, generator=g, dtype=torch.float64) * torch.linspace(0.5, 2, 5)[:, None, None]
     return x.to(dtype), torch.randn(SHAPE, generator=g, dtype=torch.float64).to(dtype)
@@ -94,7 +94,7 @@ def test_ranks_match_one_process(sizes):
     close = {"rtol": 1e-6, "atol": 1e-6}
     for key in ("y", "dx"):
         torch.testing.assert_close(torch.cat([r[key] for r in results]), expected[key], **close)
-    for key in ("dw", "db"):  # data parallelism adds these up
+    for key in ("dw", "db"):  # data parallelism sums these
         torch.testing.assert_close(sum(r[key] for r in results), expected[key], rtol=1e-6, atol=1e-5)
     for key in ("running_mean", "running_var", "num_batches_tracked"):
         torch.testing.assert_close(results[0][key], expected[key], **close)
@@ -113,7 +113,7 @@ def test_ranks_match_one_process_in_double():
 
 def test_large_mean_stays_accurate():
     results = run_ranks(sync_norm_rank, 2, [4, 4], 1e3, torch.float32)
-    # In fp64 from the same fp32 values. E[x^2] - E[x]^2 in fp32 would err by 0.1 here.
+    # In fp64 from the same fp32 values. E[x^2] - E[x]^2 in fp32 would be off by 0.1 here.
     x = data(1e3)[0].double()
     exact = F.batch_norm(x, None, None, torch.linspace(0.5, 1.5, 5).double(), torch.linspace(-1, 1, 5).double(), True)
     got = torch.cat([r["y"] for r in results]).double()
@@ -162,7 +162,7 @@ def test_one_rank_is_torch_batch_norm():
     y.backward(grad)
     assert torch.equal(y, expected["y"]) and torch.equal(x.grad, expected["dx"])
     assert all(torch.equal(value, expected[key]) for key, value in ours.state_dict().items() if key in expected)
-    torch.testing.assert_close(ours.eval()(x), y)  # eval mode keeps the batch's statistics
+    torch.testing.assert_close(ours.eval()(x), y)  # eval mode uses the batch's statistics
     assert SyncBatchNorm2d(5, affine=False).weight is None
 
 

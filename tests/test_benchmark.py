@@ -1,4 +1,4 @@
-"""python -m trainer benchmark: both variants in one run, every phase named, nothing read from files."""
+"""python -m trainer benchmark: times both variants in one run, names every phase, and reads no files."""
 
 import argparse
 import re
@@ -19,7 +19,7 @@ from trainer.run.step import Step
 
 @pytest.fixture
 def toml(tmp_path, monkeypatch):
-    # aot_eager traces as inductor does, in a fraction of its time.
+    # aot_eager traces as inductor does, in a fraction of the time.
     compile_units = parallel.compile_units
     monkeypatch.setattr(parallel, "compile_units", lambda module, backend: compile_units(module, "aot_eager"))
     path = tmp_path / "toy.toml"
@@ -48,7 +48,7 @@ def test_eager_and_compiled_side_by_side(toml, capsys):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_variant_leaves_nothing_in_memory(toml, compiled):
-    """Else the second is measured with the first's modules, optimizers and averages beside it."""
+    """Otherwise the first variant's modules, optimizers and averages would count in the second's memory."""
     loaded = config.load(toml, [f"--training.compile={str(compiled).lower()}"])
     arguments = argparse.Namespace(steps=1, warmup=1, data=False)
     made, construct = [], Step.__init__

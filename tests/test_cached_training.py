@@ -1,4 +1,4 @@
-"""A run on cached latents is the run on images: the same losses for the same draws; and no cache of something else."""
+"""A run on cached latents matches the run on images, with the same random numbers; a mismatched cache is refused."""
 
 import shutil
 from pathlib import Path
@@ -48,7 +48,7 @@ def load(place: Path, *overrides: str) -> config.Config:
 
 
 def losses(place: Path, *overrides: str, world: World = World()) -> list[dict[str, float]]:
-    """Of the first six steps, as the training loop takes them."""
+    """Losses of the first six steps, as the training loop receives them."""
     trainer = Trainer(load(place, *overrides), world)
     prepare_latent_norm(trainer.config, trainer.parts, world)
     with trainer._batches() as batches:
@@ -63,7 +63,7 @@ def assert_close(a: list[dict[str, float]], b: list[dict[str, float]], relative:
 
 
 def test_the_same_losses_as_on_images(place):
-    """Six steps of eight images over forty: into the second epoch, mirrored ones among them."""
+    """Six steps of eight images out of forty: into the second epoch, with mirrored images."""
     statistics = f"--latent_norm.statistics={place / 'flip-fp32' / 'latents-stats.safetensors'}"
     flip = [statistics, "--dataset.flip=true"]
     plain = losses(place, statistics)
@@ -82,7 +82,7 @@ def test_the_same_losses_as_on_images(place):
 
 
 def test_without_the_images_nothing_reads_them(tmp_path, monkeypatch):
-    """Latents and features from the cache, image files gone: training and its pictures need none."""
+    """With latents and features cached and the image files removed, training and its pictures need no image."""
     from PIL import Image
 
     for label in range(10):
@@ -180,7 +180,7 @@ def test_a_widened_tokenizer_is_the_same_tokenizer(place):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_the_same_losses_on_a_gpu(place):
-    """The cache of a CPU, against images encoded on the GPU: to the GPU's rounding."""
+    """A cache made on a CPU against images encoded on the GPU, to GPU rounding."""
     gpu = World(device=torch.device("cuda", 0))
     options = [f"--latent_norm.statistics={place / 'flip-fp32' / 'latents-stats.safetensors'}", "--dataset.flip=true"]
     options += ["--training.tf32=false", "--loader.workers=2"]

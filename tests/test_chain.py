@@ -1,4 +1,4 @@
-"""From nothing to a measured model and back: train, encode, second stage, sample, evaluate, export, import, sample."""
+"""The whole chain: train, encode, second stage, sample, evaluate, export, import, sample."""
 
 import json
 import os
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory) -> tuple[Path, str]:
-    """The folder that the script filled, and what it said."""
+    """Folder written by the script, and its output."""
     out = tmp_path_factory.mktemp("chain") / "chain"
     values = ["--training.steps=4", "--training.batch_size=16", "--sampling.images=10", "--sampling.steps=3"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What is saved comes back bit for bit, on any number of ranks, or an error names what does not fit."""
+"""Saved state is restored bit for bit on any number of ranks, or the error names what does not match."""
 
 import contextlib
 import os
@@ -51,7 +51,7 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: in
         optimizer.zero_grad()
 
 
-# -- what comes back ------------------------------------------------------------------------------------------------
+# -- round trips ----------------------------------------------------------------------------------------------------
 
 
 def test_tensors_of_every_kind_come_back_bit_for_bit_and_in_place(tmp_path):
@@ -206,7 +206,7 @@ def test_asking_for_the_optimizer_state_changes_nothing():
     assert all(same_bits(a, b) for a, b in zip(asked.state_dict().values(), unasked.state_dict().values()))
 
 
-# -- what does not fit ----------------------------------------------------------------------------------------------
+# -- mismatches -----------------------------------------------------------------------------------------------------
 
 
 def test_a_mismatch_names_the_keys_and_leaves_the_template_alone(tmp_path):
@@ -311,7 +311,7 @@ def test_two_sharded_ranks_save_and_any_number_loads(tmp_path):
     state = CheckpointManager(folder).load(
         3, {"net": module_state(net), "opt": optimizer_state(net, optimizer), "seen": 0}
     )
-    assert state["seen"] == 48  # rank 0's
+    assert state["seen"] == 48  # rank 0's value
     load_module_state(net, state["net"])
     load_optimizer_state(net, optimizer, state["opt"])
     train(net, optimizer, 3, 6)

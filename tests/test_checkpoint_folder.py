@@ -1,4 +1,4 @@
-"""A damaged checkpoint never hides the good one before it; the newest are kept, and what may go goes."""
+"""A damaged checkpoint never hides the intact one before it; the newest are kept, and old ones are deleted."""
 
 import json
 import logging
@@ -107,7 +107,7 @@ def test_strangers_in_the_folder_are_no_checkpoints(tmp_path, caplog):
     assert "step_00000008 is skipped: manifest.json" in caplog.text
     assert "step_x" not in caplog.text
     manager = CheckpointManager(tmp_path)
-    assert_holds(manager, manager.save(9, state_at(9)), 9)  # the stray file gives way
+    assert_holds(manager, manager.save(9, state_at(9)), 9)  # the stray file is replaced
     assert steps(tmp_path) == ["step_00000001", "step_00000008", "step_00000009", "step_12", "step_x"]
 
 

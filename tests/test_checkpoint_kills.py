@@ -1,4 +1,4 @@
-"""A checkpoint is complete or absent, whenever the process is killed and whatever the disk refuses."""
+"""A checkpoint is complete or absent, whenever the process is killed and whichever write fails."""
 
 import multiprocessing
 import os
@@ -35,14 +35,14 @@ def _context():
 
 
 def _die_at_event(folder: Path, fatal: int) -> None:
-    """Replaces step 2, then saves step 3 in the background, which retires step 1; dies before the given operation."""
+    """Replace step 2, then save step 3 in the background, which deletes step 1; die before the given file operation."""
     count = 0
 
     def audit(event, arguments):
         nonlocal count
         writes = event == "open" and arguments[1] is not None and not arguments[1].startswith("r")
         changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
-        in_removed_folder = event in ("os.remove", "os.rmdir") and arguments[1] >= 0  # rmtree: names in an open folder
+        in_removed_folder = event in ("os.remove", "os.rmdir") and arguments[1] >= 0  # as rmtree does
         if in_removed_folder or ((writes or changes) and str(folder) in str(arguments[0])):
             count += 1
             if count == fatal:
@@ -82,14 +82,14 @@ def _die_at_every_event(folder: Path) -> None:
         assert_holds(CheckpointManager(run), manager.latest(), 4)
         shutil.rmtree(run)
     assert newest == 3
-    assert fatal > 20  # the hook sees the operations
+    assert fatal > 20  # the audit hook sees the operations
 
 
 def test_a_kill_before_any_file_operation_loses_nothing(tmp_path):
-    """Every moment at which a save can be killed, one after the other."""
+    """Kills a save before each of its file operations in turn."""
     child = _context().Process(
         target=_die_at_every_event, args=(tmp_path,)
-    )  # forks, which pytest's process had better not
+    )  # it forks, which is better done outside pytest's process
     child.start()
     child.join()
     assert child.exitcode == 0
@@ -125,7 +125,7 @@ def test_a_run_that_is_killed_again_and_again_moves_on(tmp_path):
         reached = step
 
 
-# -- a save that fails ----------------------------------------------------------------------------------------------
+# -- failed saves ---------------------------------------------------------------------------------------------------
 
 
 def test_no_permission_names_the_folder_and_the_reason(tmp_path):
@@ -138,7 +138,7 @@ def test_no_permission_names_the_folder_and_the_reason(tmp_path):
     shut.chmod(0o500)
     root = os.geteuid() == 0
     try:
-        if root:  # root is never refused
+        if root:  # root has all permissions
             os.chmod(tmp_path, 0o711)
             os.seteuid(65534)
         with pytest.raises(CheckpointError, match=r"could not be written to .*: Permission denied"):

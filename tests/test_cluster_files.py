@@ -1,4 +1,4 @@
-"""docs/cluster: slurm.sh requeues when it should and only then; pytorchjob.yaml agrees with itself and run_train.sh."""
+"""docs/cluster: slurm.sh requeues only when it should; pytorchjob.yaml is consistent with itself and run_train.sh."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from tests.script_stubs import Repository as Scripts
 
 SCRIPT = ROOT / "docs" / "cluster" / "slurm.sh"
 
-# srun runs the command once for each node, side by side, and hands USR1 on; TERM kills the tasks, as srun's does.
+# srun runs the command once per node in parallel and forwards USR1; TERM kills the tasks, as with the real srun.
 STUBS = {
     "srun": """#!/usr/bin/env bash
 echo "srun $*" >>"$LOG"
@@ -48,7 +48,7 @@ case $1 in
 esac
 """,
 }
-# In place of run_train.sh. It ends after SIGUSR1, or at once with the status END.
+# Stand-in for run_train.sh. Ends after SIGUSR1, or at once with status END if set.
 TASK = """#!/usr/bin/env bash
 {
   echo "task $NODE_RANK: $* NNODES=$NNODES MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT LOCAL_ADDR=$LOCAL_ADDR" \\
@@ -69,7 +69,7 @@ class Repository(Scripts):
         for name, text in STUBS.items():
             (self.bin / name).write_text(text)
             (self.bin / name).chmod(0o755)
-        # Slurm runs a copy from its own folder.
+        # Slurm runs a copy in its own folder.
         self.script = folder / "spool" / "slurm_script"
         self.script.parent.mkdir()
         shutil.copy(SCRIPT, self.script)
@@ -146,7 +146,7 @@ def test_a_complete_or_failed_run_is_not_requeued(repo, status):
 def test_before_the_time_limit_the_nodes_save_then_the_job_is_requeued(repo):
     job = running(repo)
     job.send_signal(signal.SIGUSR1)
-    assert "goes back into the queue" in end(job, 0)
+    assert "requeueing job 5" in end(job, 0)
     assert repo.calls[-1] == "scontrol requeue 5"
     assert {"task 0 saved", "task 1 saved"} <= set(repo.calls)
 
@@ -202,7 +202,7 @@ def test_a_wrong_folder_is_named(repo, tmp_path):
 def test_slurm_is_asked_to_warn_early_and_to_keep_the_log():
     lines = SCRIPT.read_text().splitlines()
     assert lines[1].startswith("# sbatch docs/cluster/slurm.sh train_configs/")
-    # sbatch reads no option behind the first command.
+    # sbatch ignores options after the first command.
     first = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
     options = dict(re.match(r"#SBATCH --([\w-]+)=?(.*)", line).groups() for line in lines if "#SBATCH" in line)
     assert all(i < first for i, line in enumerate(lines) if line.startswith("#SBATCH"))
@@ -227,7 +227,7 @@ def test_the_pytorchjob_agrees_with_itself(job):
     pod = worker["template"]["spec"]
     (container,) = pod["containers"]
     assert container["name"] == "pytorch"
-    # A string, as the operator's API has it.
+    # The operator's API requires a string.
     assert spec["nprocPerNode"] == str(container["resources"]["limits"]["nvidia.com/gpu"]) == "8"
     assert container["ports"] == [
         {"name": "pytorchjob-port", "containerPort": spec["elasticPolicy"]["rdzvPort"]},
@@ -250,5 +250,5 @@ def test_the_pytorchjob_starts_what_exists(job):
     for variable in container["env"]:
         assert variable["name"] in usage
     (stop,) = (variable["value"] for variable in container["env"] if variable["name"] == "STOP_FILE")
-    # On the shared volume: the machines tell each other through it.
+    # On the shared volume, through which the machines signal each other.
     assert f"{container['workingDir']}/{stop}".startswith(f"{container['workingDir']}/outputs/")

@@ -1,4 +1,4 @@
-"""torch.compile: every part in one graph, no recompilation after the first steps, the same numbers as eager.
+"""torch.compile: one graph per unit, no recompilation after the first steps, and the same numbers as eager.
 
 The backend is aot_eager, which traces forward and backward as inductor does and compiles in a fraction of the time.
 """
@@ -17,7 +17,7 @@ from trainer import config
 from trainer.run.loop import Trainer
 
 discover("plugins")
-# Two levels instead of three: compiling is what costs. Eight samples a step, five steps an epoch.
+# Two levels instead of three, because compilation dominates. Eight samples per step, five steps per epoch.
 SMALL = ["--training.resolution=16", "--tokenizer.multipliers=[1,2]", "--training.steps=6", "--run.checkpoint_every=0"]
 
 
@@ -32,7 +32,7 @@ def fresh_dynamo():
 @pytest.fixture(scope="module")
 def toml(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compile")
-    # Statistics from a file: measuring them would compile the encoder once more, without gradients.
+    # Statistics from a file: measuring them would compile the encoder again, without gradients.
     torch.save({"mean": torch.zeros(4), "std": torch.ones(4)}, folder / "statistics.pt")
     (folder / "toy.toml").write_text(toys.TOML.replace("images = 16", f"statistics = '{folder / 'statistics.pt'}'"))
     return str(folder / "toy.toml")
@@ -55,7 +55,7 @@ def assert_close(eager: dict, compiled: dict) -> None:
 
 
 def test_compiled_equals_eager_and_does_not_recompile(toml, tmp_path, eager):
-    """The denoiser within a memory budget; the pictures' passes without gradients compile once more, at the first."""
+    """The denoiser has a memory budget; the first pictures compile the graphs without gradients, once."""
     options = ["--training.compile", "--sampling.every=3", "--activation_checkpoint.denoiser=budget 0.3"]
     found = run(0, 1, toml, str(tmp_path), options)
     graphs = found["graphs"]
@@ -65,7 +65,7 @@ def test_compiled_equals_eager_and_does_not_recompile(toml, tmp_path, eager):
 
 
 def test_sharded_recomputing_runs_do_not_recompile_either(toml, tmp_path, eager):
-    """fullgraph, so no graph breaks."""
+    """With fullgraph, so there are no graph breaks."""
     options = ["--training.compile", "--activation_checkpoint.denoiser=full",
                "--activation_checkpoint.tokenizer=selective"]  # fmt: skip
     for found in run_ranks(run, 2, toml, str(tmp_path), options):
@@ -77,14 +77,14 @@ def test_sharded_recomputing_runs_do_not_recompile_either(toml, tmp_path, eager)
 
 @pytest.mark.parametrize("recipe", ["repae", "naive_e2e"])
 def test_what_is_frozen_in_one_pass_learns_in_the_next(recipe, toml, tmp_path):
-    """A graph compiled while parameters were frozen must not serve the pass that trains them."""
+    """A graph compiled while parameters were frozen must not be reused in the pass that trains them."""
     rate = [f"--optimizer.{group}lr=1e-6" for group in ("", "tokenizer.", "discriminator.", "denoiser.")]
     loaded = config.load(toml, [f"--run.dir={tmp_path}", *SMALL, f"--recipe.name={recipe}", *rate])
     assert_learns_alike(learn(loaded, None), learn(loaded, "aot_eager"))
 
 
 def test_stages_of_one_class_get_static_graphs_of_their_own():
-    """Without the marks the sides of all but the first stage's maps become symbolic; the batch may."""
+    """Without the marks, spatial sizes become symbolic in all stages but the first; the batch size may."""
     seen = []
 
     def backend(graph, inputs):
@@ -103,7 +103,7 @@ def test_stages_of_one_class_get_static_graphs_of_their_own():
 
 
 def test_inductor_equals_eager(tmp_path):
-    """One block of each kind through the backend that runs really use."""
+    """One block of each kind with inductor, the backend of real runs."""
     m = toys.modules(dtype=torch.float32)
     block, stage = m.denoiser.blocks[0], m.tokenizer.decoder.mid
     for unit, inputs in ((block, (torch.randn(2, 16, 32), torch.randn(2, 32))), (stage, (torch.randn(2, 16, 8, 8),))):

@@ -1,4 +1,4 @@
-"""Every shipped config parses, assembles on the meta device, and holds the published hyper-parameters."""
+"""Every shipped config parses, assembles on the meta device, and has the published hyperparameters."""
 
 import json
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_one_line_switches_the_recipe(recipe):
 
 
 def test_missing_imagenet_says_what_to_get(capsys, tmp_path, monkeypatch):
-    """As a newcomer sees it: the data, the tokenizer and its discriminator are named, with how to get the data."""
+    """The message names the data, the tokenizer and its discriminator, and how to get the data."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The conformance kit: every shipped plugin passes it, and broken ones fail it with a message that names the fault."""
+"""The conformance kit: every shipped plugin passes; broken plugins fail with a message that names the failure."""
 
 import re
 import subprocess
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SLOW = ("compiles_in_one_graph", "shards_with_fsdp2")
 registry.discover("plugins")
 SHIPPED = [p for kind in registry.KINDS.values() for p in kind if p.cls.__module__.startswith("plugins.")]
-TINY = {  # whichever of these a plugin has
+TINY = {  # the subset that a plugin has is used
     "encoder": {"pretrained": False},
     "tokenizer": {"latent_channels": 4, "channels": 8, "multipliers": [1, 2], "norm_groups": 4, "res_blocks": 1}
     | {"mid_attention": False},
@@ -40,7 +40,7 @@ OPTIONS = {
         "heads": 2,
     },
 }
-PARTS = {  # of recipes that ask more of them than their contracts
+PARTS = {  # for recipes that require more than the contracts
     ("recipe", "reg"): {"denoiser": {"name": "sit", "width": 32, "depth": 2, "heads": 2, "align_depth": 1}
     | {"class_token_dim": 12}},
 }  # fmt: skip
@@ -56,7 +56,7 @@ def one_thread():
 
 @pytest.fixture(scope="module", autouse=True)
 def small_networks():
-    """timm's transformers one block deep, and an LPIPS of few channels: the contract is the same."""
+    """timm's transformers with one block, and LPIPS with few channels; the contract is the same."""
     import timm
 
     make = timm.create_model
@@ -65,7 +65,7 @@ def small_networks():
         for smaller in ({"embed_dim": 48, "depth": 1, "num_heads": 3}, {"depth": 1}):
             try:
                 return make(name, **options, **smaller)
-            except (TypeError, AssertionError):  # no such option, or no such shape
+            except (TypeError, AssertionError):  # unknown option, or invalid shape
                 continue
         return make(name, **options)
 
@@ -89,7 +89,7 @@ compiled: set = set()
 
 
 def examined_before(plugin: registry.Plugin, options: dict) -> bool:
-    """Whether this encoder's arithmetic, timm's of one architecture, was compiled and sharded in another's name."""
+    """Whether an encoder with the same timm architecture was already compiled and sharded by an earlier case."""
     if not issubclass(plugin.cls, TimmEncoder):
         return False
     with torch.device("meta"):
@@ -130,7 +130,7 @@ def test_a_broken_plugin_fails_with_its_fault_named(case):
     ],
 )
 def test_what_the_broken_ones_derive_from_is_sound(kind, cls):
-    """So each of them fails for its own fault."""
+    """The base classes pass, so each broken plugin fails because of its own fault."""
     own = Registry(kind)
     own.register("sound")(cls)
     assert [r for r in examine(Subject(own.get("sound"))) if r.fault] == []
@@ -211,7 +211,7 @@ def test_a_plugin_that_cannot_be_resolved_is_explained(spec, options, says):
 
 
 def test_a_recipe_is_examined_with_parts_of_ones_own(tmp_path):
-    """The tables of a run name them; the denoiser's shape shows that it is the one that took the step."""
+    """The parts are given in a run's tables; the denoiser's shape shows that it took the step."""
     parts = tmp_path / "parts.toml"
     parts.write_text(
         '[tokenizer]\nname = "autoencoder_kl"\nlatent_channels = 4\nchannels = 8\nmultipliers = [1, 2]\n'
@@ -227,7 +227,7 @@ def test_a_recipe_is_examined_with_parts_of_ones_own(tmp_path):
 
 
 def test_pytest_runs_the_kit_from_any_folder(tmp_path):
-    """One test per check, for a plugin in a file; without --plugin it says what to write."""
+    """One test per check, for a plugin in a file; without --plugin the message says what to write."""
     (tmp_path / "mine.py").write_text(PLUGIN.format(extra="[None]"))
     command = [sys.executable, "-m", "pytest", "-p", "plugins.conformance.pytest_options", "-p", "no:cacheprovider"]
     command += ["--pyargs", "plugins.conformance", "--plugin", "mine.py:mine", "-q"]
@@ -239,7 +239,7 @@ def test_pytest_runs_the_kit_from_any_folder(tmp_path):
 
 
 def test_looking_for_plugins_needs_no_pytest():
-    """The kit lies in the folder that is searched for plugins, and pytest is there only for tests."""
+    """The kit is in the folder searched for plugins, and pytest is installed only for tests."""
     found = [*ROOT.glob("plugins/conformance/*.py"), *ROOT.glob("components/conformance/*.py")]
     assert len(found) > 10
     assert not [p.name for p in found if re.search(r"^\s*(import|from) _?pytest", p.read_text(), re.M)]

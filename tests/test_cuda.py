@@ -1,4 +1,4 @@
-"""What only a GPU can show. Skipped without one."""
+"""Tests that need a GPU; skipped without one."""
 
 import json
 
@@ -79,7 +79,7 @@ def test_two_gpus_equal_one_in_fp64(tmp_path, strategy):
 
 
 def test_a_step_does_not_wait_for_the_gpu(tmp_path):
-    """Behind the first steps, PyTorch counts every synchronisation as an error."""
+    """After the first steps, PyTorch treats every synchronization as an error."""
     (tmp_path / "toy.toml").write_text(toys.TOML)
     options = ["--training.steps=12", "--run.log_every=100", "--run.checkpoint_every=0", "--training.precision=fp32"]
     loaded = config.load(str(tmp_path / "toy.toml"), [f"--run.dir={tmp_path / 'run'}", *options])

@@ -1,4 +1,4 @@
-"""The data order is a pure function of (seed, position); loading neither hangs nor hides errors."""
+"""Data order is a pure function of (seed, position); loading neither hangs nor hides errors."""
 
 import itertools
 import logging
@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class Numbers:
-    """Sample i shows i on the left and 0 on the right, and is labelled i."""
+    """Dataset whose sample i shows i on the left and 0 on the right, with label i."""
 
     def __init__(self, size=10, flip=False, broken=(), unreadable=(), delay=0.0):
         self.num_classes = size
@@ -50,7 +50,7 @@ def take(loader, count):
 
 
 def global_batches(steps, world=1, accumulation=1, consumed=0, size=50, batch_size=8):
-    """The labels of each step, in the order of their positions, put together from every rank's micro-batches."""
+    """Return the labels of each step in global order, assembled from every rank's micro-batches."""
     loaders = [
         make_loader(
             Numbers(size),
@@ -95,7 +95,7 @@ def test_without_shuffling_the_order_is_the_datasets():
 
 
 @pytest.mark.parametrize("world, accumulation", [(2, 1), (4, 1), (1, 4), (2, 2)])
-@pytest.mark.parametrize("size", [50, 3])  # an epoch ends inside a batch; several do
+@pytest.mark.parametrize("size", [50, 3])  # an epoch ends within a batch; a batch spans several epochs
 def test_global_batches_do_not_depend_on_ranks_and_accumulation(world, accumulation, size):
     assert global_batches(15, world, accumulation, size=size) == global_batches(15, size=size)
 
@@ -214,7 +214,7 @@ def test_unreadable_files_are_counted_and_logged_once(caplog):
 
 def test_too_many_unreadable_files_stop_the_run():
     counter = UnreadableCounter(0.01)
-    counter.update(32, [f"{i}.png" for i in range(10)])  # 1 % of 1000: few images prove nothing
+    counter.update(32, [f"{i}.png" for i in range(10)])  # 1 % of 1000: too few images to judge
     with pytest.raises(DataError, match=r"(?s)11 of 64 .*17\.19%.*loader\.max_unreadable = 0\.01.*  last\.png"):
         counter.update(32, ["last.png"])
 
@@ -272,7 +272,7 @@ def test_an_error_in_the_dataset_reaches_the_consumer(workers):
     with Prefetcher(loader, "cpu") as batches:
         for expected in ([0, 1], [2, 3], [4, 5]):
             assert next(batches)[0].labels.tolist() == expected
-        for _ in range(2):  # and stays: no hang
+        for _ in range(2):  # raised every time, without hanging
             with pytest.raises(ValueError, match="sample 6 is broken") as caught:
                 next(batches)
             shown = "".join(traceback.format_exception(caught.value))
@@ -384,7 +384,7 @@ def test_the_gpu_gets_the_same_batches():
     draws = lambda position: {"noise": torch.full((1000, 1000), float(position))}  # noqa: E731
     with Prefetcher(loader, "cuda", extra=draws) as batches:
         for m, (batch, extra, _) in enumerate(itertools.islice(batches, 20)):
-            # A busy stream: memory that the side stream reused too early would show.
+            # With a busy stream, memory that the side stream reuses too early would show.
             torch.cuda._sleep(20_000_000)
             images, noise = batch.images.clone(), extra["noise"].clone()
             del batch, extra

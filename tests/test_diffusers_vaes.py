@@ -1,4 +1,4 @@
-"""Autoencoders of SD 1, 2, XL, 3.5 and FLUX come out of a diffusers folder whole: network, preset and latent scale."""
+"""Autoencoders of SD 1, 2, XL, 3.5 and FLUX load from diffusers folders: network, preset and latent scale."""
 
 import json
 
@@ -18,7 +18,7 @@ from trainer.run.initial_statistics import read_statistics
 
 diffusers = pytest.importorskip("diffusers")
 
-# What the published config.json files say beyond the four levels of 128 to 512 channels that all of them have.
+# Settings of the published config.json files beyond the four levels of 128 to 512 channels that they share.
 WITHOUT_QUANT_CONV = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 PUBLISHED = {
     "sd1": ("f8d4", {"scaling_factor": 0.18215}),
@@ -31,7 +31,7 @@ TINY = {"channels": 8, "norm_groups": 4}
 
 
 def made(name: str, base: int, groups: int):
-    """diffusers' own module of a published config, of ``base`` channels at full resolution."""
+    """diffusers' own module for a published config, with ``base`` channels at full resolution."""
     return diffusers.AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
@@ -44,7 +44,7 @@ def made(name: str, base: int, groups: int):
 
 @pytest.fixture(params=PUBLISHED)
 def folder(request, tmp_path):
-    """The preset, diffusers' tiny module in fp64, and the folder that it was saved to."""
+    """The preset, diffusers' tiny module in fp64, and the folder it was saved to."""
     torch.manual_seed(0)
     theirs = made(request.param, 8, 4)
     theirs.save_pretrained(tmp_path / "vae")
@@ -76,7 +76,7 @@ def test_encodes_and_decodes_as_diffusers_does(folder):
 
 @pytest.mark.parametrize("named", ["", "config.json"])
 def test_its_shift_and_scale_are_the_first_latent_statistics(folder, named):
-    """(z - shift) * scale, as the pipelines of diffusers give latents to their denoisers."""
+    """(z - shift) * scale, as in diffusers' pipelines."""
     _, theirs, path = folder
     norm = LatentNorm(theirs.config.latent_channels, eps=0.0).double()
     norm.set_statistics(*(value.double() for value in read_statistics(str(path / named))))
@@ -118,7 +118,7 @@ def test_another_architecture_names_the_options(folder):
 
 
 def test_a_run_names_one_folder_twice(tmp_path):
-    """Weights and statistics of a folder beside the config, given relative to it."""
+    """Weights and statistics come from a folder next to the config, given relative to it."""
     torch.manual_seed(0)
     made("flux", 8, 4).save_pretrained(tmp_path / "vae")
     lines = 'preset = "f8d16"\nchannels = 8\nnorm_groups = 4\ncheckpoint = "vae"\n\n[latent_norm]\nstatistics = "vae"\n'
@@ -132,7 +132,7 @@ def test_a_run_names_one_folder_twice(tmp_path):
 
 
 def test_the_original_file_of_flux_is_read(tmp_path):
-    """Its keys are those of latent diffusion, without convolutions around the latent."""
+    """The keys are those of latent diffusion, without the convolutions around the latent."""
     saved = AutoencoderKL(preset="f8d16", **TINY)
     assert not any("quant" in key for key in saved.state_dict())
     save_file(saved.state_dict(), tmp_path / "ae.safetensors")

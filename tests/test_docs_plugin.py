@@ -1,4 +1,4 @@
-"""docs/writing-a-plugin.md, followed to the letter: its own code blocks, written to files elsewhere, work."""
+"""Follows docs/writing-a-plugin.md exactly: its code blocks, written to files outside the repository, work."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ torch.set_num_threads(1)
 
 
 def blocks() -> list[tuple[str, str]]:
-    """(language, text) of every fenced block."""
+    """Return (language, text) of every fenced block."""
     return re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory) -> Path:
-    """A folder outside the repository with the page's files: blocks whose first line is a comment with a name."""
+    """A folder outside the repository with the page's files: blocks that begin with a comment naming the file."""
     folder = tmp_path_factory.mktemp("my_lab")
     for _, text in blocks():
         if named := re.match(r"# (\w+\.\w+)\n", text):
@@ -43,7 +43,7 @@ def lab(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def own_registry():
-    """What the page registers is forgotten afterwards."""
+    """Unregister the page's plugins afterwards."""
     registry.discover("plugins")
     with pytest.MonkeyPatch.context() as patch:
         for kind in registry.KINDS.values():
@@ -105,7 +105,7 @@ def test_one_plugin_serves_under_two_labels(lab):
     ],
 )
 def test_every_plugin_of_the_page_passes_the_conformance_kit(lab, spec, options):
-    """But for torch.compile and FSDP2 of the encoder, whose arithmetic is TimmEncoder's."""
+    """Except torch.compile and FSDP2 of the encoder, whose arithmetic is TimmEncoder's."""
     subject = resolve("plugins", f"{lab}/{spec}", options)
     results = list(examine(subject, leave_out=("compiles_in_one_graph", "shards_with_fsdp2")))
     assert [result for result in results if result.fault] == []
@@ -113,7 +113,7 @@ def test_every_plugin_of_the_page_passes_the_conformance_kit(lab, spec, options)
 
 @pytest.mark.parametrize("recipe", ["repae", "ldm_l1"])
 def test_the_other_plugins_take_a_step(lab, recipe):
-    """All four of the page's plugins in one step: finite losses, gradients where the recipe trains."""
+    """All four of the page's plugins in one step: finite losses, and gradients where the recipe trains."""
     files = ["my_encoder.py", "my_loss.py", "my_dataset.py", "my_recipe.py"]
     overrides = [
         f"--plugins={files}",

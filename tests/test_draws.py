@@ -1,4 +1,4 @@
-"""The random numbers of a step: a function of (seed, step, position), the same for any split over ranks."""
+"""A step's random numbers are a function of (seed, step, position), the same for any split over ranks."""
 
 import torch
 

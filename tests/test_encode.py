@@ -1,4 +1,4 @@
-"""python -m trainer encode: what a cache holds is what the networks say; killed, it goes on; ranks change nothing."""
+"""python -m trainer encode: the cache holds the networks' outputs, survives a kill, and is the same for any ranks."""
 
 import argparse
 import os
@@ -57,7 +57,7 @@ def files(folder) -> dict[str, bytes]:
 
 
 def on_ranks(rank: int, world: int, toml: str, out: str, killed: str) -> None:
-    """What the command does on a rank; ``killed``: "writing" the second shard, its "record", or the "index"."""
+    """Run the command on a rank; ``killed``: at "writing" of the second shard, at its "record", or at the "index"."""
 
     def kill(*_) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

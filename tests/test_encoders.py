@@ -1,6 +1,6 @@
-"""Alignment encoders: their arithmetic against plain formulas, their weights, and what they say when those lack.
+"""Alignment encoders: arithmetic against plain formulas, weights, and the errors for missing weights.
 
-Checkpoints hold seeded random weights under the original authors' key names, at reduced width and depth; the formulas
+Checkpoints hold seeded random weights under the original authors' key names, at reduced width and depth. The formulas
 read the same file, so conversion and arithmetic are checked together.
 """
 
@@ -50,14 +50,14 @@ def one_thread():
 
 @pytest.fixture
 def small(monkeypatch):
-    """timm makes the named architectures narrow and shallow."""
+    """Make timm's named architectures narrow and shallow."""
     make = functools.partial(timm.create_model, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS)
     monkeypatch.setattr(timm, "create_model", make)
 
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """As HF_HUB_OFFLINE=1 with an empty cache; returns the cache's folder."""
+    """Emulate HF_HUB_OFFLINE=1 with an empty cache; return the cache folder."""
     cache = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
@@ -88,7 +88,7 @@ def test_dinov2_equals_its_formula(small, tmp_path, size, registers, resolution,
     expected = dinov2_formula(state, x, grid)
     assert expected.shape == (len(x), grid * grid, WIDTH)
     assert encoder(x).dtype == torch.float32
-    # fp32 places bicubic samples to 1e-5 pixels, which shows on white noise.
+    # fp32 places bicubic samples to 1e-5 pixels, which is visible on white noise.
     torch.testing.assert_close(encoder(x).double(), expected, atol=5e-3, rtol=0)
     torch.testing.assert_close(in_fp64(encoder, x), expected, atol=1e-10, rtol=0)
 

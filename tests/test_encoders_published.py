@@ -1,4 +1,4 @@
-"""Encoders of plain vision transformers, against formulas: published layouts, preprocessing, and what is taken."""
+"""Plain vision transformer encoders against formulas: published layouts, preprocessing, and which weights are used."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """timm makes the named architectures narrow and shallow."""
+    """Make timm's named architectures narrow and shallow."""
     shrink(monkeypatch)
 
 
@@ -69,7 +69,7 @@ def made(name, file, resolution=64, grid=4, **options):
 
 
 def agrees(encoder, x, tokens, vector):
-    """Tokens and the vector of each image: to 1e-10 in fp64; to 1e-5 of the largest in fp32 if nothing is resized."""
+    """Assert equal tokens and vectors: to 1e-10 in fp64; in fp32 without resizing, to 1e-5 of the largest value."""
     assert encoder(x).dtype == encoder.embed(x).dtype == torch.float32
     if x.shape[-1] == encoder.side:
         for found, expected in ((encoder(x), tokens), (encoder.embed(x), vector)):
@@ -99,7 +99,7 @@ def test_mae(tmp_path, size, patch, native, resolution, grid, decoder):
 
 
 def ijepa_file(path, native=16, patch=14, **wrapped):
-    """The authors' training checkpoint, with two networks that differ."""
+    """The authors' training checkpoint, with two different networks."""
     shapes = vit_shapes(native, patch, class_token=False)
     encoder = random_state(shapes)
     target = {key: value * 1.1 for key, value in encoder.items()}
@@ -234,7 +234,7 @@ def test_clip_and_openclip(tmp_path, name, options, patch, native, pair, act):
 
 
 def siglip_state(native, patch):
-    """timm's layout: OpenCLIP's files have it behind "visual.trunk."."""
+    """timm's layout; OpenCLIP's files have it after the prefix "visual.trunk."."""
     shapes = vit_shapes(native, patch, class_token=False) | {"attn_pool.latent": (1, 1, WIDTH)}
     linears = {"q": (WIDTH, WIDTH), "kv": (2 * WIDTH, WIDTH), "proj": (WIDTH, WIDTH)}
     linears |= {"mlp.fc1": (4 * WIDTH, WIDTH), "mlp.fc2": (WIDTH, 4 * WIDTH)}
@@ -243,7 +243,7 @@ def siglip_state(native, patch):
 
 
 def attention_pool(state, tokens):
-    """Multihead attention pooling (Zhai et al. 2021, arXiv 2106.04560): one learnt query."""
+    """Multihead attention pooling (Zhai et al. 2021, arXiv 2106.04560): one learned query."""
     p = {key.removeprefix("attn_pool."): value.double() for key, value in state.items() if "attn_pool" in key}
     q = linear(p["latent"].expand(len(tokens), -1, -1), p, "q.weight", "q.bias")
     k, v = linear(tokens, p, "kv.weight", "kv.bias").split(WIDTH, dim=-1)
@@ -265,7 +265,7 @@ def test_siglip(tmp_path, name, size, patch, prefix):
     agrees(encoder, x, expected, attention_pool(state, expected))
 
 
-# Order, and what is refused ----------------------------------------------------------------------------------
+# Order and refusals ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["dino", "mae", "mocov3", "ijepa", "siglip", "siglip2"])

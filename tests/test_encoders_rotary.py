@@ -37,7 +37,7 @@ from tests.encoder_formulas import (
     vit_shapes,
 )
 
-ANGLES = 3e-6  # sines and cosines are held in fp32
+ANGLES = 3e-6  # sines and cosines are in fp32
 POOL_HEADS = 8
 SATELLITE = (0.430, 0.411, 0.296), (0.213, 0.156, 0.143)
 
@@ -52,13 +52,13 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """timm makes the named architectures narrow and shallow."""
+    """Make timm's named architectures narrow and shallow."""
     sizes = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "mlp_ratio": 4}
     monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, **sizes))
 
 
 def rotated(x, angles, prefix, pairs):
-    """Turns pairs of the features of (B, N, heads, d); the first ``prefix`` tokens stay.
+    """Rotate pairs of features of (B, N, heads, d), except for the first ``prefix`` tokens.
 
     Args:
         angles: (tokens, d / 2), one for each pair.
@@ -71,7 +71,7 @@ def rotated(x, angles, prefix, pairs):
 
 
 def cells(n, place):
-    """(row, column) of each cell of an n x n grid, rows first, as ``place`` says."""
+    """Return (row, column) of each cell of an n x n grid, row-major, as transformed by ``place``."""
     return [(place(i), place(j)) for i in range(n) for j in range(n)]
 
 
@@ -79,7 +79,7 @@ def cells(n, place):
 
 
 def dinov3_state(hidden=None):
-    """Keys and shapes of the authors' files; with ``hidden``, of a gated feed-forward network."""
+    """Keys and shapes of the authors' files; with ``hidden``, those of a gated feed-forward network."""
     shapes = vit_shapes(1, 16) | {"storage_tokens": (1, 4, WIDTH), "mask_token": (1, WIDTH)}
     del shapes["pos_embed"]
     for i in range(DEPTH):
@@ -101,7 +101,7 @@ def dinov3_formula(state, x, grid):
     x = patches(x, p["patch_embed.proj.weight"]) + p["patch_embed.proj.bias"]
     prefix = torch.cat([p["cls_token"], p["storage_tokens"]], dim=1)
     x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
-    # Axial: half of the pairs turn with the row, half with the column, both in [-1, 1].
+    # Axial: half of the pairs rotate with the row, half with the column, both in [-1, 1].
     count = WIDTH // HEADS // 4
     periods = [100 ** (j / count) for j in range(count)]
     place = cells(grid, lambda i: 2 * (i + 0.5) / grid - 1)
@@ -197,7 +197,7 @@ def pe_state(native, patch, class_token=True, core=True, scale=False):
 
 
 def pe_formula(state, x, grid, blocks=DEPTH):
-    """All tokens behind a block, without a norm."""
+    """Return all tokens after a block, without a norm."""
     p = {key: value.double() for key, value in state.items()}
     x = patches(x, p["conv1.weight"])
     table, first = p["positional_embedding"], int("class_embedding" in p)
@@ -206,7 +206,7 @@ def pe_formula(state, x, grid, blocks=DEPTH):
         x = torch.cat([p["class_embedding"].expand(len(x), 1, -1), x], dim=1)
         place = torch.cat([table[:1], place])
     x = norm(x + place, p, "ln_pre", 1e-5)
-    # Axial: the first half of the pairs turns with the column, the rest with the row; a class token is at 0.
+    # Axial: the first half of the pairs rotates with the column, the rest with the row; a class token is at 0.
     count = WIDTH // HEADS // 4
     frequencies = [10_000 ** (-j / count) for j in range(count)]
     angles = [[c * f for c in reversed(cell) for f in frequencies] for cell in cells(grid, lambda i: i + first)]
@@ -223,7 +223,7 @@ def pe_formula(state, x, grid, blocks=DEPTH):
 
 
 def pe_pool(state, tokens):
-    """The attention pool of "core": one learnt query over all tokens behind the final norm."""
+    """The attention pool of "core": one learned query over all tokens after the final norm."""
     p = {key: value.double() for key, value in state.items()}
     tokens = norm(tokens, p, "ln_post", 1e-5)
     p = {key.removeprefix("attn_pool."): value for key, value in p.items() if key.startswith("attn_pool.")}
@@ -294,7 +294,7 @@ def test_what_the_meta_device_loses_is_made_again_or_named(tmp_path, make):
     other.to_empty(device="cpu")
     for tensor in (*other.parameters(), *other.buffers()):
         tensor.fill_(math.nan)
-    if not hasattr(encoder.model.rope, "init_non_persistent_buffers"):  # timm of 2025
+    if not hasattr(encoder.model.rope, "init_non_persistent_buffers"):  # timm releases of 2025
         with pytest.raises(WeightsError, match=r"made on the meta device, where \S+ lost"):
             other.load_weights()
         return

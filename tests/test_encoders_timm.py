@@ -1,4 +1,4 @@
-"""Any model of timm by its name: which features, how they reach the grid, and what is refused."""
+"""Any timm model by name: which features are used, how they are mapped to the grid, and what is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from components.files.weights import WeightsError
 from plugins.encoders.timm import Timm
 from tests.encoder_formulas import images
 
-# timm's own small models, of 160 pixels: stages of 40, 20, 10 and 5 per side.
+# timm's own small models at 160 pixels: stages of 40, 20, 10 and 5 per side.
 MAPS, TOKENS = "test_convnext.r160_in1k", "test_vit.r160_in1k"
 
 

@@ -1,4 +1,4 @@
-"""`check` builds the run that would be trained and counts what one of its GPUs holds, sends and computes."""
+"""`check` builds the run that would be trained, and counts the memory, traffic and operations of one GPU."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from trainer.run import assemble
 from trainer.run.prepare import Preparation
 
 ROOT = Path(__file__).resolve().parents[1]
-# The ablations name other vision transformers of timm, two tokenizers are of one architecture, and LightningDiT and
-# DiT-DH are much like SiT: one stands for all.
-# iREPA and REG differ from REPA by a head and by one token.
+# Skipped, since a similar config stands for each: the ablations differ in timm's vision transformer, two tokenizers
+# share an architecture, LightningDiT and DiT-DH resemble SiT, and iREPA and REG differ from REPA by a head and by one
+# token.
 ALIKE = (
     "ablation_encoder_dinov2",
     "ablation_encoder_ijepa", "repae_sit_xl_vavae", "irepa_sit_xl", "reg_sit_xl", "repae_lightningdit", "repae_ditdh",
 )  # fmt: skip
 CONFIGS = sorted(p for p in (ROOT / "train_configs").glob("*.toml") if not p.name.startswith(ALIKE))
 FLOAT = 4  # bytes
-# A width that 8 ranks do not divide; a denoiser alone learns.
+# A width that 8 ranks do not divide; only the denoiser trains.
 UNEVEN = ("--recipe.name=ldm", "--denoiser.width=36")
 
 
@@ -57,7 +57,7 @@ def denoiser(toml: str, *options: str):
 
 
 def held(parameters, shards: int) -> int:
-    """Elements of rank 0's parts: rows are dealt out in equal chunks, rounded up."""
+    """Return the number of elements on rank 0: rows are sharded in equal chunks, rounded up."""
     return sum(math.ceil(p.shape[0] / shards) * p.shape[1:].numel() for p in parameters)
 
 
@@ -70,8 +70,8 @@ def test_sharded_bytes_are_those_counted_by_hand(toml):
     buffers = sum(b.numel() for b in network.buffers())
     assert found.mesh == (1, 8)
     assert found.peak[PARAMETERS] == FLOAT * (part + buffers)
-    assert found.peak[STATES] == FLOAT * (2 * part + len(parameters))  # two moments; a step count each
-    assert found.most[GRADIENTS] == FLOAT * part  # not all of them at the peak, where most is activations
+    assert found.peak[STATES] == FLOAT * (2 * part + len(parameters))  # two moments, and a step count each
+    assert found.most[GRADIENTS] == FLOAT * part  # fewer at the peak, which is mostly activations
     # The latent statistics: mean and variance of 4 channels, and an int64 count.
     assert found.peak[AVERAGES] == FLOAT * (part + buffers + 8) + 8
 
@@ -94,7 +94,7 @@ def test_a_sharded_step_never_holds_whole_weights(toml):
 
 
 def test_fsdp_gathers_blocks_twice_and_the_rest_once(toml):
-    """Ring: each rank passes on (n - 1) / n of what is gathered; 2 of the 8 links cross between two nodes."""
+    """Ring: each rank forwards (n - 1) / n of the gathered tensor; 2 of the 8 links cross between two nodes."""
     found = cost(toml, 8, 4, *UNEVEN)
     network = denoiser(toml, *UNEVEN)
     whole = 8 * held(network.parameters(), 8)
@@ -113,7 +113,7 @@ def test_hsdp_scatters_within_a_node_and_sums_across(toml):
     assert found.mesh == (2, 4)
     assert within["reduce-scatter"] == pytest.approx(3 / 4 * FLOAT * 4 * part)
     assert across["reduce-scatter"] == across["all-gather"] == 0
-    # Gradient norms, losses and latent statistics are summed, too: hundreds of bytes.
+    # Gradient norms, losses and latent statistics are also summed: hundreds of bytes.
     assert across["all-reduce"] == pytest.approx(2 * 1 / 2 * FLOAT * part, rel=0.03)
 
 
@@ -140,7 +140,7 @@ def test_recomputation_lowers_activations_and_costs_flops(toml):
     deep = (*UNEVEN, "--denoiser.depth=6", "--training.batch_size=64")
     none, full = (cost(toml, 1, 1, *deep, f"--activation_checkpoint.denoiser={form}") for form in ("none", "full"))
     assert full.peak[TEMPORARY] < 0.5 * none.peak[TEMPORARY]
-    assert 1.15 * none.flops < full.flops < 4 / 3 * none.flops  # one more forward; the frozen tokenizer has none
+    assert 1.15 * none.flops < full.flops < 4 / 3 * none.flops  # one more forward pass; none for the frozen tokenizer
 
 
 def test_norms_and_interpolation_stay_fp32_as_on_cuda():
@@ -166,7 +166,7 @@ def test_bf16_halves_products_only(toml):
 def test_offloaded_weights_are_not_on_the_gpu(toml):
     found = cost(toml, 1, 1, *UNEVEN, "--parallel.cpu_offload")
     assert not {PARAMETERS, GRADIENTS, STATES, AVERAGES} & set(found.most)
-    # They are copied there to be used.
+    # They are copied to the GPU for use.
     assert found.most[GATHERED] == FLOAT * sum(p.numel() for p in denoiser(toml, *UNEVEN).parameters())
 
 
@@ -197,7 +197,7 @@ def test_says_whether_it_fits_and_what_would_help(toml):
 def test_gpu_hours_are_operations_over_what_the_gpu_computes(toml):
     config = configs.load(toml, ["--training.steps=360_000"])
     found = cost(toml, 1, 1)
-    found = type(found)(**(vars(found) | {"flops": 312 * 10**12}))  # 2 s a step at half of an A100's peak
+    found = type(found)(**(vars(found) | {"flops": 312 * 10**12}))  # 2 s per step at half of an A100's peak
     assert "800 GPU-hours, 200 hours on 4, assuming 50% of 312" in gpu_hours(config, found, 4, "a100-80", 0.5)
 
 
@@ -214,7 +214,7 @@ def test_prints_parts_memory_traffic_and_verdict(toml, capsys):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_shipped_config_runs_dry(path, monkeypatch):
-    """With one block and one residual block a level, for time; the parts are the config's."""
+    """With one block and one residual block per level, to save time; everything else is the config's."""
     monkeypatch.chdir(ROOT)
     config = configs.load(str(path))
     options = registry.tokenizers.get(config.tokenizer.name).options
@@ -226,7 +226,7 @@ def test_every_shipped_config_runs_dry(path, monkeypatch):
 
 
 def test_is_near_the_measured_peak(tmp_path):
-    """Real steps in a process of their own, fp32: the resident memory grows by what was estimated."""
+    """Real steps in a separate process, in fp32: resident memory grows by the estimate."""
     path = tmp_path / "mid.toml"
     path.write_text(toys.TOML)
     options = ["--training.resolution=64", "--tokenizer.channels=32", "--denoiser.width=256", "--denoiser.depth=4",

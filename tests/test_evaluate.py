@@ -1,4 +1,4 @@
-"""The evaluate command: the numbers of independent code, on any number of ranks, after any interruption."""
+"""The evaluate command matches independent code, on any number of ranks and after any interruption."""
 
 import argparse
 import json
@@ -25,11 +25,11 @@ from trainer import config as configs
 from trainer.__main__ import main
 from trainer.evaluation import measured, reconstruction
 
-SAMPLES, REFERENCE = 110, 130  # more than tiny_vit's 96 features, and no multiple of a batch
+SAMPLES, REFERENCE = 110, 130  # more than tiny_vit's 96 features, and not a multiple of the batch size
 
 
 def images(count: int, noise: float, split: str) -> torch.Tensor:
-    """uint8 (N, 3, 32, 32)."""
+    """Noisy images of the shapes dataset: uint8 (N, 3, 32, 32)."""
     clean = torch.stack([Shapes(32, split=split)[i].image for i in range(count)]).float()
     clean += noise * torch.randn(clean.shape, generator=generator("noise"))
     return clean.clamp(0, 255).to(torch.uint8)
@@ -45,7 +45,7 @@ def write(folder: Path, batch: torch.Tensor) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Folders of samples and of reference images, read only."""
+    """Folders of samples and of reference images; read-only."""
     place = tmp_path_factory.mktemp("evaluate")
     write(place / "samples", images(SAMPLES, 30.0, "heldout"))
     write(place / "reference", images(REFERENCE, 0.0, "train"))
@@ -61,7 +61,7 @@ def results(file: Path) -> dict:
 
 
 def embeddings(folder: Path) -> np.ndarray:
-    """tiny_vit's mean tokens, image by image in the order of the paths, by nothing of the command's code."""
+    """tiny_vit's mean tokens per image, in the order of the paths, computed without the command's code."""
     encoder = TinyViT(32, 8)
     encoder.load_weights()
     arrays = [np.array(PIL.Image.open(file)) for file in sorted(folder.rglob("0*.png"))]
@@ -70,7 +70,7 @@ def embeddings(folder: Path) -> np.ndarray:
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """By the eigenvalues of the product itself, whose roots add up to the trace of its matrix root."""
+    """Frechet distance by the eigenvalues of the product, whose square roots sum to the trace of its matrix root."""
     c1, c2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root_trace = np.sqrt(np.linalg.eigvals(c1 @ c2).astype(complex)).real.sum()
     return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(c1 + c2) - 2 * root_trace
@@ -78,7 +78,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def whole(data):
-    """The value that an uninterrupted evaluation in one process gives."""
+    """Result of an uninterrupted evaluation in one process."""
     assert evaluate(data / "samples", "--reference", data / "reference", "--encoder=tiny_vit",
                     "--batch-size=16", "--output", data / "whole.json") == 0  # fmt: skip
     return results(data / "whole.json")["metrics"]["fd_tiny_vit"]
@@ -104,7 +104,7 @@ def _on_rank(rank: int, world: int, words: list[str]) -> tuple:
 def test_three_ranks_give_the_same_number(data, whole, tmp_path):
     words = [str(data / "samples"), "--reference", str(data / "reference"), "--encoder=tiny_vit", "--batch-size=16"]
     found = run_ranks(_on_rank, 3, [*words, "--output", str(tmp_path / "ranks.json")])
-    # The same bits where both have as many threads.
+    # Bit for bit if both have the same number of threads.
     assert results(tmp_path / "ranks.json")["metrics"]["fd_tiny_vit"] == pytest.approx(whole, rel=1e-9)
     x = torch.randn(60, 8, generator=generator("samples"))
     y = 0.8 * torch.randn(80, 8, generator=generator("reference"))
@@ -129,11 +129,11 @@ def test_a_killed_evaluation_goes_on_and_mixes_nothing(data, whole, tmp_path, mo
     assert evaluate(*words, "--batch-size=16") == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert calls == [16] * 6 + [14] + [16] * 2 and not (tmp_path / "evaluation.json").exists()
-    # Another batch size is another rounding: nothing of the first is used, nor lost.
+    # Another batch size rounds differently: the first one's results are neither used nor lost.
     calls.clear()
     limit = 2
     assert evaluate(*words, "--batch-size=50") == 130 and calls == [50, 50]
-    # A unit that was cut short by a full disk, say, is made again.
+    # A truncated unit, as after a full disk, is recomputed.
     (damaged,) = tmp_path.glob(".evaluation/*/000003.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:100])
     calls.clear()
@@ -141,7 +141,7 @@ def test_a_killed_evaluation_goes_on_and_mixes_nothing(data, whole, tmp_path, mo
     assert evaluate(*words, "--batch-size=16") == 0
     assert calls == [16] * 7 + [2] or calls == [16] + [16] * 6 + [2]
     assert results(tmp_path / "evaluation.json")["metrics"]["fd_tiny_vit"] == whole
-    assert len(list(tmp_path.glob(".evaluation/*"))) == 1  # that of the other batch size
+    assert len(list(tmp_path.glob(".evaluation/*"))) == 1  # the other batch size's
 
 
 def test_archives_and_kept_statistics_give_the_same_number(data, whole, tmp_path, capsys):
@@ -155,7 +155,7 @@ def test_archives_and_kept_statistics_give_the_same_number(data, whole, tmp_path
     assert evaluate(tmp_path / "packed.npz", "--reference", tmp_path / "kept.npz", *words) == 0
     for name in ("stored", "packed"):
         assert results(tmp_path / f"{name}.evaluation.json")["metrics"]["fd_tiny_vit"] == whole
-    # Never silently another network.
+    # Another network is never used silently.
     assert evaluate(tmp_path / "stored.npz", "--reference", tmp_path / "kept.npz", "--encoder=tiny_vit:grid=4") == 2
     assert "holds mu_tiny_vit" in capsys.readouterr().err
     np.savez(tmp_path / "other.npz", **dict(np.load(tmp_path / "kept.npz")) | {"about": json.dumps({"tiny_vit": {}})})
@@ -164,7 +164,7 @@ def test_archives_and_kept_statistics_give_the_same_number(data, whole, tmp_path
 
 
 def test_the_suite_of_inception(data, tmp_path, tmp_path_factory, monkeypatch, capsys):
-    """FID, sFID, IS, precision and recall of few images with random weights: numbers of independent code, warned of."""
+    """FID, sFID, IS, precision and recall of few images with random weights match independent code, with warnings."""
     from torch_fidelity.metric_isc import isc_features_to_metric
 
     weights = random_inception(tmp_path_factory)
@@ -178,7 +178,7 @@ def test_the_suite_of_inception(data, tmp_path, tmp_path_factory, monkeypatch, c
     monkeypatch.setattr(Inception, "forward", recorded)
     words = [data / "samples", "--reference", data / "reference", "--inception-weights", weights, "--max-images=5",
              "--reference-images=4", "--output", tmp_path / "evaluation.json", "--batch-size=6"]  # fmt: skip
-    # The roots of 2048 x 2048 matrices take long; those of 40 features tell as much.
+    # Square roots of 2048 x 2048 matrices are slow; 40 features are enough.
     monkeypatch.setattr(Inception, "dims", {"pool": 40, "spatial": 30})
     monkeypatch.setattr(Inception, "logits", lambda self, pool: pool @ self.network.fc.weight[:, :40].T)
     monkeypatch.setattr(Inception, "forward", lambda self, b: (
@@ -189,7 +189,7 @@ def test_the_suite_of_inception(data, tmp_path, tmp_path_factory, monkeypatch, c
     (a, b), values = seen, found["metrics"]
     assert list(values) == ["fid", "sfid", "is", "precision", "recall"]
     for name, feature, dim in (("fid", "pool", 40), ("sfid", "spatial", 30)):
-        # tr (C1 C2)^1/2 of few samples is the sum of the singular values of X1 X2^T, centred.
+        # tr (C1 C2)^1/2 of few samples is the sum of the singular values of X1 X2^T, centered.
         x, y = (s[feature][:, :dim].double() for s in (a, b))
         cx, cy = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))
         cross = torch.linalg.svdvals(cx @ cy.T).sum()
@@ -214,7 +214,7 @@ def test_samples_of_a_run_know_their_dataset_and_their_curves(data, tmp_path):
     (run / "config.toml").write_text(toys.TOML)
     settings = {"run": str(run), "source": "run", "step": 7, "num_samples": SAMPLES}
     (folder / "samples.json").write_text(json.dumps(settings))
-    PIL.Image.new("RGB", (90, 90)).save(folder / "grid.png")  # no sample
+    PIL.Image.new("RGB", (90, 90)).save(folder / "grid.png")  # not a sample
     assert evaluate(folder, "--reference=dataset", "--encoder=tiny_vit", f"--dataset.size={REFERENCE}") == 0
     value = results(folder / "evaluation.json")["metrics"]["fd_tiny_vit"]
     expected = frechet(embeddings(folder), embeddings(data / "reference"))  # the dataset's first images
@@ -226,7 +226,7 @@ def test_samples_of_a_run_know_their_dataset_and_their_curves(data, tmp_path):
 
 
 class NoInception(nn.Module):
-    """Stands for a network that nothing is computed by."""
+    """Stand-in for a network that is never called."""
 
     dims = Inception.dims
     about = {"sha256": "0", "published": True}
@@ -271,7 +271,7 @@ def test_errors_name_the_file_and_what_to_do(data, tmp_path, monkeypatch, capsys
 
 
 def test_reconstructions_are_measured(tmp_path, monkeypatch):
-    """Against the formulas on the images that the tokenizer gives back."""
+    """Compares with the formulas on the tokenizer's reconstructions."""
 
     class Difference(nn.Module):
         def forward(self, x, x_hat, posterior):
@@ -283,7 +283,7 @@ def test_reconstructions_are_measured(tmp_path, monkeypatch):
     tokenizer = toys.modules(dtype=torch.float32).tokenizer.eval()
     save_file(tokenizer.state_dict(), tmp_path / "tokenizer.safetensors")
     toml = tmp_path / "toy.toml"
-    # A path beside the TOML file.
+    # A path relative to the TOML file.
     toml.write_text(toys.TOML.replace('name = "autoencoder_kl"', 'name = "autoencoder_kl"\ncheckpoint = "tokenizer.safetensors"'))  # fmt: skip # noqa: E501
     words = [toml, "--reconstruction", "--metrics=psnr,ssim,lpips", "--encoder=tiny_vit", "--dataset.split=heldout",
              "--dataset.size=110", "--output", tmp_path / "out.json", "--batch-size=40"]  # fmt: skip
@@ -294,7 +294,7 @@ def test_reconstructions_are_measured(tmp_path, monkeypatch):
         y = torch.cat([reconstruction.reconstruct(tokenizer, part) for part in x.split(40)])
     assert found["psnr"] == pytest.approx(psnr(x, y).mean().item(), rel=1e-9)
     assert found["ssim"] == pytest.approx(ssim(x, y).mean().item(), rel=1e-9)
-    # Means over images, not over batches: the last is shorter.
+    # Means over images, not over batches: the last batch is smaller.
     assert found["lpips"] == pytest.approx((x.float() - y.float()).abs().mean().item() / 127.5, rel=1e-5)
     expected = frechet(embeddings(write(tmp_path / "y", y)), embeddings(write(tmp_path / "x", x)))
     assert found["rfd_tiny_vit"] == pytest.approx(expected, rel=1e-5)
@@ -311,7 +311,7 @@ def test_lpips_sees_images_in_the_range_it_was_made_for(tmp_path, monkeypatch):
 
 
 def test_vision_transformers_are_compared_by_their_class_token():
-    """As timm's own model gives it, behind its final norm, for images of another range."""
+    """The class token equals timm's own after its final norm, for images of another range."""
     from components.nn.timm_encoder import TimmEncoder
 
     torch.manual_seed(0)

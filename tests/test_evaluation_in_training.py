@@ -1,4 +1,4 @@
-"""Evaluation during training: the numbers of sample + evaluate, on any number of ranks, without touching the run."""
+"""Evaluation during training matches sample + evaluate, on any number of ranks, without affecting the run."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from trainer.config import ConfigError
 from trainer.evaluation import in_training
 from trainer.run.loop import Trainer
 
-# 110 images in batches of 24: the last round is neither full nor divisible.
+# 110 images in batches of 24: the last round is neither full nor divisible by the ranks.
 TOML = (
     toys.TOML
     + """
@@ -81,7 +81,7 @@ def test_sharded_ranks_stay_in_step_and_give_the_same_number(run, tmp_path):
     assert distances(tmp_path / "run") == {2: pytest.approx(distances(run)[2], rel=1e-3)}
     assert [p.name for p in (tmp_path / "run" / "evaluation").iterdir()] == [
         p.name for p in (run / "evaluation").iterdir()
-    ]  # the reference's name holds a fingerprint of its settings
+    ]  # the reference's name contains a fingerprint of its settings
 
 
 def test_a_resumed_run_uses_the_reference_that_it_kept(run, monkeypatch):
@@ -92,7 +92,7 @@ def test_a_resumed_run_uses_the_reference_that_it_kept(run, monkeypatch):
     before = distances(run)
     train(0, 1, run, "--training.steps=6")
     assert distances(run) == before | {6: pytest.approx(before[4], rel=0.5)}
-    # Other images are another reference.
+    # Other images make another reference.
     with pytest.raises(AssertionError, match="measured again"):
         train(0, 1, run, "--training.steps=8", "--dataset.size=130")
 

@@ -1,4 +1,4 @@
-"""The export command: other programs read what it writes, and get this model."""
+"""The export command: other programs read its files and get this model."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ PARTS = ("tokenizer", "denoiser", "latent_norm", "heads", "discriminator")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run of two steps, whose averages, also of the tokenizer, differ from its raw weights."""
+    """A run of two steps whose averages, including the tokenizer's, differ from its raw weights."""
     folder = tmp_path_factory.mktemp("export")
     (folder / "toy.toml").write_text(toys.TOML)
     options = ["--training.steps=2", "--run.checkpoint_every=1", f"--run.dir={folder}/run"]
@@ -88,7 +88,7 @@ def _without_architecture(self, name, value):
 
 
 def test_a_config_is_a_source_of_its_own_tokenizer(run, tmp_path, capsys):
-    """A published file becomes a diffusers folder without any run."""
+    """A published file becomes a diffusers folder without a run."""
     tokenizer = read_source(str(run)).states["tokenizer"]
     torch.save({"state_dict": tokenizer}, tmp_path / "sd.ckpt")
     toml = tmp_path / "toy.toml"
@@ -114,7 +114,7 @@ def test_model_folder_is_the_same_model(run, tmp_path, capsys):
     opened = open_source(f"{tmp_path}/model", World()).parts.modules
     assert equal(opened.denoiser.state_dict(), original.states["denoiser"])
 
-    # One part stands alone.
+    # One part is usable alone.
     again = config.load(
         f"{tmp_path}/model/config.toml", [f"--tokenizer.checkpoint={tmp_path}/model/tokenizer.safetensors"]
     )
@@ -142,7 +142,7 @@ def test_published_checkpoint(run, tmp_path, capsys):
         expected = {f"{prefix}{key}": v for part, prefix in prefixes.items() for key, v in states[part].items()}
         assert equal(kept[name], expected)
     assert not equal(kept["model"], kept["ema"])
-    # As sampling pairs them: the averaged tokenizer, where the run has one.
+    # As in sampling: the averaged tokenizer, if the run has one.
     assert equal(kept["vae"], ema["tokenizer"]) and not equal(kept["vae"], online["tokenizer"])
     network = {k.removeprefix("network."): v for k, v in online["discriminator"].items() if k.startswith("network.")}
     assert equal(kept["discriminator"], network) and "main.0.weight" in network
@@ -151,7 +151,7 @@ def test_published_checkpoint(run, tmp_path, capsys):
     assert stats["latents_scale"].shape == stats["latents_bias"].shape == (1, 4, 1, 1)
     torch.testing.assert_close(stats["latents_scale"].flatten(), ema["latent_norm"]["running_var"].rsqrt())
     assert torch.equal(stats["latents_bias"].flatten(), ema["latent_norm"]["running_mean"])
-    assert torch.load(tmp_path / "0000002.pt", weights_only=True).keys() == kept.keys()  # no class of ours in it
+    assert torch.load(tmp_path / "0000002.pt", weights_only=True).keys() == kept.keys()  # no class of this project
     assert export(run, "--format=repae", "--name=mine", f"--out={tmp_path}/b") == 0
     assert (tmp_path / "b" / "mine-latents-stats.pt").is_file()
 

@@ -1,4 +1,4 @@
-"""Training times have the distribution that [flow] names, and the samplers' times are shifted alike."""
+"""Training times follow the distribution set in [flow], and the samplers' times are shifted the same way."""
 
 import argparse
 import math
@@ -77,7 +77,7 @@ def test_shift_by_dimensions():
 
 
 class Spy(torch.nn.Module):
-    """A velocity that does not depend on x; notes the times it is asked for."""
+    """A velocity that does not depend on x; records the times at which it is evaluated."""
 
     null_label, label_dropout = 10, 0.1
 
@@ -101,7 +101,7 @@ def test_the_integrators_follow_the_shifted_times():
     spy = Spy()
     z = sample_ode(spy, x, labels, steps=4, warp=flow.shifted)
     assert spy.asked == pytest.approx(expected([1, 0.75, 0.5, 0.25], 2.5))
-    torch.testing.assert_close(z, x - 1)  # from 1 to 0, whatever lies between
+    torch.testing.assert_close(z, x - 1)  # from 1 to 0, whatever the steps between
     spy = Spy()
     sample_ode(spy, x, labels, steps=3, heun=True, warp=flow.shifted)
     assert spy.asked == pytest.approx(expected([1, 2 / 3, 2 / 3, 1 / 3, 1 / 3], 2.5))

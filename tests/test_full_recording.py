@@ -1,7 +1,8 @@
-"""The whole recording of the published code, replayed through the trainer's own step.
+"""Replays the full recording of the published code through the trainer's own step.
 
-The recording (57 MB: weights, inputs, draws, losses, and weights after one and three steps, in float64) is too large
-for this repository. Name its file to run this: TITANREPA_RECORDING=step.pt pytest -s tests/test_full_recording.py
+The recording (57 MB: weights, inputs, random numbers, losses, and weights after one and three steps, in float64) is too
+large for this repository. To run this test, name its file:
+TITANREPA_RECORDING=step.pt pytest -s tests/test_full_recording.py
 """
 
 import os
@@ -77,7 +78,7 @@ def load_lpips(recorded: dict) -> LPIPS:
 
 
 def agree(ours: dict, recorded: dict, what: str) -> float:
-    """Largest difference relative to each tensor's scale; a tensor that is zero in theory is not compared."""
+    """Check and return the largest difference relative to each tensor's scale, except where theory says zero."""
     worst = 0.0
     for key, value in recorded.items():
         own = ours[key].double().detach()

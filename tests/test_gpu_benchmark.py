@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: whole on a CPU, and its file is whole after every part, whatever ends it."""
+"""benchmarks/gpu.py runs completely on a CPU, and its file is complete after every part, however the run ends."""
 
 import json
 import os
@@ -164,7 +164,7 @@ def test_only_some_parts(tmp_path):
 
 
 def test_every_part_runs_on_a_cpu(tmp_path, toml, capsys):
-    """`--tiny`, with the networks of the toy config. Compiled parts trace as Inductor does."""
+    """Runs `--tiny` with the networks of the toy config. Compiled parts trace as Inductor does."""
     try:
         options = ["--training.precision=bf16", "--training.threads=1"]
         status = gpu.main(["--out", str(tmp_path / "out"), "--config", toml, "--tiny", *options])
@@ -214,7 +214,7 @@ def test_eager_parts_do_not_run_compiled_code(toml):
 
 
 def test_the_plain_step_leaves_no_memory(tmp_path, toml):
-    """Its weights would count as memory of every part after it."""
+    """Otherwise its weights would count as memory of every later part."""
     config = configs.load(toml, ["--training.threads=1"])
     bench = gpu.Bench(config, torch.device("cpu"), 1, 1, tmp_path, "eager")
     build, built = bench.plain, []
@@ -235,7 +235,7 @@ def test_the_plain_step_leaves_no_memory(tmp_path, toml):
 
 
 def test_a_broken_build_does_not_end_the_run(tmp_path, toml):
-    """What needs the model is left out; the traceback is the build's alone."""
+    """Parts that need the model are skipped; only the build reports a traceback."""
     out, options = tmp_path / "out", ["--only", "ceilings", "sampling", "--tiny"]
     assert gpu.main(["--out", str(out), "--config", toml, *options, "--training.resolution=30"]) == 0
     parts = read(out / "gpu.json")["parts"]

@@ -1,4 +1,4 @@
-"""Which loss reaches which module: in every recipe each module learns from its own losses and from no other."""
+"""Which loss reaches which module: in every recipe, each module learns from its own losses and no others."""
 
 import contextlib
 
@@ -12,12 +12,12 @@ from tests.ranks import run_ranks
 
 discover("plugins")
 RECIPES = ["repae", "repa", "ldm", "naive_e2e", "tokenizer"]
-# They need parts of another kind; their own tests see to it.
+# Recipes that need parts of another kind; their own tests cover this.
 ELSEWHERE = {"reg": "test_reg.py", "rae_decoder": "test_rae.py"}
 
 
 def gradients(recipe_name: str, only: str | None):
-    """Runs one step of a recipe and back-propagates the update of one group, or of all; gradients by module."""
+    """Run one step of a recipe and backpropagate the update of one group, or of all; return gradients by module."""
     recipe = recipes.get(recipe_name).cls()
     m = toys.modules()
     for name, module in m.named().items():
@@ -72,7 +72,7 @@ def test_only_the_naive_recipe_sends_the_diffusion_loss_into_the_tokenizer(name,
 
 
 def test_the_alignment_pass_leaves_the_latent_statistics_alone():
-    """REPA-E: the tokenizer's pass normalises with running statistics; the denoiser's pass moves them, once."""
+    """REPA-E: the tokenizer's pass normalizes with running statistics; the denoiser's pass updates them, once."""
     m = toys.modules()
     recipes.get("repae").cls().step(m, *toys.batch(), lambda *a, **k: None, step=0)
     assert m.latent_norm.num_batches_tracked.item() == 1
@@ -89,7 +89,7 @@ def test_frozen_restores_what_it_found_after_an_error():
 
 
 def test_what_wrapped_methods_return_shows_its_tensors_to_fsdp():
-    """FSDP2 finds the tensors to put a backward hook on in tuples, lists and dicts; torch 2.11 knows nothing else."""
+    """FSDP2 finds the tensors for its backward hooks in tuples, lists and dicts; torch 2.11 supports nothing else."""
     m = toys.modules(dtype=torch.float32)
     batch, _ = toys.batch(dtype=torch.float32)
     posterior = m.tokenizer.encode(batch.images)
@@ -100,7 +100,7 @@ def test_what_wrapped_methods_return_shows_its_tensors_to_fsdp():
 
 
 def flops_of_a_step(rank: int, world: int, shape: tuple[int, int]) -> int:
-    """Floating-point operations of one REPA-E step on this rank's share of eight images."""
+    """Return the floating-point operations of one REPA-E step on this rank's share of eight images."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from components.distributed import parallel
@@ -127,7 +127,7 @@ def flops_of_a_step(rank: int, world: int, shape: tuple[int, int]) -> int:
 
 @pytest.mark.parametrize("shape", [(1, 2), (2, 1)])
 def test_sharded_ranks_compute_no_more_than_one_process(shape, monkeypatch):
-    """So the frozen passes leave out weight gradients under FSDP2, too; with them there would be more."""
+    """The frozen passes skip weight gradients under FSDP2, too; with them there would be more operations."""
     (alone,) = run_ranks(flops_of_a_step, 1, (1, 1))
     assert sum(run_ranks(flops_of_a_step, 2, shape)) == alone
     monkeypatch.setattr("plugins.recipes.repae.frozen", lambda *modules: contextlib.nullcontext())

@@ -1,4 +1,4 @@
-"""The guard notices a dying run once, knows when it began, and stays silent in a healthy one."""
+"""The guard reports a failing run once, with the correct onset, and stays silent in a healthy run."""
 
 import json
 import math
@@ -9,11 +9,11 @@ import pytest
 
 from components.monitor.guard import Alarm, Guard
 
-N = 600  # a failure's first step in most stories: behind the first windows
+N = 600  # first step of the failure in most tests: after the first windows
 
 
 def healthy(step: int, rng: random.Random, noise: float = 1.0) -> dict[str, float]:
-    """A step of a run whose tokenizer's loss falls through zero and whose norms have heavy tails."""
+    """A step of a run whose tokenizer loss crosses zero and whose norms have heavy tails."""
     falling = math.exp(-step / 4000)
     values = {
         "tokenizer/loss": -0.6 + 1.5 * falling + noise * rng.gauss(0, 0.1),
@@ -35,7 +35,7 @@ def steady(step: int) -> dict[str, float]:
 
 
 def run(guard: Guard, steps: range, change=lambda step, values: None) -> list[Alarm]:
-    """Alarms of steady steps that ``change(step, values)`` alters in place; a step it returns False for is skipped."""
+    """Return the alarms of steady steps changed in place by ``change(step, values)``; False marks a skipped step."""
     found = []
     for step in steps:
         values = steady(step)
@@ -58,7 +58,7 @@ def from_step(onset: int, metric: str, value: float, end: float = math.inf):
 
 
 def nan_everywhere(first: str, onset: int, end: float = math.inf):
-    """NaN in ``first`` and what follows from it at ``onset``, in everything one step later."""
+    """NaN in ``first`` and everything derived from it at ``onset``, and in all metrics one step later."""
     group = first.split("/")[0]
 
     def change(step, values):
@@ -71,7 +71,7 @@ def nan_everywhere(first: str, onset: int, end: float = math.inf):
     return change
 
 
-# -- silence -------------------------------------------------------------------------------------------------------
+# -- no false alarms -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -213,7 +213,7 @@ def test_gradients_of_a_loss_of_zero_are_no_collapse():
 
 
 def test_flat_latents():
-    def change(step, values):  # the published fall of naive end-to-end training
+    def change(step, values):  # as published for naive end-to-end training
         if step >= N:
             values["latent/variance"] = 0.02
 
@@ -316,7 +316,7 @@ def test_nonsense_is_refused(wrong):
 
 
 def disasters(step, values):
-    """Every watch goes off, and is under way at steps 605, 700 and 900."""
+    """Triggers every watch; incidents are in progress at steps 605, 700 and 900."""
     if 560 <= step < 720:
         values["grad_norm/denoiser"] = 1e-6
     if 600 <= step < 612:
@@ -361,7 +361,7 @@ def test_forget_drops_what_was_seen_and_alarms_anew():
     assert all(step < N - 20 for step, _ in guard.history)
     assert guard.first_to_go() is None
     assert all(step < N - 20 for step in guard.state_dict()["steps"])
-    assert run(guard, range(N - 20, N + 120), change) == [alarm]  # the reference stayed
+    assert run(guard, range(N - 20, N + 120), change) == [alarm]  # the reference was kept
 
 
 def test_forget_drops_trouble_under_way():
@@ -371,7 +371,7 @@ def test_forget_drops_trouble_under_way():
     assert run(guard, range(N + 8, N + 17), nan_everywhere("tokenizer/lpips", N + 8)) == []
 
 
-# -- which module went first ---------------------------------------------------------------------------------------
+# -- which module failed first -------------------------------------------------------------------------------------
 
 
 def test_the_history_is_bounded_and_holds_skipped_steps():
@@ -410,7 +410,7 @@ def test_an_explosion_five_steps_earlier_is_named():
 
 
 def test_a_departure_below_the_alarm_is_named():
-    def change(step, values):  # sevenfold is no spike, and unusual nevertheless
+    def change(step, values):  # sevenfold: abnormal, but not a spike
         if step >= N:
             values["grad_norm/discriminator"] = 3.5
         if step >= N + 5:

@@ -1,4 +1,4 @@
-"""image_folder reads every usual kind of image file as ADM would, and survives those that nobody can read."""
+"""image_folder reads all common image formats as ADM does, and survives unreadable files."""
 
 import os
 import pickle
@@ -22,7 +22,7 @@ COLOURS = (RED, GREEN, BLUE, WHITE)
 
 
 def quadrants(colours=COLOURS, size=32):
-    """Four colours: top left, top right, bottom left, bottom right."""
+    """Four colors: top left, top right, bottom left, bottom right."""
     half = size // 2
     image = PIL.Image.new("RGB", (size, size))
     for place, colour in enumerate(colours):
@@ -53,7 +53,7 @@ def sixteen_bit_grey():
 
 
 def sixteen_bit_rgb(file):
-    """PIL does not write these: header, one zlib stream of rows (filter byte 0), end."""
+    """PIL cannot write these: header, one zlib stream of rows (filter byte 0), end."""
     pixels = np.asarray(quadrants()).astype(">u2") * 257
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     chunks = [
@@ -77,7 +77,7 @@ def orientation(number):
 
 
 def nonsense(number):
-    """Besides the orientation, a camera maker that is a float, on which PIL trips."""
+    """Metadata with an orientation and a float as camera maker, on which PIL fails."""
     make = struct.pack("<HHII", 0x010F, 12, 1, 38) + struct.pack("<I", 0) + bytes(8)
     return b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 0x0112, 3, 1, number) + make
 
@@ -141,7 +141,7 @@ def test_every_kind_of_file_becomes_rgb(tmp_path, name):
         sample = ImageFolder(16, path=folder(tmp_path, {name: FILES[name]}))[0]
     assert (sample.image.shape, sample.image.dtype) == ((3, 16, 16), torch.uint8)
     assert sample.label == 0 and sample.unreadable is None and not remarks
-    # Away from the edges, where filters and JPEG blocks mix the colours.
+    # Away from the edges, where filters and JPEG blocks mix the colors.
     found = [sample.image[:, y, x].tolist() for y in (3, 12) for x in (3, 12)]
     np.testing.assert_allclose(found, EXPECTED.get(name, COLOURS), atol=6)
 
@@ -206,7 +206,7 @@ def test_a_deleted_folder_is_noticed_after_a_hundred_files(tmp_path):
 
 
 def plain_adm(image, resolution):
-    """The crop as the ADM paper's data preparation states it, on arrays."""
+    """The crop of the ADM paper's data preparation, on arrays."""
     while min(image.size) >= 2 * resolution:
         image = image.resize(tuple(side // 2 for side in image.size), resample=Resampling.BOX)
     factor = resolution / min(image.size)
@@ -230,7 +230,7 @@ def test_the_crop_is_adms(tmp_path, size):
 
 
 def test_box_filters_average_and_the_crop_is_central():
-    """Independent of PIL's filters: 4 x 4 blocks averaged by two halvings; 8 columns cut off either side."""
+    """Independent of PIL's filters: two halvings average 4 x 4 blocks; 8 columns are cropped on either side."""
     pixels = np.zeros((64, 96, 3), np.uint8)
     pixels[::2, 16::2] = 100
     pixels[:, :16] = pixels[:, 80:] = 255
@@ -248,7 +248,7 @@ def test_a_strip_gives_its_centre(tmp_path, size):
 
 
 def test_a_long_strip_needs_little_memory():
-    # At its full length the resized strip has 256 x 15 M pixels.
+    # At full length the resized strip has 256 x 15 M pixels.
     assert adm_crop(PIL.Image.new("RGB", (60_000, 1)), 256).size == (256, 256)
 
 

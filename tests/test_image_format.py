@@ -1,4 +1,4 @@
-"""Images reach the networks in the run's precision and memory format, whichever command makes the step."""
+"""Images reach the networks in the run's precision and memory format, in every command."""
 
 import argparse
 
@@ -36,7 +36,7 @@ def test_every_command_gives_the_recipe_what_the_config_says(tmp_path, monkeypat
         raise Seen(batch.images.dtype, batch.images.is_contiguous(memory_format=torch.channels_last))
 
     monkeypatch.setattr(Ldm, "step", step)
-    monkeypatch.setattr(measure, "_return_freed_memory", lambda: None)  # it changes the process for good
+    monkeypatch.setattr(measure, "_return_freed_memory", lambda: None)  # it would change the process permanently
     (tmp_path / "toy.toml").write_text(toys.TOML)
     options = [f"--run.dir={tmp_path / 'run'}", "--recipe.name=ldm", "--training.precision=fp64",
                "--training.threads=1", f"--training.channels_last={str(channels_last).lower()}"]  # fmt: skip
@@ -46,7 +46,7 @@ def test_every_command_gives_the_recipe_what_the_config_says(tmp_path, monkeypat
 
 
 def test_a_step_without_images_is_left_alone():
-    """On cached latents there may be none."""
+    """A step on cached latents may have no images."""
     seen = []
 
     class Recipe:

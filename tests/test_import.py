@@ -1,4 +1,4 @@
-"""The import command: checkpoints as the published code writes them become model folders, and go back unchanged."""
+"""The import command converts published checkpoints to model folders, and export restores them unchanged."""
 
 import argparse
 from pathlib import Path
@@ -16,7 +16,7 @@ from trainer.__main__ import main
 from trainer.models.source import open_source
 from trainer.run import assemble
 
-CLASSES = 7  # not the dataset's ten: the file knows better
+CLASSES = 7  # not the dataset's ten: the file's number is used
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def toml(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def published(toml) -> dict:
-    """A training checkpoint under the published names, of random numbers."""
+    """A training checkpoint of random numbers under the published names."""
     with torch.device("meta"):
         loaded = config.load(str(toml), [f"--training.num_classes={CLASSES + 3}"])
         m = assemble.build_parts(loaded, None, lambda *_: None).modules
@@ -136,7 +136,7 @@ def test_tokenizer_and_denoiser_of_their_own(published, toml, tmp_path, capsys):
     m = open_source(str(tmp_path / "model"), World()).parts.modules
     assert equal(m.tokenizer.state_dict(), published["vae"])
     assert torch.equal(m.latent_norm.running_mean, published["ema"]["bn.running_mean"])
-    # The config's own tokenizer serves as well.
+    # The config's own tokenizer works, too.
     assert import_(*words, f"--tokenizer.checkpoint={tmp_path}/vae.pt") == 0
 
 
@@ -167,7 +167,7 @@ def test_diffusers_folder(published, toml, tmp_path, capsys):
     m = open_source(str(tmp_path / "model"), World(), needs=("tokenizer",)).parts.modules
     assert equal(m.tokenizer.state_dict(), published["vae"])
     assert "sample" not in capsys.readouterr().out
-    # Beside a denoiser without statistics it gives its own.
+    # Next to a denoiser without statistics, the folder's own are used.
     torch.save({k: v for k, v in published["ema"].items() if not k.startswith("bn.")}, tmp_path / "sit.pt")
     words = ["--config", toml, "--tokenizer", tmp_path / "vae", "--out", tmp_path / "both"]
     assert import_(tmp_path / "sit.pt", *words) == 0

@@ -1,4 +1,4 @@
-"""Features are torch-fidelity's; the weights are the published ones, or named loudly, or asked for."""
+"""Features equal torch-fidelity's; unpublished weights are used only with a warning, missing ones are requested."""
 
 import urllib.request
 
@@ -39,7 +39,7 @@ def test_features_are_those_of_torch_fidelitys_extractor(weights, network):
     # ADM: the layer's first seven channels in TensorFlow's order, (row, column, channel).
     expected = layer["out"][:, :7].permute(0, 2, 3, 1).reshape(2, -1)
     assert found["spatial"].shape == (2, 2023) and torch.equal(found["spatial"], expected)
-    assert found["spatial"].min() == 0 and found["spatial"].std() > 0.01  # behind the ReLU
+    assert found["spatial"].min() == 0 and found["spatial"].std() > 0.01  # after the ReLU
 
 
 def test_features_do_not_depend_on_autocast_or_training_mode(network):

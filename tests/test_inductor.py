@@ -1,8 +1,8 @@
-"""Every family of the shipped configs trains compiled, through the backend that runs really use, as it does eagerly.
+"""Every family of shipped configs trains the same with inductor, the backend of real runs, as in eager mode.
 
-Small networks whose shapes relate as those of the configs: images twice as wide as the tokenizer's first level has
-channels, the same multipliers, patch sizes, depths of alignment, heads. Compiling takes minutes, so these are marked
-slow.
+The networks are small, but keep the configs' proportions: images twice as wide as the tokenizer's first level has
+channels, the same multipliers, patch sizes, alignment depths and heads. Compilation takes minutes, so these tests are
+marked slow.
 """
 
 from pathlib import Path
@@ -37,7 +37,7 @@ FAMILIES = {
 
 def load(name: str) -> config.Config:
     options = ["--training.precision=fp32", "--training.batch_size=2", "--training.num_classes=10"]
-    # Adam turns the rounding of gradients that are zero in theory into whole steps: keep these small.
+    # Adam turns the rounding of gradients that are zero in theory into full-size steps: keep these small.
     rates = [f"--optimizer.{group}lr=1e-6" for group in ("", "tokenizer.", "discriminator.", "denoiser.")]
     options += [*rates, "--optimizer.schedule=constant", "--optimizer.warmup_steps=0"]
     return config.load(str(ROOT / f"train_configs/{name}.toml"), [*options, *FAMILIES[name]])

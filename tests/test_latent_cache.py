@@ -1,4 +1,4 @@
-"""The latent cache on disk: any image by its index, from any process; damage is named, never read."""
+"""The latent cache on disk: random access from any process; damage is reported, never read."""
 
 import json
 import pickle
@@ -28,7 +28,7 @@ def rows(name: str, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.fixture(params=["fp32", "fp16", "bf16"])
 def made(request, tmp_path):
-    """A cache of eleven images in three shards, with everything in it, and its tensors."""
+    """A complete cache of eleven images in three shards, and its tensors."""
     dtype = DTYPES[request.param]
     names = [f"{name}{suffix}" for name in ("mean", "std") for suffix in ("", "_flipped")]
     tensors = {name: rows(name, dtype) for name in [*names, "features.vit", "features_flipped.vit"]}

@@ -1,4 +1,4 @@
-"""What a run tells of its latents: the paper's spatial variance, and colors that show their structure."""
+"""Latent statistics: the paper's spatial variance, and colors that show the latents' structure."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_every_recipe_shows_its_latents_without_being_changed(recipe):
     m.tokenizer.encode = lambda x: shown.append(encode(x).mean) or encode(x)
     values = make_step(m, recipe, 1)(0, [toys.batch()]).read()
     assert LatentNorm.forward is sample
-    # The means differ from samples by the noise alone, which is small here.
+    # The means differ from samples only by the noise, which is small here.
     expected = statistics(shown[0])["mean"].item()
     assert values["latent/mean"] == pytest.approx(expected, abs=0.1)
     assert values["latent/spatial_variance"] > 0 and values["latent/total_variation"] > 0
@@ -97,7 +97,7 @@ def test_colors_do_not_depend_on_a_rotation_of_the_channels():
 
 
 def test_colors_are_the_components_in_order():
-    """Channels of very different scale that do not mix are the components themselves."""
+    """Independent channels of very different scale are the components themselves."""
     z = skewed(4)[:, [2, 0, 3, 1]]
     colors = principal_components(z)
     assert colors.shape == (4, 3, 8, 8) and colors.min() == 0 and colors.max() == 1
@@ -134,5 +134,5 @@ def test_flat_latents_are_gray_and_finite():
 )
 def test_peak_of_a_gpu_by_the_name_that_torch_gives(name, expected):
     assert peak_tflops(name) == expected
-    if expected in (989, 312, 362, 2250, 165, 71):  # as `check --gpu` says
+    if expected in (989, 312, 362, 2250, 165, 71):  # as `check --gpu` reports
         assert expected in GPU_TFLOPS.values()

@@ -1,4 +1,4 @@
-"""The latent norm's first statistics: measured like a plain computation, or read from either file layout."""
+"""The latent norm's initial statistics: measured as by a plain computation, or read from either file layout."""
 
 import pytest
 import torch

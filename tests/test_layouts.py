@@ -1,4 +1,4 @@
-"""Names of other programs: every key of the published checkpoints maps to ours and back, and diffusers agrees."""
+"""Names of other programs: every key of the published checkpoints maps in both directions, and diffusers agrees."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ from plugins.losses.cosine import Cosine
 from plugins.losses.patchgan import PatchGAN
 from plugins.tokenizers.autoencoder_kl import AutoencoderKL
 
-# Names and shapes of the published checkpoints; "{0..27}" stands for each of these numbers.
+# Names and shapes of the published checkpoints; "{0..27}" stands for each number in the range.
 KEYS = json.loads((Path(__file__).parent / "data" / "published_keys.json").read_text())
 TINY = {
     "latent_channels": 4,
@@ -135,7 +135,7 @@ def test_architecture_survives_config_json(architecture):
 
 
 def test_old_diffusers_names():
-    """Files from before diffusers 0.17 call the attention's layers query, key, value and proj_attn."""
+    """Files from before diffusers 0.17 name the attention's layers query, key, value and proj_attn."""
     state = AutoencoderKL(**TINY).state_dict()
     new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = {}

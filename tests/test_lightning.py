@@ -1,7 +1,7 @@
 """LightningDiT and DiT-DH: arithmetic, parameter counts and state-dict keys of the published networks, and training.
 
-The formulas are written here once more, in float64, from the papers and the structure of the published code:
-rotations as complex products, attention head by head.
+The formulas are reimplemented here in float64 from the papers and the structure of the published code: rotations as
+complex products, attention head by head.
 """
 
 import math
@@ -40,7 +40,7 @@ MAKERS = {"lightningdit": lightningdit, "ditdh": ditdh}
 
 
 def random_weights(module: torch.nn.Module) -> torch.nn.Module:
-    """So that no zero hides anything."""
+    """Randomize all weights, so that no zero hides an error."""
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in (*module.parameters(), *(b for key, b in module.named_buffers() if key.endswith(".W"))):
@@ -81,7 +81,7 @@ class Formulas:
         return torch.stack(rows, dim=1)
 
     def positions(self, width):
-        """Columns' half, then rows' half, of sines before cosines."""
+        """First half for columns, second half for rows, each with sines before cosines."""
         rows = []
         for i in range(self.grid):
             for j in range(self.grid):
@@ -93,13 +93,13 @@ class Formulas:
         return torch.tensor(rows, dtype=torch.float32).double()
 
     def turn(self, x):
-        """(B, N, d): pairs of features as complex numbers, times exp(i angle)."""
+        """(B, N, d): rotate pairs of features as complex numbers, times exp(i angle)."""
         d = x.shape[-1]
         turned = torch.view_as_complex(x.reshape(*x.shape[:-1], d // 2, 2).contiguous())
         frequencies = [10_000 ** (-4 * k / d) for k in range(d // 4)]
         places = [(i, j) for i in range(self.grid) for j in range(self.grid)]
         angles = torch.tensor([[p * f for p in place for f in frequencies] for place in places], dtype=torch.float64)
-        # The published tables are float32.
+        # The published tables are in float32.
         factor = torch.complex(angles.cos().float().double(), angles.sin().float().double())
         return torch.view_as_real(turned * factor).flatten(-2)
 
@@ -194,7 +194,7 @@ def test_ditdh_is_its_formula(options, qk_norm):
 
 
 def test_weights_of_reversed_time_answer_as_on_their_own_time():
-    """Time 0 is noise and 1 data there, and the velocity points to the data."""
+    """With reversed time, 0 is noise and 1 is data, and the velocity points to the data."""
     theirs, ours = (random_weights(lightningdit(reversed_time=r)) for r in (False, True))
     x, t, labels = inputs()
     found, expected = ours(x, t, labels), theirs(x, 1 - t, labels)
@@ -217,9 +217,9 @@ def test_tokens_alone_are_those_of_the_whole_pass(name):
     assert torch.equal(last, several(x, t, labels).tokens[1]) and not torch.equal(first, last)
 
 
-# Counted as the published code does, with the fixed position embedding and the fixed frequencies.
-# XL: "675.26M" in docs/log.txt of hustvl/LightningDiT; "839M" in table 1 of RAE. The others have no published count:
-# they are those of the published code's structure.
+# Counted as the published code does, including the fixed position embedding and the fixed frequencies. XL: "675.26M" in
+# docs/log.txt of hustvl/LightningDiT; "839M" in table 1 of RAE. The other sizes have no published count: theirs follow
+# from the structure of the published code.
 LIGHTNINGDIT = {"B": 130_556_192, "L": 458_152_960, "XL": 675_256_736, "1p0B": 1_029_401_120, "1p6B": 1_631_767_120}
 DITDH = {"S": 196_455_764, "B": 294_295_892, "L": 621_744_436, "XL": 838_675_796}
 
@@ -229,7 +229,7 @@ def count(denoiser: torch.nn.Module, *fixed: torch.Tensor) -> int:
 
 
 def formula(width: int) -> int:
-    """Weights of a block: two norms, qkv, projection, SwiGLU, modulation."""
+    """Parameter count of a block: two norms, qkv, projection, SwiGLU, modulation."""
     hidden = int(2 / 3 * 4 * width)
     products = 3 * width + width + 2 * hidden + 6 * width
     return 2 * width + products * (width + 1) + (hidden + 1) * width
@@ -267,7 +267,7 @@ SHARED = [
 
 
 def test_state_dict_keys_are_the_published_ones():
-    """From reading the modules of the published code; shapes where they are not a linear layer's."""
+    """From reading the modules of the published code; shapes are given where they are not a linear layer's."""
     blocks = {f"blocks.{i}.{key}" for i in range(3) for key in BLOCK}
     state = lightningdit().state_dict()
     assert set(state) == blocks | {*SHARED, "feat_rope.freqs_cos", "feat_rope.freqs_sin"}
@@ -299,7 +299,7 @@ def test_what_is_fixed_stays_fixed(name):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_new_network_is_materialised_whole_and_says_zero(name):
-    """Every block starts as the identity; the alignment sees embeddings of the input at once."""
+    """Every block starts as the identity; the aligned tokens are the input's embeddings at first."""
     with torch.device("meta"):
         denoiser = MAKERS[name]()
     torch.manual_seed(0)
@@ -322,7 +322,7 @@ def test_norms_and_rotations_are_fp32_islands():
         found = norm(x.bfloat16()), rotate(x.bfloat16(), *rope())
     exact = norm(x.bfloat16().float()), rotate(x.bfloat16().float(), *rope())
     assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(found, exact))
-    assert norm.bfloat16()(x.bfloat16()).dtype == torch.bfloat16  # where the weights themselves are bf16
+    assert norm.bfloat16()(x.bfloat16()).dtype == torch.bfloat16  # when the weights themselves are bf16
     with torch.autocast("cpu", torch.bfloat16):
         embed = FourierEmbedding(16)
         embed.init_weights()
@@ -365,7 +365,7 @@ def test_bad_options_of_the_head_are_named():
 
 
 def test_one_graph_for_each_kind_of_block():
-    """Whatever the depth, without breaks, and for fixed shapes: base and head share code, but not their width."""
+    """At any depth, without breaks, and with fixed shapes: base and head share code, but not their width."""
     torch._dynamo.reset()
     graphs, symbols = [], []
 
@@ -395,7 +395,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def sharded(rank: int, world: int) -> dict[str, float]:
-    """Largest relative differences of two ranks under FSDP2 from one process with the same weights."""
+    """Return the largest relative differences between two ranks under FSDP2 and one process with the same weights."""
     found = {}
     for name, make in MAKERS.items():
         with torch.device("meta"):
@@ -443,7 +443,7 @@ def test_trains_end_to_end(name, tmp_path):
     for values in found["steps"]:
         assert all(math.isfinite(v) for v in values.values()) and values["skipped_steps"] == 0
         assert 0 < values["denoiser/velocity"] < 10 and "tokenizer/align" in values
-    # Zero modulations hold the blocks' products back for some steps, those of a base behind its head for five.
+    # Zero modulations delay the blocks' products for a few steps, those of a base before its head for five.
     still = [key for key, p in parameters(trainer) if torch.equal(p, before[key])]
     frozen = {"encoders.tiny_vit", "discriminator.network.main.8.bias"}  # real and fake cancel in the last bias
     assert not [key for key in still if not key.startswith(tuple(frozen))], still

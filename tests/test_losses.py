@@ -41,7 +41,7 @@ def gan(**options) -> PatchGAN:
 
 
 def torch_discriminator(ours: PatchGAN, channels: int = 8) -> nn.Sequential:
-    """The published discriminator out of torch's own layers, with the same weights."""
+    """The published discriminator built from torch's layers, with the same weights."""
     c = channels
     act = nn.LeakyReLU(0.2)
     main = nn.Sequential(
@@ -141,14 +141,14 @@ def test_gan_formulas():
     loss.zero_grad()
 
     terms, report = loss.discriminator(x, x_hat.detach(), 0)
-    real, fake = reference(x), reference(x_hat.detach())  # two batches: each its own statistics
+    real, fake = reference(x), reference(x_hat.detach())  # two batches, each with its own statistics
     expected = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
     torch.testing.assert_close(terms, {"hinge": expected})
     torch.testing.assert_close(report, {"logits_real": real.mean().detach(), "logits_fake": fake.mean().detach()})
     terms["hinge"].backward()
     expected.backward()
     torch.testing.assert_close(grads(loss), grads(reference))
-    # The order of the three batches shows in the running statistics.
+    # The order of the three batches affects the running statistics.
     torch.testing.assert_close(loss.network.main[9].running_mean, reference[9].running_mean)
     assert loss.network(x).shape == (4, 1, 2, 2)
 
@@ -190,7 +190,7 @@ def test_lecam():
 
 def discriminator_rank(rank: int, world: int) -> dict:
     loss = gan(lecam_weight=1.0)
-    # Averages that let both halves of LeCam count.
+    # With these averages, both halves of LeCam are nonzero.
     loss.ema_real.fill_(5.0)
     loss.ema_fake.fill_(-5.0)
     x, x_hat = (image.chunk(world)[rank] for image in images())
@@ -271,7 +271,7 @@ def test_cosine_formula():
         by_hand.append(-torch.tensor(cosines, dtype=torch.float64).mean())
     loss = Cosine()
     assert (loss.tokenizer_weight, loss.denoiser_weight) == (1.5, 0.5)
-    # Every encoder counts the same, however many features it has.
+    # All encoders have equal weight, whatever their number of features.
     torch.testing.assert_close(loss.align(projected, targets), torch.stack(by_hand).mean(), rtol=1e-12, atol=0)
     torch.testing.assert_close(loss.align([2 * p for p in targets], targets).item(), -1.0)
 

@@ -27,7 +27,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def torchvision_features() -> nn.Sequential:
-    """VGG16's convolutions by torchvision, with seeded weights that keep the activations' scale."""
+    """torchvision's VGG16 convolutions, with seeded weights that keep the activations' scale."""
     features = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -40,7 +40,7 @@ def torchvision_features() -> nn.Sequential:
 
 @pytest.fixture(scope="module")
 def vgg_file(torchvision_features, tmp_path_factory) -> str:
-    """As vgg16-397923af.pth: with a classifier, which LPIPS does not use."""
+    """A file like vgg16-397923af.pth: with a classifier, which LPIPS does not use."""
     path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
     state = {f"features.{key}": value for key, value in torchvision_features.state_dict().items()}
     torch.save(state | {"classifier.0.weight": torch.zeros(3, 3)}, path)
@@ -98,7 +98,7 @@ def test_features_that_are_all_zero_give_zero_gradient():
     with torch.no_grad():
         for p in loss.features.parameters():
             p.fill_(-1e-3)
-        loss.features[0].weight.zero_()  # every relu is zero
+        loss.features[0].weight.zero_()  # every ReLU outputs zero
     x, x_hat = images(torch.float32)
     x_hat.requires_grad_()
     value = loss(x, x_hat, POSTERIOR)

@@ -1,4 +1,4 @@
-"""From the meta device to weights: nothing forgotten, nothing whole, the same numbers on any number of ranks."""
+"""From the meta device to weights: none is skipped, none is held whole, and numbers are the same on any ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sit() -> SiT:
 
 
 class Peak(TorchDispatchMode):
-    """Most bytes of tensors alive at once among those that operations inside made."""
+    """Tracks the peak bytes of live tensors created by the operations inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def test_initial_weights_are_those_of_one_process_bit_for_bit(shape):
 
 
 def test_random_numbers_for_another_device_are_drawn_on_the_cpu():
-    """The same mode serves GPUs: here a subclass stands for one."""
+    """The same mode serves GPUs; here a subclass stands in for one."""
     from components.distributed.materialize import WholeTensorRandom, fill
 
     target = torch.empty(3, 5)
@@ -117,7 +117,7 @@ def test_meshes():
 
 
 def homes(rank: int, world: int, strategy: str, folder: str) -> dict[str, tuple[bool, bool]]:
-    """Of each averaged module, whether it and its source are wrapped by FSDP2: only then do both live on the host."""
+    """Return for each averaged module whether it and its source are wrapped by FSDP2; only then are both on the CPU."""
     from components.registry import discover
     from tests import toys
     from trainer.config import loads
@@ -136,7 +136,7 @@ def homes(rank: int, world: int, strategy: str, folder: str) -> dict[str, tuple[
 
 @pytest.mark.parametrize(("world", "strategy"), [(1, "fsdp"), (2, "ddp"), (2, "fsdp")])
 def test_offloaded_averages_live_where_their_sources_do(world, strategy, tmp_path):
-    """Else an average on the GPU would meet a source on the host."""
+    """Otherwise an average on the GPU would be combined with a source on the host."""
     for found in run_ranks(homes, world, strategy, str(tmp_path)):
         assert {"denoiser", "tokenizer", "heads"} <= set(found)
         assert all(copy == source for copy, source in found.values()), found

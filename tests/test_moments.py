@@ -1,4 +1,4 @@
-"""Moments are the same for every division into batches; the Frechet distance is torch-fidelity's."""
+"""Moments do not depend on the division into batches; the Frechet distance equals torch-fidelity's."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_moments_are_those_of_numpy_for_every_batch_size(batch, offset):
     x = features(101, offset=offset)
     g = moments(x, batch).gaussian()
     np.testing.assert_allclose(g.mean, x.numpy().mean(0), rtol=1e-13)
-    # The means' own digits bound the rest.
+    # The precision of the means limits the rest.
     np.testing.assert_allclose(g.covariance, np.cov(x.numpy(), rowvar=False), rtol=1e-10, atol=1e-12 * (1 + offset))
     assert g.count == 101
 
@@ -85,7 +85,7 @@ def test_frechet_distance_is_that_of_torch_fidelity():
 
 
 def test_frechet_distance_of_diagonal_covariances_with_zeros():
-    """(sqrt a - sqrt b)^2 per axis, also where an axis has no variance: rounding must not leak in through roots."""
+    """(sqrt a - sqrt b)^2 per axis, also for axes without variance: square roots must not amplify rounding."""
     a = torch.tensor([4.0, 1.0, 0.0, 9.0, 0.0], dtype=torch.float64)
     b = torch.tensor([1.0, 1.0, 2.0, 0.0, 0.0], dtype=torch.float64)
     rotation = torch.linalg.qr(features(5, 5)).Q
@@ -108,7 +108,7 @@ def test_too_few_images_give_an_error_or_a_warning_but_no_bare_number():
 
 
 def test_the_distance_of_few_images_has_no_rounding_noise():
-    """Of N < D images, tr (C1 C2)^1/2 is the sum of the singular values of X1 X2^T, centred and scaled."""
+    """For N < D images, tr (C1 C2)^1/2 is the sum of the singular values of X1 X2^T, centered and scaled."""
     x, y = features(12, 200, seed=4), features(15, 200, seed=5)
     cx, cy = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))
     traces = cx.square().sum() + cy.square().sum() - 2 * torch.linalg.svdvals(cx @ cy.T).sum()

@@ -1,4 +1,4 @@
-"""What a run shows of itself: descriptions, speed without interruptions, MFU, hyperparameters, pictures, log lines."""
+"""Monitoring: descriptions, speed without interruptions, MFU, hyperparameters, pictures and log lines."""
 
 import json
 import logging
@@ -161,7 +161,7 @@ def test_a_run_that_the_guard_stops_has_them_too(toml, tmp_path):
 
 def test_pictures_have_a_row_of_latents_and_histograms_stand_beside_them(run, events):
     with PIL.Image.open(run / "images" / "reconstructions_00000002.png") as file:
-        assert file.size == (10 * 34 + 2, 6 * 34 + 2)  # 20 images: twice originals, reconstructions, latents
+        assert file.size == (10 * 34 + 2, 6 * 34 + 2)  # 20 images: two rows of originals, reconstructions, latents
         cut = file.convert("RGB").crop((2, 2 * 34 + 2, 34, 3 * 34))
     row = torch.tensor(list(cut.tobytes())).view(32, 32, 3)
     cells = row.view(8, 4, 8, 4, 3)
@@ -264,7 +264,7 @@ def test_what_is_cached_does_not_count(toml):
 def on_rank(rank: int, world: int, toml: str, folder: str) -> tuple[int, list[dict]]:
     torch.set_num_threads(1)
     loaded = config.load(toml)
-    # Alone, while the other rank does something else: batch norms of this recipe would wait for it for ever.
+    # Run on rank 0 only: this recipe's batch norms would wait forever for the other rank.
     alone = flops_per_image(loaded, assemble.check(loaded, world), None, world) if rank == 0 else 0
     loaded = config.load(toml, [f"--run.dir={folder}", "--training.steps=2", "--recipe.name=repa"])
     Trainer(loaded, World(rank, world)).run()

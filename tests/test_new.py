@@ -1,4 +1,4 @@
-"""python -m trainer new: what it writes works as it is, and nothing of the user's is overwritten."""
+"""python -m trainer new: its files work unchanged, and none of the user's files is overwritten."""
 
 import os
 import re
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory) -> Path:
-    """A folder of a user's with a skeleton of every kind."""
+    """A user's folder with a skeleton of every kind."""
     folder = tmp_path_factory.mktemp("lab") / "plugins of mine"
     for kind in registry.KINDS:
         assert main(["new", kind, f"my_{kind}", "--folder", str(folder)]) == 0
@@ -25,7 +25,7 @@ def lab(tmp_path_factory) -> Path:
 
 
 def test_every_skeleton_passes_its_own_test_and_trains(lab):
-    """Each test runs the conformance kit and two steps of training, in one process for all."""
+    """Each test runs the conformance kit and two training steps, in one process for all."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rA", str(lab)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=lab, env=environment, capture_output=True, text=True, timeout=600)
@@ -50,7 +50,7 @@ def test_the_next_commands_are_said_and_name_the_files(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", list(registry.KINDS))
 def test_skeletons_keep_the_house_rules(kind, tmp_path):
-    """Formatted and linted like the rest; importing components alone, but for the test, which trains."""
+    """Formatted and linted like the rest; they import only components, except for the test, which trains."""
     for file, text in files(kind, "some_name").items():
         (tmp_path / file).write_text(text)
         assert "NAME" not in text and "CLASS" not in text

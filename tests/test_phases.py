@@ -1,4 +1,4 @@
-"""The phase clock: every millisecond of a step is charged to one phase, by the recipe's own boundaries."""
+"""The phase clock assigns every millisecond of a step to one phase, by the recipe's own boundaries."""
 
 from collections.abc import Iterator
 from unittest import mock
@@ -20,7 +20,7 @@ discover("plugins")
 
 @pytest.fixture
 def ticks():
-    """A clock that moves by what is added to it."""
+    """A clock that advances only by the added amounts."""
     now = [0.0]
     with mock.patch.object(phases.time, "perf_counter", lambda: now[0]):
         yield lambda milliseconds: now.__setitem__(0, now[0] + milliseconds / 1e3)
@@ -57,7 +57,7 @@ def test_a_segment_is_named_when_it_ends(ticks):
                 end_segment("tokenizer")
                 ticks(300)
                 end_segment("denoiser")
-                ticks(1000)  # nobody's
+                ticks(1000)  # belongs to no phase
             ticks(2000)
     expected = {"data": 2, "tokenizer": 60, "encoders": 200, "denoiser": 600, "optimizer": 6000, "step": 6862}
     assert times.read() == pytest.approx(expected)
@@ -118,7 +118,7 @@ def test_a_trace_shows_the_phases_by_name_where_asked():
 
 
 def steps_on_a_gpu() -> Iterator[tuple[PhaseClock, dict[str, float]]]:
-    """Three steps, none of which may wait for the GPU; the clock and what it measured."""
+    """Run three steps, none of which may wait for the GPU; return the clock and its measurements."""
     device = torch.device("cuda", 0)
     m = toys.modules(dtype=torch.float32)
     for module in m.named().values():

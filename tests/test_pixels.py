@@ -1,4 +1,4 @@
-"""Diffusion on pixels: `identity` trains, resumes, samples and is cached like any tokenizer; to train it is refused."""
+"""Diffusion on pixels: `identity` trains, resumes, samples and is cached like any tokenizer; training it is refused."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""benchmarks/plain_step.py is a fair baseline: it computes what the project's step computes, in float64 to 1e-9.
+"""benchmarks/plain_step.py is a fair baseline: it computes the same as the project's step, in float64 to 1e-9.
 
 Three steps from the same weights, images and random numbers: every loss, gradient norm, weight, running statistic and
 average.
@@ -108,7 +108,7 @@ def test_joint_step_equals_ours(modules):
 
 
 def test_compiled_joint_step_equals_ours(modules):
-    """Whole modules, each with a graph for the pass with frozen weights and one for the pass that trains them."""
+    """Whole modules, each with one graph for the pass with frozen weights and one for the pass that trains them."""
     try:
         joint_steps(modules, copy.deepcopy(modules), 1, compile=True, backend="aot_eager")
     finally:

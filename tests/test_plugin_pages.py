@@ -1,4 +1,4 @@
-"""What is made from the registry: the JSON Schema that editors check configs by, and docs/plugins.md."""
+"""Files generated from the registry: the JSON Schema for editors, and docs/plugins.md."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ CONFIGS = sorted((ROOT / "train_configs").glob("*.toml"))
 
 @pytest.fixture(scope="module", autouse=True)
 def shipped_plugins():
-    """Only those in plugins/, whatever else is installed or was registered by another test."""
+    """Only those in plugins/, regardless of other installed or registered plugins."""
     registry.discover("plugins")
     with pytest.MonkeyPatch.context() as patch:
         for kind in registry.KINDS.values():
@@ -71,7 +71,7 @@ def test_what_a_run_writes_fits_the_schema(schema, tmp_path):
         ("encoders.second.checkpoint", "x", False),  # no such plugin, and no name
         ("encoders.second.name", "tiny_vit", True),
         ("encoders.tiny_vit.name", "dinov2", True),
-        ("encoders.tiny_vit.size", "s", False),  # an option of dinov2 alone
+        ("encoders.tiny_vit.size", "s", False),  # an option of dinov2 only
         ("losses.l1.weight", 1, True),
         ("losses.l1.weight", "1", False),
         ("losses.other", {"name": "l2", "weight": 0.5}, True),
@@ -103,7 +103,7 @@ def test_every_key_is_explained_and_has_its_default(schema):
     for kind in registry.KINDS.values():
         for plugin in kind:
             keys = definitions[f"{plugin.kind}.{plugin.name}"]["properties"]
-            common = {"weight"} if plugin.kind == "encoder" else set()  # the trainer's, for every encoder
+            common = {"weight"} if plugin.kind == "encoder" else set()  # added by the trainer for every encoder
             assert keys.keys() == {"name", *plugin.options} | common
             for name, option in plugin.options.items():
                 assert keys[name]["description"] == option.doc

@@ -1,4 +1,4 @@
-"""bf16 autocast with fp32 islands: weights, gradients, statistics, posterior and losses stay fp32."""
+"""bf16 autocast with fp32 islands: weights, gradients, statistics, posterior and losses stay in fp32."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_bf16_step_is_close_to_fp32_and_keeps_its_islands():
 
 
 def test_times_near_one_stay_apart_in_bf16():
-    """bf16 itself cannot tell 0.9991 from 1."""
+    """bf16 itself cannot distinguish 0.9991 from 1."""
     embed = TimeEmbedding(16)
     with torch.autocast("cpu", torch.bfloat16):
         a, b = embed(torch.tensor([0.9991, 1.0]), torch.float32)
@@ -70,7 +70,7 @@ DENOISERS = {
 
 @pytest.mark.parametrize("name", [d.name for d in denoisers])
 def test_the_residual_stream_is_fp32_and_contiguous(name):
-    """In bf16 autocast every block adds to fp32 tokens, as in the published code; their layout is that of tokens."""
+    """Under bf16 autocast every block adds to fp32 tokens, as in the published code, in the tokens' own layout."""
     network = denoisers.get(name).cls(toys.LATENT, toys.CLASSES, **DENOISERS[name])
     streams = []
     for block in network.units():
@@ -80,7 +80,7 @@ def test_the_residual_stream_is_fp32_and_contiguous(name):
     assert len(streams) == len(network.units())
     assert all(x.dtype == torch.float32 and x.is_contiguous() for x in streams)
     assert out.tokens.dtype == torch.float32
-    low = network.to(torch.bfloat16)  # a network in bf16 without autocast stays in it
+    low = network.to(torch.bfloat16)  # a network in bf16 without autocast stays in bf16
     assert (
         low(torch.randn(2, *toys.LATENT).bfloat16(), torch.rand(2), torch.tensor([1, 2])).tokens.dtype == torch.bfloat16
     )

@@ -1,4 +1,4 @@
-"""`train --profile`: files that open in Perfetto and TensorBoard, whatever becomes of the run."""
+"""`train --profile` writes files for Perfetto and TensorBoard, however the run ends."""
 
 import gzip
 import json
@@ -41,7 +41,7 @@ def names(folder: Path) -> list[str]:
 
 
 def ranges(path: Path) -> list[str]:
-    """Of a trace, in order of time."""
+    """Ranges of a trace, in order of time."""
     with gzip.open(path) as file:
         found = [e for e in json.load(file)["traceEvents"] if e.get("cat") == "user_annotation"]
     return [event["name"] for event in sorted(found, key=lambda event: event["ts"])]

@@ -2,7 +2,7 @@
 
 The recording ran in float64 at a tiny size: width 64, depth 4, 4 heads, latents 4 x 8 x 8, ten classes. The file holds
 the initial weights and inputs, the outputs of the denoiser for each path and time distribution, and the samples drawn
-with the weights after three training steps (kept as differences from the initial ones, in 12 bits).
+with the weights after three training steps (stored as differences from the initial ones, in 12 bits).
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ def part(prefix: str) -> dict[str, torch.Tensor]:
 
 
 def published_modules(trained: bool):
-    """Denoiser, heads and latent norm with the recorded weights, through the published names."""
+    """Denoiser, heads and latent norm with the recorded weights, loaded by the published names."""
     state = {key: value.double() for key, value in part("init/").items()}
     if trained:
         for key, delta in part("delta/").items():
@@ -102,7 +102,7 @@ def test_samplers(name, kind, options):
 
 
 def test_heun_guides_by_the_time_it_evaluates():
-    """The published sampler tests t for both slopes of a step; ours tests each slope's own time."""
+    """The published sampler tests t for both slopes of a step; this one tests each slope's own time."""
     seen = []
 
     class Spy(torch.nn.Module):

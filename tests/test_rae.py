@@ -1,4 +1,4 @@
-"""Representation autoencoders: frozen tokens as latents, the published decoder, and the recipe that trains it."""
+"""Representation autoencoders: frozen tokens as latents, the published decoder, and its training recipe."""
 
 import math
 from functools import partial
@@ -33,7 +33,7 @@ TOML = (HEAD + f'[tokenizer]\nname = "rae"\n{TABLE}\n\n' + REST[REST.index("[den
 
 
 def made(seed: int = 0, **options) -> RAE:
-    """One whose class token, zero at first, matters."""
+    """An RAE with a nonzero class token, which is initialized to zero."""
     torch.manual_seed(seed)
     rae = RAE(**TINY | options)
     torch.nn.init.normal_(rae.decoder.cls_token)
@@ -51,7 +51,7 @@ def toml(tmp_path_factory):
 
 
 def test_latents_are_tokens_normalised_without_the_last_norm():
-    """A timm model's last block, by hand: its own norm, weights and all, leaves no trace."""
+    """Reimplements a timm model's last block: the last norm and its weights must have no effect."""
     timm = {"model": "vit_tiny_patch16_224", "pretrained": False}
     rae = RAE(encoder="timm", encoder_options=timm, resolution=64, width=16, depth=1, heads=2).double()
     seen, model = [], rae.encoder.model
@@ -80,7 +80,7 @@ def test_the_encoder_never_learns_and_the_decoder_does():
 
 
 def published_decoder(state, z, heads: int, patch: int):
-    """The published decoder's arithmetic on its own names; tokens z (B, N, D)."""
+    """The published decoder's arithmetic with its own names; tokens z (B, N, D)."""
     norm, batch, n = partial(F.layer_norm, eps=1e-12), len(z), z.shape[1]
 
     def linear(name, x):
@@ -109,7 +109,7 @@ def published_decoder(state, z, heads: int, patch: int):
 
 
 def positions(width: int, side: int) -> torch.Tensor:
-    """Sines and cosines of columns, then of rows, one by one; zero for the class token."""
+    """Interleaved sines and cosines of columns, then of rows; zero for the class token."""
     table = torch.zeros(1, 1 + side * side, width, dtype=torch.float64)
     quarter = width // 4
     for row in range(side):
@@ -145,7 +145,7 @@ def test_a_published_decoder_is_read_and_decodes_the_same(tmp_path):
     expected = published_decoder(state, z.flatten(2).transpose(1, 2), heads=2, patch=patch)
     with torch.no_grad():
         found = rae.double().decode(z)
-        # Positions are sines of fp32.
+        # Position embeddings are computed in fp32.
         assert torch.allclose(found, expected, atol=1e-5)
         rae.encoder.mean, rae.encoder.std = torch.full((1, 3, 1, 1), 0.4), torch.full((1, 3, 1, 1), 0.2)
         assert torch.allclose(rae.decode(z), (expected * 0.2 + 0.4) * 2 - 1, atol=1e-5)
@@ -229,7 +229,7 @@ def test_training_raises_psnr_and_leaves_the_encoder(toml, tmp_path):
     assert end > start + 3, (start, end)
     for key, value in tokenizer.state_dict().items():
         assert torch.equal(value, before[key]) == key.startswith("encoder."), key
-    # Saved whole, it goes on where it was.
+    # The whole tokenizer is saved, so the run resumes where it was.
     again = Trainer(config.load(str(toml), [*options, "--training.steps=41"]), World())
     again.run()
     assert again.step == 41

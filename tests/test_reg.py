@@ -1,4 +1,4 @@
-"""REG (arXiv 2507.01467): its numbers, its sampling, its training, and what it refuses.
+"""REG (arXiv 2507.01467): its numbers, sampling and training, and what it refuses.
 
 tests/data/published_reg.npz was recorded from the published REG code in float64 at a tiny size (width 32, two blocks,
 latents 4 x 8 x 8, class tokens of 24 features) with random weights: outputs and losses of one batch, and samples.
@@ -41,7 +41,7 @@ LATENT, DIM = LatentShape(4, 8, 8), 24
 
 
 def published() -> tuple[SiT, nn.ModuleList]:
-    """Denoiser and heads with the recorded weights, through the published names."""
+    """Denoiser and heads with the recorded weights, loaded by the published names."""
     state = {key.removeprefix("init/"): v.double() for key, v in RECORDED.items() if key.startswith("init/")}
     denoiser = SiT(LATENT, 10, width=32, depth=2, heads=4, align_depth=1, class_token_dim=DIM).double()
     heads = Cosine(head_width=16).make_heads(32, [DIM], 4).double()
@@ -61,7 +61,7 @@ def close(ours: torch.Tensor, name: str) -> None:
 
 
 class Given(nn.Module):
-    """Stands for tokenizer, latent norm and encoder: gives what was recorded."""
+    """Stand-in for tokenizer, latent norm and encoder: returns the recorded values."""
 
     embed_dim = DIM
 
@@ -92,7 +92,7 @@ def test_outputs_and_losses_are_those_of_the_published_code():
     assert {name: term.weight for name, term in terms.items()} == {
         "velocity": 1.0, "class_velocity": 0.03, "align": 0.5,
     }  # fmt: skip
-    # The recording aligns the class token with a target of its own, to tell it from what is denoised.
+    # The recording aligns the class token with a separate target, to distinguish it from the denoised token.
     parts.given["target"][:, 0] = given["cls"]
     path, class_path = (m.flow.at(given[x], given["t"], given[e]) for x, e in (("x", "noise"), ("cls", "cls_noise")))
     out = denoiser(path.x_t, given["t"], labels, class_path.x_t)
@@ -106,7 +106,7 @@ def test_outputs_and_losses_are_those_of_the_published_code():
 
 @pytest.mark.parametrize(("name", "guidance"), [("cfg1", Guidance()), ("cfg2", Guidance(2.3, 0.0, 0.85))])
 def test_samples_are_those_of_the_published_code(name, guidance):
-    """Latent and class token are one state to the sampler, guided alike."""
+    """The sampler treats latent and class token as one state, with the same guidance."""
     s = {k.removeprefix("sampling/"): v for k, v in RECORDED.items() if k.startswith("sampling/")}
     joint = Joint(published()[0], LATENT)
 
@@ -155,7 +155,7 @@ def test_every_weight_is_initialised_from_the_meta_device():
     torch.testing.assert_close(net.pos_embed, RECORDED["pos_embed"])
     extra = torch.randn(2, DIM)
     out = net(torch.randn(2, *LATENT), torch.rand(2), torch.tensor([0, 10]), extra)
-    # Zero output layers: what a new network predicts is zero for both.
+    # Zero output layers: a new network predicts zero for both.
     assert not out.velocity.any() and not out.extra.any() and out.extra.shape == (2, DIM)
 
 
@@ -181,7 +181,7 @@ REG = ["--recipe.name=reg", "--encoders.tiny_vit.name=tiny_vit_class", "--denois
 
 @pytest.fixture(scope="module", autouse=True)
 def own_registry():
-    """What these tests register is forgotten afterwards."""
+    """Unregister these tests' plugins afterwards."""
     registry.discover("plugins")
     with pytest.MonkeyPatch.context() as patch:
         for kind in registry.KINDS.values():
@@ -206,7 +206,7 @@ def trained(rank: int, world: int, toml: str, options: list[str]) -> dict:
 
 
 def test_trains_and_is_the_same_on_two_ranks(toml):
-    # With pictures on the way: the samplers integrate the class token, too.
+    # With pictures during training: the samplers integrate the class token, too.
     one = trained(0, 1, toml, ["--sampling.every=2", "--sampling.method=sde"])
     steps = one["steps"]
     assert {"denoiser/velocity", "denoiser/class_velocity", "denoiser/align"} <= steps[0].keys()

@@ -1,4 +1,4 @@
-"""The registry: schemas from signatures, duplicates, discovery, broken plugins."""
+"""The registry: schemas from signatures, duplicates, discovery and broken plugins."""
 
 import importlib
 import textwrap
@@ -13,7 +13,7 @@ from trainer.__main__ import main
 
 @pytest.fixture(autouse=True)
 def restored():
-    """Plugins that a test registers are gone after it."""
+    """Remove the plugins that a test registers."""
     registry.discover("plugins")
     before = {kind: dict(r._plugins) for kind, r in registry.KINDS.items()}
     yield

@@ -1,4 +1,4 @@
-"""A run as a user lives it: train, stop, resume, start again; all numbers as if nothing had happened."""
+"""Runs as a user starts them: train, stop, resume and restart, with the numbers of an uninterrupted run."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def train(toml: str, folder: Path, *overrides: str) -> Trainer:
 
 
 def numbers(folder: Path) -> dict[int, dict[str, float]]:
-    """Every metric of every step, but for those that measure the machine; a repeated step counts last."""
+    """All metrics of every step except those of the machine; the last value counts for repeated steps."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     machine = ("speed/", "time/", "memory/")
     return {line["step"]: {k: v for k, v in line.items() if not k.startswith(machine)} for line in lines}
@@ -49,7 +49,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of an uninterrupted run of six steps, for tests that only read it."""
+    """Folder of an uninterrupted run of six steps; read-only."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "toy.toml").write_text(toys.TOML)
     train(str(folder / "toy.toml"), folder / "run", "--run.keep_checkpoints=2")
@@ -57,7 +57,7 @@ def whole(tmp_path_factory):
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(toml, tmp_path, whole):
-    """Here between two epochs, in test_a_damaged_checkpoint_is_skipped... within one."""
+    """Resumes between two epochs; test_a_damaged_checkpoint_is_skipped... resumes within one."""
     train(toml, tmp_path / "parts", "--training.steps=5", "--run.checkpoint_every=0")
     resumed = train(toml, tmp_path / "parts", "--run.checkpoint_every=0")
     assert resumed.step == 6
@@ -89,7 +89,7 @@ def test_every_recipe_trains_and_resumes(toml, tmp_path, recipe):
 
 
 def test_several_encoders_have_a_head_each(toml, tmp_path):
-    """A label names a table; `name` says which plugin, so one plugin may be used twice."""
+    """A label names a table and `name` selects the plugin, so one plugin may be used twice."""
     options = ["--training.steps=1", "--encoders.second.name=tiny_vit"]
     trainer = train(toml, tmp_path / "run", *options)
     assert list(trainer.parts.modules.encoders) == ["tiny_vit", "second"] and len(trainer.parts.modules.heads) == 2
@@ -177,7 +177,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(toml, tmp_path, capsys):
-    """Ctrl-C in the terminal, then the end of a job, then to the end of the run."""
+    """Ctrl-C in the terminal, then the end of a job, then on to the end of the run."""
     options = ["--recipe.name=ldm", "--training.steps=500", "--run.checkpoint_every=0", "--training.threads=1"]
     stopped = 0
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,6 +1,6 @@
-"""The same TOML gives the same numbers whatever it runs on: ranks, strategies, recomputation, accumulation.
+"""One TOML produces the same numbers for any ranks, strategies, activation checkpointing and accumulation.
 
-Every comparison is with one process without any of it; `pytest -s` prints the differences. Compiled: test_compile.py.
+Every variant is compared with one plain process; `pytest -s` prints the differences. Compiled: test_compile.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FROZEN_NORMS = ["--recipe.name=repa"]
 
 
 def runs(rank: int, world: int, toml: str, folder: str, variants: dict[str, list[str]]) -> dict[str, dict]:
-    """Trains each variant; what :func:`tests.runs.finished` tells of it."""
+    """Train each variant; return the results of :func:`tests.runs.finished`."""
     from components.distributed.parallel import World
     from components.registry import discover
     from trainer import config
@@ -47,7 +47,7 @@ def results(tmp_path_factory):
     toml.write_text(toys.TOML)
     fp32 = [o for o in FP64 if "precision" not in o]
     ac = "--activation_checkpoint.denoiser={0}|--activation_checkpoint.tokenizer={0}"
-    # Few variants, each of several options that do not meet in the code: a variant costs two seconds a rank.
+    # Few variants, each with several independent options, because a variant costs two seconds per rank.
     plans = {
         1: {
             "plain": FP64,
@@ -77,12 +77,12 @@ def results(tmp_path_factory):
     return {w: run_ranks(runs, w, str(toml), str(folder), plan, timeout_s=300.0) for w, plan in plans.items()}
 
 
-# Adam's first steps have the size of the learning rate whatever the gradient's: where rounding to bf16 decides a
-# sign, weights that began at zero differ by all that they have moved.
+# Adam's first steps have the size of the learning rate for any gradient: where bf16 rounding flips a sign, weights
+# initialized to zero differ by as much as they have moved.
 ADAM = 1.0
 
 CASES = [
-    # world, variant, reference, tolerances of losses and of weights
+    # world size, variant, reference, tolerances of losses and of weights
     (1, "recompute every 2", "plain", 1e-12, 1e-12),
     (1, "recompute selective", "plain", 1e-12, 1e-12),
     (1, "frozen norms, accumulation", "frozen norms", 1e-10, 1e-9),
@@ -92,7 +92,7 @@ CASES = [
     (2, "ddp", "plain", 1e-8, 1e-8),
     (2, "ddp, offloaded", "plain", 1e-8, 1e-8),
     (2, "frozen norms, accumulation", "frozen norms", 1e-8, 1e-8),
-    # The recipe that sends it there backs through two sharded modules at once.
+    # This recipe backpropagates through two sharded modules at once.
     (2, "diffusion loss into the tokenizer", "diffusion loss into the tokenizer", 1e-8, 1e-8),
     (2, "bf16 fsdp", "bf16", 5e-2, ADAM),
     (4, "hsdp", "plain", 1e-8, 1e-8),
@@ -126,7 +126,7 @@ def test_each_rank_holds_its_part_and_no_more(results):
 
 @pytest.mark.parametrize(("world", "variant"), [(2, "ddp"), (2, "fsdp"), (4, "hsdp")])
 def test_the_ranks_share_the_samples_and_the_noise_of_one_process(results, world, variant):
-    """Together all of them, and no two the same."""
+    """Together all of them, with no duplicates."""
     one = results[1][0]["plain"]["seen"]
     shared = [item for found in results[world] for item in found[variant]["seen"]]
     assert len(one) == STEPS * 8 and sorted(one) == sorted(shared)
@@ -135,7 +135,7 @@ def test_the_ranks_share_the_samples_and_the_noise_of_one_process(results, world
 
 
 def test_the_comparison_sees_a_difference(results):
-    """One weight off by a millionth part of the largest must not pass."""
+    """One weight that is off by a millionth of the largest must be detected."""
     a = results[1][0]["plain"]
     b = copy.deepcopy(a)
     name = next(n for n in b["weights"] if n.startswith("denoiser.blocks.0.attn.qkv.weight"))

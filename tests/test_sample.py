@@ -1,4 +1,4 @@
-"""The sample command: the same images from any number of ranks, after any interruption, and never a mixture."""
+"""The sample command: the same images on any number of ranks, after any interruption, and never a mixture."""
 
 import json
 import multiprocessing
@@ -28,12 +28,12 @@ from trainer.run.loop import Trainer
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run of two steps with both its checkpoints."""
+    """A run of two steps with both checkpoints."""
     folder = tmp_path_factory.mktemp("sample")
     toml = folder / "toy.toml"
     toml.write_text(toys.TOML)
     options = ["--training.steps=2", "--run.checkpoint_every=1", f"--run.dir={folder}/run", "--ema.decay=0.5"]
-    # Far from the initial weights, with which neither labels nor guidance change anything.
+    # A large step away from the initial weights, for which neither labels nor guidance have an effect.
     Trainer(config.load(str(toml), [*options, "--optimizer.denoiser.lr=0.1"]), World()).run()
     return folder / "run"
 
@@ -111,7 +111,7 @@ def _slowly(words: list[str]) -> None:
 def test_more_images_can_be_added_and_the_archive_holds_them(run, whole, tmp_path):
     out = tmp_path / "images"
     assert sample(run, "--num-samples=6", "--batch-size=4", "--out", out) == 0
-    assert sample(run, "--num-samples=18", "--out", out) == 0  # the batch size is remembered
+    assert sample(run, "--num-samples=18", "--out", out) == 0  # the batch size is read from the folder
     assert pngs(out) == whole
     with np.load(out / "samples.npz") as archive:
         assert archive.files == ["arr_0"]
@@ -219,7 +219,7 @@ def test_an_image_is_that_of_its_number_in_any_company(run):
 
 
 class Linear(torch.nn.Module):
-    """v = a x + label, so that every guided step can be worked out by hand."""
+    """v = a x + label, so that every guided step can be computed by hand."""
 
     null_label, label_dropout = 10, 0.1
 
@@ -237,7 +237,7 @@ def test_autoguidance_leads_away_from_the_weaker_denoiser_inside_the_interval():
     first = 2.0 - 0.5 * ((0.5 * 2 + 3) + 2 * (1.0 * 2 - 0.5 * 2))  # guided at t = 1
     second = first - 0.5 * (first + 3)  # not at t = 0.5
     assert z.item() == pytest.approx(second, abs=1e-12)
-    # A guide as good as the denoiser changes nothing, on both paths and for the SDE.
+    # A guide equal to the denoiser has no effect, on both paths and with the SDE.
     for path in ("linear", "cosine"):
         options = {"steps": 4, "step_noise": lambda i: torch.ones_like(x), "flow": Flow(path)}
         plain = sample_sde(Linear(1.0), x, labels, **options)

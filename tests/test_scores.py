@@ -1,4 +1,4 @@
-"""Inception Score as torch-fidelity, precision and recall as a plain k-NN, PSNR and SSIM by their formulas."""
+"""Inception Score against torch-fidelity, precision and recall against a plain k-NN, PSNR and SSIM against formulas."""
 
 import numpy as np
 import pytest
@@ -38,13 +38,13 @@ def test_a_shorter_last_split_counts_as_one():
 def test_probabilities_that_underflow_do_not_break_the_inception_score():
     ours = InceptionScore()
     ours.update(torch.eye(4).repeat(5, 1) * 1e4)
-    assert ours.value() == pytest.approx(4.0)  # four classes, each certain
+    assert ours.value() == pytest.approx(4.0)  # four classes, each predicted with certainty
     with pytest.raises(EvaluationError, match="no images"):
         InceptionScore().value()
 
 
 def plain(samples: np.ndarray, reference: np.ndarray, k: int) -> tuple[float, float]:
-    """Precision and recall by sorting every distance."""
+    """Precision and recall by sorting all distances."""
 
     def distances(a, b):
         return np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))

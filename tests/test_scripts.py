@@ -1,4 +1,4 @@
-"""run_train.sh and run_tests.sh: arguments, variables, and what they start."""
+"""run_train.sh and run_tests.sh: arguments, variables, and the commands they start."""
 
 import re
 import subprocess
@@ -26,7 +26,7 @@ def test_usage_is_shown_without_setting_anything_up(repo):
 
 
 def test_the_usage_names_every_variable(repo):
-    """Those with a default in the script, but for the ones that belong to others."""
+    """All variables with a default in the script, except those of other programs."""
     script = (ROOT / "run_train.sh").read_text()
     usage = repo.run("run_train.sh", "--help").stdout
     theirs = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "OMP_NUM_THREADS", "TMPDIR", "BASH_SOURCE"}
@@ -120,7 +120,7 @@ def test_several_machines_meet_at_the_first(repo):
     repo.train(NNODES="2", MASTER_ADDR="node0")
     assert "--nnodes 2:2 --nproc-per-node 1 --max-restarts 0 --rdzv-backend c10d" in repo.calls[-1]
     assert "--rdzv-endpoint node0:29500 --rdzv-id titanrepa --rdzv-conf read_timeout=600 --sig" in repo.calls[-1]
-    # Workers of one start must not meet the store of another.
+    # Workers of one start must not join the store of another.
     assert repo.seen["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     repo.train(NNODES="2:4", NGPU="8", MASTER_ADDR="node0", MASTER_PORT="1234", RDZV_ID="a b", LOCAL_ADDR="node3")
     assert "--nnodes 2:4 --nproc-per-node 8" in repo.calls[-1]
@@ -172,7 +172,7 @@ def test_kubeflows_variables_are_understood(repo):
     assert "is_host=0 " in repo.calls[-1]
     assert not {"PET_NODE_RANK", "WORLD_SIZE", "RANK"} & set(repo.seen)
     repo.train(NNODES="1", **elastic | {"PET_NPROC_PER_NODE": "1", "PET_MAX_RESTARTS": "0"})
-    assert repo.calls[-1].startswith("python3 -m trainer")  # the user's own values win
+    assert repo.calls[-1].startswith("python3 -m trainer")  # the user's own values take precedence
 
 
 def test_gpus_are_counted(repo):
@@ -189,7 +189,7 @@ def test_gpus_are_counted(repo):
     assert repo.calls[-1].startswith("python3 -m trainer")
     repo.train(NGPU="1")
     assert repo.calls[-1].startswith("python3 -m trainer")
-    repo.python("python3", devices=5)  # not asked: importing torch would cost seconds
+    repo.python("python3", devices=5)  # not called: importing torch would take seconds
     smi.write_text("#!/usr/bin/env bash\necho 'has failed because it could not communicate with the driver'; exit 9\n")
     repo.train(CUDA_VISIBLE_DEVICES="0,1")
     assert repo.calls[-1].startswith("python3 -m trainer")
@@ -221,4 +221,4 @@ def test_ci_runs_the_newest_torch_then_the_oldest(repo):
 def test_run_tests_fails_if_one_of_them_does_and_runs_them_all(repo, failing):
     repo.python("python3", **{failing: 5})
     assert repo.run(".ci/run").returncode == 5
-    assert repo.calls[-1] == PYTEST  # and CI ends there
+    assert repo.calls[-1] == PYTEST  # CI ends there

@@ -1,4 +1,4 @@
-"""The set-up before run_train.sh and run_tests.sh: which Python is used, what is installed and when."""
+"""Setup before run_train.sh and run_tests.sh: which Python is used, and what is installed when."""
 
 import os
 import shutil
@@ -141,7 +141,7 @@ def test_an_old_python_gives_way_to_a_newer_one_on_the_path(repo):
     result = repo.run("run_train.sh", "train_configs/a.toml")
     assert result.returncode == 1
     assert "python3 is not a Python 3.10 or newer (Python 3.8.10)" in result.stderr
-    repo.python("python3.13", check=127)  # a shim that leads nowhere
+    repo.python("python3.13", check=127)  # a broken shim
     repo.python("python3.11", check=4)
     repo.train()
     assert without_checks(repo) == [made(repo, "python3.11"), INSTALL, f".venv {RUN}"]

@@ -1,4 +1,4 @@
-"""Dataset shapes: the same pictures everywhere, no image in two splits, and a judge that can tell them apart."""
+"""The shapes dataset: the same pictures everywhere, no image in two splits, and a classifier that separates them."""
 
 import hashlib
 from pathlib import Path
@@ -45,10 +45,10 @@ def test_pictures_equal_the_recorded_ones(resolution, options, expected):
 
 
 def test_variety_moves_shapes_towards_the_centre_and_keeps_their_class():
-    """At 0 every mask of a class is the same; the judge, trained at 1, still knows all of them in between."""
+    """At 0 all masks of a class are equal; the classifier, trained at 1, recognizes all values in between."""
     still = Shapes(32, variety=0.0)
     assert torch.equal(still.mask(3), still.mask(13)) and not torch.equal(still.mask(3), still.mask(4))
-    assert not torch.equal(still[3].image, still[13].image)  # colours go on varying
+    assert not torch.equal(still[3].image, still[13].image)  # colors still vary
     some = Shapes(32, variety=0.3, split="heldout")
     assert (some.judge(as_input(some, range(200))) == torch.arange(200) % 10).float().mean() >= 0.97
 

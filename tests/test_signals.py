@@ -1,4 +1,4 @@
-"""run_train.sh at a signal: the workers finish the step, save and end; torchrun is spared."""
+"""run_train.sh on a signal: the workers finish the step, save and exit; torchrun ignores the signal."""
 
 import contextlib
 import fcntl
@@ -21,8 +21,8 @@ def repo(tmp_path):
     return Repository(tmp_path)
 
 
-# As torchrun does: workers in sessions of their own, and death by any signal. Python, since a shell that is started
-# in the background cannot trap SIGINT.
+# Like torchrun: workers in separate sessions, and any signal kills it. In Python, because a shell started in the
+# background cannot trap SIGINT.
 LAUNCHER = f"""#!{sys.executable}
 import os, signal, subprocess, sys
 
@@ -51,7 +51,7 @@ while :; do sleep 0.02; done
 
 @pytest.fixture
 def launch(repo, tmp_path):
-    """Starts run_train.sh on a terminal of its own, with torchrun's stub and two workers; kills what is left."""
+    """Start run_train.sh on its own terminal, with torchrun's stub and two workers; kill the remaining processes."""
     (tmp_path / "launcher").write_text(LAUNCHER)
     (tmp_path / "launcher").chmod(0o755)
     (tmp_path / "launcher.worker").write_text(WORKER)
@@ -62,7 +62,7 @@ def launch(repo, tmp_path):
 
         def own_terminal():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-                signal.signal(number, signal.SIG_DFL)  # what pytest was started with ignored, bash cannot trap
+                signal.signal(number, signal.SIG_DFL)  # bash cannot trap signals that pytest was started with ignored
             os.setsid()
             fcntl.ioctl(inside, termios.TIOCSCTTY, 0)
 
@@ -170,7 +170,7 @@ def test_the_stop_file_speaks_for_machines_that_got_no_signal(repo, launch, tmp_
     file = tmp_path / "stop"
     process, _ = launch(STOP_FILE=str(file))
     file.write_text("another machine: SIGTERM\n")
-    for pid in Path(f"{repo.log}.pids").read_text().split():  # as they do when another rank tells them
+    for pid in Path(f"{repo.log}.pids").read_text().split():  # as after a message from another rank
         os.kill(int(pid), signal.SIGTERM)
     assert process.wait(20) == 75
 
@@ -204,7 +204,7 @@ def test_workers_are_found_without_pgrep(repo, launch):
 
 # -- with torchrun itself -------------------------------------------------------------------------------------------
 
-# In place of the trainer: "trains" until it is told to stop, or dies in its first life if it is told to.
+# Stand-in for the trainer: "trains" until told to stop; if told to, it dies in its first life.
 TRAINER = """
 import os, signal, time
 life = os.environ["TORCHELASTIC_RESTART_COUNT"]
@@ -223,7 +223,7 @@ with open(os.environ["LOG"], "a") as log:
 
 @pytest.fixture
 def torchrun(repo):
-    """Starts run_train.sh with two real processes; returns it and their pids, once they run. Kills what is left."""
+    """Start run_train.sh with two real processes; return it and their pids once they run. Kills the remaining ones."""
     started = []
 
     def start(**env: str) -> tuple[subprocess.Popen, list[int]]:
@@ -263,7 +263,7 @@ def parent(pid: int) -> int:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_every_process_of_the_job_is_survived(repo, torchrun, number):
-    """Slurm signals all processes of a step, torchrun among them."""
+    """Slurm signals all processes of a step, including torchrun."""
     process, workers = torchrun()
     for pid in (parent(workers[0]), process.pid, *workers):
         os.kill(pid, number)

@@ -1,4 +1,4 @@
-"""The training step as users meet it: accumulation, schedules, clipping, averages, groups."""
+"""The training step's features: accumulation, schedules, clipping, averages and groups."""
 
 import math
 
@@ -29,7 +29,7 @@ def make_step(m, name: str, accumulation: int) -> Step:
 
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_accumulation_equals_one_large_batch(accumulation):
-    """With frozen batch norms (here: none) k micro-batches are one batch, to rounding."""
+    """With frozen batch norms (here: none) k micro-batches equal one batch, up to rounding."""
     weights = []
     for k in (1, accumulation):
         m = toys.modules()

@@ -1,8 +1,8 @@
-"""One and three whole REPA-E steps against a plain oracle, written here from the paper with nothing of the project.
+"""One and three whole REPA-E steps against a plain oracle, written here from the paper without the project's code.
 
 The oracle steps the three optimizers one after the other, as the published code does; the project's step builds all
-losses first and steps at the end. Both run in float64 from the same weights, inputs and draws, and must agree to
-1e-9: every loss, gradient norm, weight, running statistic and average. `tests/data/step_numbers.json` also pins the
+losses first and steps at the end. Both run in float64 from the same weights, inputs and random numbers, and must agree
+to 1e-9: every loss, gradient norm, weight, running statistic and average. `tests/data/step_numbers.json` also pins the
 losses to numbers recorded when the project's step agreed with a recording of the published code to 1e-12.
 """
 
@@ -37,7 +37,7 @@ LR, EMA_DECAY, DROP = 1e-4, 0.9999, 0.1
 
 
 class FixedEncoder(nn.Module):
-    """Stands for a frozen encoder: returns the targets of the current batch."""
+    """Stand-in for a frozen encoder: returns the targets of the current batch."""
 
     def forward(self, images):
         return self.targets
@@ -48,7 +48,7 @@ def numbers(*key, shape, scale=1.0):
 
 
 def randomise(module: nn.Module, name: str) -> None:
-    """Weights from a formula; none is zero, so that gates, conditioning and normalisation all matter."""
+    """Set weights by a formula without zeros, so that gates, conditioning and normalization all have an effect."""
     with torch.no_grad():
         for key, p in module.named_parameters():
             fan_in = p[0].numel() if p.ndim > 1 else 1
@@ -74,7 +74,7 @@ def modules():
     for name, module in m.named().items():
         randomise(module.double(), name)
     lpips = m.reconstruction["lpips"]
-    lpips._fill_buffers()  # what load_weights does behind reading the files
+    lpips._fill_buffers()  # as load_weights does after reading the files
     lpips.requires_grad_(False)
     with torch.no_grad():
         for layer in lpips.linear:
@@ -160,7 +160,7 @@ def gelu_tanh(x):
 
 
 def sit(p, x_t, t, labels):
-    """Velocity and the tokens after block ALIGN."""
+    """Velocity, and the tokens after block ALIGN."""
     patches = x_t.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(B, 16, 16)
     x = patches @ p["x_embedder.proj.weight"].reshape(WIDTH, 16).T + p["x_embedder.proj.bias"] + p["pos_embed"]
     frequencies = torch.exp(torch.arange(128, dtype=torch.float32) * -math.log(10000) / 128)
@@ -203,13 +203,13 @@ def vgg_features(p, x):
 
 
 def lpips(p, a, b):
-    # The published run shows LPIPS 2x - 1 of images that are in [-1, 1] already.
+    # The published run passes 2x - 1 to LPIPS although the images are already in [-1, 1].
     pairs = zip(vgg_features(p, 2 * a - 1), vgg_features(p, 2 * b - 1))
     return sum(conv(p, f"linear.{i}", (u - v).square()).mean(dim=(2, 3)) for i, (u, v) in enumerate(pairs)).mean()
 
 
 def discriminate(p, statistics, x):
-    """Logits; batch norms use the batch and move their running statistics, as torch does."""
+    """Logits; batch norms use the batch and update their running statistics, as torch does."""
     x = F.leaky_relu(conv(p, "main.0", x, stride=2, padding=1), 0.2)
     for i, stride in ((2, 2), (5, 1)):
         x = conv(p, f"main.{i}", x, stride=stride, padding=1)
@@ -224,7 +224,7 @@ def discriminate(p, statistics, x):
 
 
 class Adam:
-    """AdamW without decay on a dict of tensors, behind clipping to norm 1."""
+    """AdamW without weight decay on a dict of tensors, after clipping to norm 1."""
 
     def __init__(self):
         self.m, self.v, self.k = {}, {}, 0

@@ -1,4 +1,4 @@
-"""A package that is no part of this repository brings a plugin: installed, it is found by name and trained with."""
+"""A separately installed package provides a plugin that is found by name and used in training."""
 
 import importlib.util
 import os
@@ -31,7 +31,7 @@ def run(*command: str, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """A folder with the package as pip installs it, built from a copy, which gets setuptools' own files."""
+    """The package installed as by pip, built from a copy because setuptools adds its own files."""
     if importlib.util.find_spec("pip") is None:
         pytest.skip("this Python has no pip to install a package with")
     folder = tmp_path_factory.mktemp("installed")

@@ -1,4 +1,4 @@
-"""Encoder tiny_vit: ships with weights that know the shapes, and gives tokens on any grid."""
+"""Encoder tiny_vit: ships with weights trained on shapes, and returns tokens on any grid."""
 
 from pathlib import Path
 
@@ -44,13 +44,13 @@ def test_names_held_out_images(resolution):
 
 @pytest.mark.parametrize("grid", [4, 8, 16])
 def test_tokens_tell_what_is_where(grid):
-    """The head, applied to each token alone, finds the tokens that the shape covers, rows first."""
+    """The head, applied to each token alone, finds the tokens covered by the shape, in row-major order."""
     module = encoder(grid)
     images, labels, masks = heldout(200)
     covered = F.adaptive_avg_pool2d(masks[:, None], grid).flatten(1)
     logits = module.head(module(images))
     foreground = 1 - logits.softmax(-1)[..., 0]
-    # Correlation over all tokens; shuffled or transposed tokens have almost none.
+    # Correlation over all tokens; shuffled or transposed tokens would have almost none.
     assert torch.corrcoef(torch.stack([foreground.flatten(), covered.flatten()]))[0, 1] > 0.85
     named = logits[..., 1:].argmax(-1) == labels[:, None]
     assert named[covered > 0.9].float().mean() > 0.85

@@ -1,4 +1,4 @@
-"""Ranks as one run: what one of them meets, all of them act on; what some saved, others go on from."""
+"""Ranks act as one run: all respond to an event on any rank, and other ranks can resume a saved run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trainer.run.loop import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 FP64 = ["--training.precision=fp64"]
-# Weights that move visibly with every step.
+# Weights that change visibly in every step.
 PICTURES = [*FP64, "--training.steps=3", "--run.checkpoint_every=0", "--sampling.every=1", "--sampling.images=7",
             "--ema.decay=0.3", "--optimizer.lr=3e-3"]  # fmt: skip
 SIGNALS = [int(signal.SIGTERM), int(signal.SIGUSR1)]
@@ -50,7 +50,7 @@ def train(rank: int, world: int, toml: str, folder: str, options: list[str]) -> 
 
 
 def numbers(folder) -> dict[int, dict[str, float]]:
-    """Every metric by step, but for those that measure the machine; a repeated step counts last."""
+    """All metrics by step except those of the machine; the last value counts for repeated steps."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     machine = ("speed/", "time/", "memory/")
     return {line["step"]: {k: v for k, v in line.items() if not k.startswith(machine)} for line in lines}
@@ -87,7 +87,7 @@ def stopped_by_one(rank: int, world: int, toml: str, folder: str, number: int) -
         step(m, batch, draws, update, k)
 
     trainer.parts.recipe.step = stepped
-    trainer.lag = 1  # as on a GPU, where a step is read one later
+    trainer.lag = 1  # as on a GPU, where a step is read one step later
     trainer.run()
     return trainer.step, trainer.consumed
 
@@ -111,7 +111,7 @@ def slow_data(rank: int, world: int, toml: str, folder: str) -> list[str]:
 
 
 def all_of(rank: int, world: int, toml: str, folder: str) -> dict[str, Any]:
-    """One after the other in the same ranks, whose first step is what takes long."""
+    """Run all cases in the same ranks, because a rank's first step is slow."""
     found = {f"signal {n}": stopped_by_one(rank, world, toml, f"{folder}/{n}", n) for n in SIGNALS}
     train(rank, world, toml, f"{folder}/pictures", PICTURES)
     return found | {"slow data": slow_data(rank, world, toml, f"{folder}/slow")}
@@ -141,7 +141,7 @@ def test_the_rank_that_waits_for_data_is_named(two_ranks):
 
 
 def test_pictures_on_the_way_are_those_of_one_process(two_ranks, tmp_path):
-    """Drawn from weights that are gathered for them, anew each time, and not kept for the next step."""
+    """Weights are gathered for each picture again, and not kept for the next step."""
     folder, _ = two_ranks
     train(0, 1, str(folder / "toy.toml"), str(tmp_path / "one"), PICTURES)
     assert_same(tmp_path / "one", folder / "pictures")
@@ -170,12 +170,12 @@ def test_the_rank_that_computes_slowly_is_named(toml, tmp_path, caplog):
     for step, ranks in enumerate([even, slow, even, slow, slow, even]):
         reporter.name_stragglers(10 * step, ranks)
     reporter.close()
-    (line,) = caplog.messages  # once may be chance
+    (line,) = caplog.messages  # a single occurrence may be chance
     assert "step 40: rank 2 computes 3.1 times slower than the median rank" in line
 
 
 def test_a_full_disk_costs_a_warning_and_a_checkpoint_not_the_run(toml, tmp_path, caplog, monkeypatch):
-    """The second of three periodic saves finds no room; the first stays whole, the third and the last are written."""
+    """The second of three periodic saves finds no space; the first stays complete, the third and last are written."""
     import shutil
 
     usage, calls = shutil.disk_usage, []
@@ -202,7 +202,7 @@ def test_checkpoints_of_an_interval_stay_for_ever(toml, tmp_path):
 
 
 def worker(launcher: int, rank: int) -> int:
-    """The process of a rank, somewhere below the launcher."""
+    """A rank's process, somewhere below the launcher."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -239,7 +239,7 @@ def test_a_killed_rank_ends_the_others_and_the_restart_resumes(toml, tmp_path):
         process.kill()
         log.close()
     output = Path(log.name).read_text()
-    # torchrun may restart before it has shown the last lines; the files that it keeps hold all.
+    # torchrun may restart before it has shown the last lines; its log files contain all of them.
     kept = "".join(path.read_text() for path in tmp_path.rglob("stderr.log"))
     assert "lost another one" in kept and "resumed from" in output, kept + output
     train(0, 1, toml, str(tmp_path / "whole"), [*options, "--run.checkpoint_every=0"])

@@ -1,4 +1,4 @@
-"""Files of weights: every layout is found, nothing in a file is run, and what does not fit is named."""
+"""Weight files: every layout is recognized, no code in a file is executed, and mismatches are named."""
 
 import argparse
 import json
@@ -113,7 +113,7 @@ def test_tokenizer_from_diffusers_folders(trained, tmp_path):
     (shards / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     assert_loads(shards, trained)
 
-    # What no shape shows is refused all the same.
+    # Options that no shape reveals are checked, too.
     with pytest.raises(WeightsError, match="norm_groups = 4"):
         assert_loads(whole, trained, norm_groups=2)
     with pytest.raises(WeightsError, match=r"attention_levels = \[2\]\n  mid_attention = true"):
@@ -146,7 +146,7 @@ def test_what_is_left_out_is_named(trained, gan, tmp_path, caplog):
     assert f"state_dict.loss.discriminator.* ({count} tensors)" in caplog.text
     for name in ("loss.logvar", "loss.perceptual_loss", "model_ema", "linear_proj", "foundation_model"):
         assert f"state_dict.{name}" in caplog.text, name
-    # Anything else that is not known is no weights file of this tokenizer.
+    # Any other unknown key is an error.
     state = trained.state_dict() | {"encoder.new.weight": torch.zeros(1)}
     torch.save({"state_dict": state}, tmp_path / "strange.ckpt")
     with pytest.raises(WeightsError, match=r"1 unexpected: encoder.new.weight"):
@@ -169,7 +169,7 @@ def test_every_misfit_is_named(trained, tmp_path):
 
 
 class Malicious:
-    """Unpickling it would make a folder."""
+    """Unpickling it would create a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -190,7 +190,7 @@ def test_code_in_a_file_is_refused(trained, tmp_path, where, zipped):
     assert "x.pt' is refused: it pickles posix.mkdir" in text and "could run code" in text
     assert not (tmp_path / "owned").exists()
     torch.save(tree, tmp_path / "x.pt")
-    torch.load(tmp_path / "x.pt", weights_only=False)  # the file would have done it
+    torch.load(tmp_path / "x.pt", weights_only=False)  # shows that the file would have done it
     assert (tmp_path / "owned").exists()
 
 
@@ -202,7 +202,7 @@ def test_what_is_allowed_does_not_leak(tmp_path):
 
 
 def test_lightning_leftovers_are_read_as_nothing(trained, gan, tmp_path, monkeypatch):
-    """CompVis checkpoints hold Lightning's classes and NumPy scalars, none of which is loaded."""
+    """CompVis checkpoints contain Lightning's classes and NumPy scalars; none is loaded."""
     name = "pytorch_lightning.callbacks.model_checkpoint"
     for module in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
         monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
@@ -235,7 +235,7 @@ def test_damaged_and_absent_files(tmp_path):
 
 
 def test_hub_paths(trained, tmp_path, monkeypatch):
-    """hf://organisation/name/file[@revision] is fetched as that file of that revision, folders included."""
+    """hf://organisation/name/file[@revision] downloads that file of that revision, including from subfolders."""
     asked = []
     torch.save(trained.state_dict(), tmp_path / "vae.pt")
 
@@ -290,7 +290,7 @@ def test_model_folder(trained, tmp_path):
         assert about == {"format": "titanrepa-1", "part": part, "config": "[run]\n", "step": "12", "weights": "ema"}
         assert read.keys() == state.keys()
         assert all(read[k].dtype == state[k].dtype and torch.equal(read[k], state[k]) for k in state)
-    # Another model in its place leaves no part of the former.
+    # Another model written here leaves no file of the previous one.
     write_model(folder, {"tokenizer": trained.state_dict()}, "[run]\n", 13, "online")
     assert sorted(p.name for p in folder.iterdir()) == ["config.toml", "tokenizer.safetensors"]
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")

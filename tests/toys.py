@@ -1,4 +1,4 @@
-"""Tiny parts and configs that tests share."""
+"""Tiny modules and configs shared by the tests."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ decay = 0.9
 
 
 class PatchMeans(nn.Module):
-    """Stands for an encoder: a fixed random projection of each image patch."""
+    """Stand-in for an encoder: a fixed random projection of each image patch."""
 
     embed_dim = 12
 
@@ -92,7 +92,7 @@ class PatchMeans(nn.Module):
 
 
 def modules(seed: int = 0, dtype: torch.dtype = torch.float64) -> Modules:
-    """Every part, tiny; the zero-initialised weights of the denoiser are made random so that all of it matters."""
+    """Tiny version of every module; the denoiser's zero-initialized weights are randomized so that all of them act."""
     torch.manual_seed(seed)
     m = Modules(
         tokenizer=AutoencoderKL(channels=8, multipliers=[1, 2, 2], norm_groups=4, res_blocks=1),
@@ -114,7 +114,7 @@ def modules(seed: int = 0, dtype: torch.dtype = torch.float64) -> Modules:
 
 
 def batch(step: int = 0, size: int = 4, dtype: torch.dtype = torch.float64) -> tuple[Batch, Draws]:
-    """Images, labels and draws of one micro-batch."""
+    """Images, labels and random numbers of one micro-batch."""
     g = generator("batch", step)
     images = torch.rand(size, 3, 32, 32, generator=g, dtype=dtype) * 2 - 1
     labels = torch.randint(CLASSES, (size,), generator=g)

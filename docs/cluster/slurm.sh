@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # sbatch docs/cluster/slurm.sh train_configs/repae_sit_xl.toml [--section.key=value ...]
 #
-# To be submitted from the repository, which lies, as do the data and outputs/, on a disk that all nodes share. Before
-# the time limit and at preemption the run saves and the job goes back into the queue, to go on from there; it ends for
-# good when training is complete or fails. Change the lines that your cluster needs otherwise:
+# Submit from the repository. The repository, the data and outputs/ must be on a file system that all nodes share.
+# Before the time limit and at preemption, the run saves a checkpoint and the job is requeued to resume from it. The job
+# ends when training completes or fails. Adapt these lines to your cluster:
 #SBATCH --job-name=titanrepa
 #SBATCH --nodes=4
 #SBATCH --gpus-per-node=8
@@ -12,7 +12,7 @@
 #SBATCH --time=24:00:00
 # One task per node: run_train.sh starts a process per GPU itself.
 #SBATCH --ntasks-per-node=1
-# Seconds before the time limit; one step and one save must fit.
+# Seconds before the time limit; must allow for one step and one save.
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -26,19 +26,19 @@ interrupted=
 stop() {
   stopped=1
   interrupted=1
-  # srun hands USR1 on to all nodes; at TERM it would kill them.
+  # srun forwards USR1 to all nodes; on TERM it would kill the tasks.
   [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null || true
 }
 trap stop USR1 TERM
 
-# Slurm runs a copy of this file from another folder.
+# Slurm runs a copy of this file in another folder.
 cd "$SLURM_SUBMIT_DIR"
 if [[ ! -x run_train.sh ]]; then
-  echo "slurm.sh: there is no run_train.sh in $PWD; submit from the repository" >&2
+  echo "slurm.sh: no run_train.sh in $PWD; submit from the repository" >&2
   exit 2
 fi
 
-# Here, once, instead of on all nodes at the same time.
+# Set up once here, not on all nodes at the same time.
 # shellcheck source=../../trainer/setup_env.sh
 source trainer/setup_env.sh
 setup_python
@@ -47,15 +47,15 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export NNODES=${#nodes[@]} MASTER_ADDR=${nodes[0]}
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 export MAX_RESTARTS=${MAX_RESTARTS:-3}
-# At preemption Slurm may tell the nodes alone, not this script; they leave word here.
+# At preemption Slurm may signal only the nodes and not this script; they then write this file.
 export STOP_FILE=$PWD/slurm-$SLURM_JOB_ID.stop
 rm -f "$STOP_FILE"
-# NCCL and gloo choose a network interface themselves. Where they choose wrongly:
+# NCCL and gloo choose a network interface themselves. To override their choice:
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
 status=0
 if [[ -z $stopped ]]; then
-  # srun does not inherit --cpus-per-task from Slurm 22.05 on; run_train.sh shares these cores among its processes.
+  # Since Slurm 22.05, srun does not inherit --cpus-per-task; run_train.sh divides these cores among its processes.
   # shellcheck disable=SC2016 # expanded on the nodes
   srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 \
     bash -c 'NODE_RANK=$SLURM_NODEID LOCAL_ADDR=$SLURMD_NODENAME exec ./run_train.sh "$@"' bash "$@" &
@@ -72,9 +72,9 @@ if [[ -z $stopped && ! -s $STOP_FILE ]]; then
   exit "$status"
 fi
 rm -f "$STOP_FILE"
-# scancel takes a job out of RUNNING at once, and means it.
+# scancel removes a job from RUNNING at once: do not requeue it.
 if [[ $(scontrol show job --oneliner "$SLURM_JOB_ID") != *" JobState=RUNNING "* ]]; then
   exit "$status"
 fi
-echo "slurm.sh: stopped by a signal; job $SLURM_JOB_ID goes back into the queue"
+echo "slurm.sh: stopped by a signal; requeueing job $SLURM_JOB_ID"
 scontrol requeue "$SLURM_JOB_ID"

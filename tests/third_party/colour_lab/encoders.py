@@ -1,4 +1,4 @@
-"""Colours as an alignment target."""
+"""Colors as an alignment target."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from components.registry import encoders
 
 @encoders.register("mean_colours")
 class MeanColours(nn.Module):
-    """Mean colours of the parts of each patch: an encoder that learned nothing.
+    """Mean colors of the parts of each patch: an encoder without training.
 
     Args:
-        parts: of a patch along each side.
+        parts: number of parts along each side of a patch.
     """
 
     def __init__(self, resolution: int, grid: int, *, parts: int = 2) -> None:
@@ -25,10 +25,10 @@ class MeanColours(nn.Module):
         self.embed_dim = 3 * parts**2
 
     def load_weights(self) -> None:
-        """There are none."""
+        """Do nothing: the encoder has no weights."""
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, R, R) in [-1, 1] -> (B, grid * grid, 3 * parts * parts), rows first."""
+        """(B, 3, R, R) in [-1, 1] -> (B, grid * grid, 3 * parts * parts), row-major."""
         means = F.adaptive_avg_pool2d(images, self.grid * self.parts)
         return F.pixel_unshuffle(means, self.parts).flatten(2).transpose(1, 2)
