@@ -127,7 +127,7 @@ def files_of(folder) -> set[str]:
 
 def test_a_finished_cache_is_checked_and_mended(place, toml, tmp_path, capsys):
     out, whole = shutil.copytree(place / "whole", tmp_path / "out"), files(place / "whole")
-    assert run(toml, out) == 0 and "Already complete, and every file is sound" in capsys.readouterr().out
+    assert run(toml, out) == 0 and "Already complete, all files verified" in capsys.readouterr().out
     damaged = bytearray(whole["latents-00001.safetensors"])
     damaged[5000] ^= 1
     (out / "latents-00001.safetensors").write_bytes(damaged)

@@ -127,7 +127,7 @@ def test_a_killed_evaluation_goes_on_and_mixes_nothing(data, whole, tmp_path, mo
              "--output", tmp_path / "evaluation.json"]  # fmt: skip
     limit = 9  # seven batches of samples, two of the reference
     assert evaluate(*words, "--batch-size=16") == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "repeat the command to resume" in capsys.readouterr().err
     assert calls == [16] * 6 + [14] + [16] * 2 and not (tmp_path / "evaluation.json").exists()
     # Another batch size is another rounding: nothing of the first is used, nor lost.
     calls.clear()
