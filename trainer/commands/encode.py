@@ -94,7 +94,7 @@ def encode(arguments: argparse.Namespace, overrides: list[str], world: World) ->
             f"{'Already complete, all files verified' if complete else 'Done'}: {len(cache)} images"
             f"{' and their mirrored copies' if cache.flipped else ''} in {out}/ ({size:.2f} GiB), encoded by the "
             f"tokenizer of {source.label}.\n"
-            + (f"{len(unreadable)} images were unreadable and replaced by others.\n" if unreadable else "")
+            + (f"{len(unreadable)} were unreadable and replaced by other images.\n" if unreadable else "")
             + f"Train on it: python -m trainer train CONFIG --latent_cache.path={out}"
         )
 
