@@ -153,7 +153,7 @@ def test_a_folder_of_other_settings_is_refused(place, toml, more, says, capsys):
 
 def test_other_folders_and_bad_numbers_are_refused(toml, tmp_path, capsys):
     (tmp_path / "notes.txt").touch()
-    assert run(toml, tmp_path) == 2 and "holds other things" in capsys.readouterr().err
+    assert run(toml, tmp_path) == 2 and "holds other files" in capsys.readouterr().err
     assert run(toml, tmp_path / "out", "--batch-size=0") == 2
     assert "--batch-size=0: expected at least 1" in capsys.readouterr().err
 
