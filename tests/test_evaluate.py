@@ -257,7 +257,7 @@ def test_errors_name_the_file_and_what_to_do(data, tmp_path, monkeypatch, capsys
     few = ["--metrics=recall", "--max-images=3"]
     assert "need more than 3 images" in refused(samples, *to_reference[:2], *few)
     assert "--reference is missing" in refused(samples)
-    assert "give --config=TOML_OR_RUN" in refused(samples, "--reference=dataset", "--encoder=tiny_vit")
+    assert "add --config=TOML_OR_RUN" in refused(samples, "--reference=dataset", "--encoder=tiny_vit")
     assert "nowhere does not exist" in refused(samples, "--reference=nowhere", "--encoder=tiny_vit")
     assert "did you mean 'tiny_vit'" in refused(samples, *to_reference[:2], "--encoder=tinyvit")
     assert "sizes" in refused(samples, *to_reference[:2], "--encoder=tiny_vit:sizes=3")
