@@ -130,7 +130,7 @@ REFUSED = [
     (
         "flip-fp32",
         ["--tokenizer.checkpoint={place}/other.safetensors"],
-        ["another tokenizer", "toy.toml", "other.safetensors", "sha256", "[tokenizer] checkpoint"],
+        ["another tokenizer", "toy.toml", "other.safetensors", "sha256", "tokenizer.checkpoint"],
     ),
     ("plain-fp32", ["--dataset.flip=true"], ["no mirrored copies", "--flip", "flip = false"]),
     ("plain-fp32", ["--dataset.size=80"], ["another dataset", "options.size: 40 -> 80"]),

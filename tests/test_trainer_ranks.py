@@ -171,7 +171,7 @@ def test_the_rank_that_computes_slowly_is_named(toml, tmp_path, caplog):
         reporter.name_stragglers(10 * step, ranks)
     reporter.close()
     (line,) = caplog.messages  # once may be chance
-    assert "step 40: rank 2 computes 3.1 times slower than the median rank" in line
+    assert "step 40: rank 2 takes 3.1 times as long to compute as the median rank" in line
 
 
 def test_a_full_disk_costs_a_warning_and_a_checkpoint_not_the_run(toml, tmp_path, caplog, monkeypatch):
