@@ -262,7 +262,7 @@ def test_errors_name_the_file_and_what_to_do(data, tmp_path, monkeypatch, capsys
     assert "did you mean 'tiny_vit'" in refused(samples, *to_reference[:2], "--encoder=tinyvit")
     assert "sizes" in refused(samples, *to_reference[:2], "--encoder=tiny_vit:sizes=3")
     assert "did you mean 'sfid'" in refused(samples, *to_reference[:2], "--metrics=sfids")
-    assert "'--foo=1' is no option" in refused(samples, *to_reference, "--foo=1")
+    assert "'--foo=1' is not an option" in refused(samples, *to_reference, "--foo=1")
     np.savez(tmp_path / "wrong.npz", arr_0=np.zeros((4, 3, 8, 8), np.uint8))
     assert "expected uint8 (N, H, W, 3)" in refused(tmp_path / "wrong.npz", *to_reference)
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))

@@ -128,11 +128,11 @@ def test_more_images_can_be_added_and_the_archive_holds_them(run, whole, tmp_pat
 @pytest.mark.parametrize(
     ("words", "key"),
     [
-        (["--seed=1"], "seed: 0 there, 1 now"),
+        (["--seed=1"], "seed: 0 in the folder, 1 now"),
         (["--guidance=1"], "guidance: [4.0"),
         (["--weights=online"], "model:"),
-        (["--step=1"], "step: 2 there, 1 now"),
-        (["--labels=3"], "labels: balanced there, [3] now"),
+        (["--step=1"], "step: 2 in the folder, 1 now"),
+        (["--labels=3"], "labels: balanced in the folder, [3] now"),
     ],
 )
 def test_a_folder_never_mixes_settings(run, whole, tmp_path, capsys, words, key):
