@@ -1,9 +1,9 @@
-"""What one GPU does with this project: step times by phase, memory, MFU, the plain step beside it, sampling, kernels.
+"""Benchmark of one GPU: step times by phase, memory, MFU, comparison with the plain step, sampling, kernels.
 
     python benchmarks/gpu.py --out FOLDER [--seconds N] [--section.key=value ...]
 
-Weights and data are random; no file is read but the config. One model is built once and every part is timed on it.
-FOLDER/gpu.json is whole after every part. `benchmarks/gpu.sh` also runs the tests that need a GPU.
+Weights and data are random; only the config is read. The model is built once, and every part is timed on it.
+FOLDER/gpu.json is complete after every part. `benchmarks/gpu.sh` also runs the tests that need a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-BEGAN = time.monotonic()  # PyTorch's import takes seconds of the time limit
+BEGAN = time.monotonic()  # before PyTorch's import, which takes seconds of the time limit
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -67,13 +67,13 @@ TINY = [
 
 
 class Bench:
-    """The parts; each returns what goes into the JSON file.
+    """Parts of the benchmark; each method returns its entry in the JSON file.
 
     Args:
         config: of a joint run (REPA-E).
-        rounds, steps: measurements of a step time, and steps in each.
+        rounds, steps: number of measurements of a step time, and steps per measurement.
         out: folder for tables of kernels.
-        backend: of torch.compile.
+        backend: for torch.compile.
     """
 
     def __init__(
@@ -99,13 +99,13 @@ class Bench:
         return {"million parameters": counts, "GiB": self.peak_memory()}
 
     def plain(self, recipe: str | None = None) -> PlainWorkload:
-        """For the part that calls it alone: weights and optimizer states must not count as memory of another."""
+        """Build the plain step for one part only, so that its memory does not count in other parts."""
         chosen = {} if recipe is None else {"recipe": configs.PluginTable(name=recipe)}
         config = self.config.model_copy(update=chosen)
         return PlainWorkload(config, self.device, compile=True, backend=self.backend)
 
     def clear(self) -> None:
-        """Frees what a part left, also after an out-of-memory error."""
+        """Free memory that a part left, also after an out-of-memory error."""
         if self._work is not None:
             self._work.clear()
         free(self.device)
@@ -113,7 +113,7 @@ class Bench:
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     def ceilings(self, side: int) -> dict[str, float]:
-        """What products and copies of this GPU reach: no step can do better."""
+        """Attained TFLOP/s of matrix products and TB/s of copies, as upper bounds for a step."""
         a, b = (torch.randn(side, side, device=self.device, dtype=torch.bfloat16) for _ in range(2))
         c, d = a.float(), b.float()
         x = torch.randn(8 * side**2, device=self.device)
@@ -137,11 +137,11 @@ class Bench:
         return found
 
     def tflop(self) -> dict[str, float]:
-        """TFLOP per image and step; the model's, so recomputation does not count."""
+        """Model TFLOP per image and step, without recomputation."""
         return {"joint step": digits(self._tflop[None]), "second stage": digits(self._tflop[SECOND_STAGE])}
 
     def joint(self, size: int, recipe: str | None = None, by_phase: bool = True) -> dict[str, Any]:
-        """Time of a step, images/s, MFU, memory, and the phases of a step."""
+        """Step time, images/s, MFU, memory, and step time by phase."""
         free(self.device)
         held = round(torch.cuda.memory_allocated() / 2**30, 2) if self.on_gpu else None
         self.peak_memory()
@@ -149,7 +149,7 @@ class Bench:
         first = milliseconds(run, self.device, 1) / 1e3
         for _ in range(2):
             run()
-        first_peak = self.peak_memory()  # with what cuDNN tries out
+        first_peak = self.peak_memory()  # includes the workspaces of cuDNN's benchmarking
         times = [milliseconds(run, self.device, self.steps) for _ in range(self.rounds)]
         memory = {"GiB": self.peak_memory(), "GiB in the first steps": first_peak, "GiB before": held}
         values = run()
@@ -167,16 +167,16 @@ class Bench:
         return found
 
     def second_stage(self, size: int) -> dict[str, Any]:
-        """The same of a denoiser's step on cached latents and features."""
+        """Like :meth:`joint`, for a denoiser's step on cached latents and features."""
         return self.joint(size, SECOND_STAGE, by_phase=False)
 
     def beside_plain(self, size: int, recipe: str | None = None) -> dict[str, Any]:
-        """The project's step and the plain one, alternating."""
+        """Time the project's step and the plain step, alternating."""
         ours, plain = self.work.runner(size, recipe), self.plain(recipe).runner(size)
         return alternate(ours, plain, self.device, self.rounds, self.steps, size)
 
     def sampling(self, size: int, steps: int) -> dict[str, Any]:
-        """Euler with guidance 4 at every step, from the averaged weights, decoded; in bf16 on a GPU."""
+        """Time of sampling and decoding: Euler, guidance 4 at every step, averaged weights; bf16 on a GPU."""
         m, average = self.work.parts.modules, self.work.ema.modules
         labels = torch.arange(size, device=self.device) % self.work.parts.num_classes
 
@@ -198,7 +198,7 @@ class Bench:
         }
 
     def waits(self, size: int) -> list[str]:
-        """Lines of Python at which a step waits for the GPU, by PyTorch's synchronization warnings."""
+        """Lines of Python code at which a step synchronizes with the GPU, from PyTorch's warnings."""
         step, item = self.work.step(), self.work.batch(size)
         for k in range(2):
             step(k, [item])
@@ -212,7 +212,7 @@ class Bench:
         return sorted({f"{w.filename}:{w.lineno}" for w in seen if "called a synchronizing" in str(w.message)})
 
     def kernels(self, size: int, name: str, rows: int = 25, steps: int = 2) -> dict[str, Any]:
-        """The kernels (on a CPU: operators) that take longest; a longer table goes to kernels_NAME.txt."""
+        """Most expensive kernels (on a CPU: operators); a longer table is written to kernels_NAME.txt."""
         step, item = self.work.step(), self.work.batch(size)
         for k in range(2):
             step(k, [item])
@@ -236,7 +236,7 @@ class Bench:
         return {"ms of all per step": round(sum(cost.values()), 2), "top, per step": top}
 
     def peak_memory(self) -> dict[str, float] | None:
-        """Most GiB at once since the last call, as PyTorch's allocator counts them."""
+        """Peak GiB of PyTorch's allocator since the last call; None on a CPU."""
         if not self.on_gpu:
             return None
         peak = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
@@ -245,15 +245,15 @@ class Bench:
 
 
 def measure(bench: Bench, results: Results, batches: list[int], tiny: bool) -> None:
-    """Runs all parts, the most informative per second first."""
+    """Run all parts, ordered by information per second."""
     small, middle, large = batches
     part, call = results.part, functools.partial
-    scale = 0 if tiny else 1  # of the seconds that a part needs
+    scale = 0 if tiny else 1  # factor on the seconds that a part needs
     part("machine", 0, lambda: machine(bench.device), required=True)
     part("ceilings", 5 * scale, call(bench.ceilings, 128 if tiny else 8192))
     part("build", 5 * scale, bench.build, required=True)
     part("TFLOP per image", 5 * scale, bench.tflop)
-    # A host that compiles slowly must leave time for what needs no compiler.
+    # On a host that compiles slowly, leave time for the eager parts.
     part(f"joint step, compiled, batch {middle}", 40 * scale, call(bench.joint, middle), share=0.6)
     part(f"kernels, compiled, batch {middle}", 10 * scale, call(bench.kernels, middle, "compiled"))
     if bench.on_gpu:
@@ -275,7 +275,7 @@ def measure(bench: Bench, results: Results, batches: list[int], tiny: bool) -> N
 
 
 def digits(value: float) -> float:
-    """Four significant digits."""
+    """Round to four significant digits."""
     return float(f"{value:.4g}")
 
 
@@ -288,30 +288,34 @@ def in_eager(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]
 
 
 def warm_up(bench: Bench, size: int) -> None:
-    """Compiles both steps, so that the parts find them in Inductor's cache on disk."""
+    """Compile both steps, so that the parts find them in Inductor's cache on disk."""
     bench.build()
     bench.work.runner(size)()
     bench.clear()
-    print("the project's step is compiled", flush=True)
+    print("compiled the project's step", flush=True)
     bench.plain().runner(size)()
-    print("the plain step is compiled", flush=True)
+    print("compiled the plain step", flush=True)
 
 
 def main(argv: list[str] | None = None, began: float | None = None) -> int:
-    """The command line; its time limit counts from ``began``, by the monotonic clock."""
+    """Run the command line; its time limit counts from ``began``, a time of the monotonic clock."""
     began = time.monotonic() if began is None else began
     parser = argparse.ArgumentParser(
-        description="Time this project's training steps and sampling on one GPU, next to the plain step.",
-        epilog="Any key of the config can be overridden: --section.key=value",
+        description="Time this project's training steps and sampling on one GPU, and compare with the plain step.",
+        epilog="Any config key can be overridden: --section.key=value",
         allow_abbrev=False,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and tables of kernels")
-    parser.add_argument("--seconds", type=float, default=460, help="time limit (default: 460)")
-    parser.add_argument("--config", default=str(CONFIG), help="of a joint run")
-    parser.add_argument("--batches", type=int, nargs=3, metavar=("SMALL", "MIDDLE", "LARGE"), help="default: 16 32 48")
-    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="parts whose name contains a text")
-    parser.add_argument("--tiny", action="store_true", help="a dry run: small networks, few steps")
-    parser.add_argument("--warm", action="store_true", help="only compile, for the cache on the disk; time nothing")
+    parser.add_argument("--seconds", type=float, default=460, help="time limit in seconds (default: 460)")
+    parser.add_argument("--config", default=str(CONFIG), help="TOML config of a joint run")
+    parser.add_argument(
+        "--batches", type=int, nargs=3, metavar=("SMALL", "MIDDLE", "LARGE"), help="batch sizes (default: 16 32 48)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="TEXT", help="run only parts whose name contains a TEXT"
+    )
+    parser.add_argument("--tiny", action="store_true", help="smoke test: small networks, few steps")
+    parser.add_argument("--warm", action="store_true", help="only compile, to fill the cache on disk; no timing")
     a, overrides = parser.parse_known_args(argv)
     device = pick_device()
     try:
@@ -319,7 +323,7 @@ def main(argv: list[str] | None = None, began: float | None = None) -> int:
             raise configs.ConfigError(f"--batches {a.batches}: expected at least 1")
         config = configs.load(a.config, ([*TINY] if a.tiny else []) + overrides)
         set_backends(config)
-        # On a CPU Inductor would compile C++ for minutes.
+        # On a CPU, Inductor would spend minutes compiling C++.
         backend = "eager" if a.tiny and device.type == "cpu" else "inductor"
         rounds, steps = (1, 1) if a.tiny else (5, 4)
         a.out.mkdir(parents=True, exist_ok=True)

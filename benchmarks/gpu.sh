@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Usage: benchmarks/gpu.sh OUT [SECONDS] [options of benchmarks/gpu.py]
 #
-# Everything that one GPU can tell about this project, in at most SECONDS (default: 470): versions, the tests that need
-# a GPU, and benchmarks/gpu.py. Results so far are in OUT, whenever it is stopped: gpu.json, tests.txt, log.txt.
+# Tests and benchmarks this project on one GPU in at most SECONDS (default: 470): prints versions, runs the tests that
+# need a GPU, then benchmarks/gpu.py. If stopped, results so far are in OUT: gpu.json, tests.txt, log.txt.
 #
 # Environment:
-#   PYTHON=...          Python with the project's packages (default: .venv/bin/python where there is one, else python3)
-#   SKIP_TESTS=1        no tests: all the time is the benchmark's
-#   TEST_PROCESSES=8    processes of the tests, if pytest-xdist is installed
+#   PYTHON=...          Python with the project's packages (default: .venv/bin/python if it exists, otherwise python3)
+#   SKIP_TESTS=1        skip the tests and use all the time for the benchmark
+#   TEST_PROCESSES=8    number of test processes, if pytest-xdist is installed
 #
-# Wheels in .whl/, if there are any, are installed into a temporary folder, for machines without a package index.
+# Wheels in .whl/, if any, are installed into a temporary folder, for machines without a package index.
 set -uo pipefail
 
 usage() { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" | grep -v '^set '; }
@@ -46,7 +46,7 @@ if compgen -G '.whl/*.whl' >/dev/null; then
     --upgrade --target "$site" .whl/*.whl || exit 3
   export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 fi
-# Without segments that grow, batches near the limit fail for fragmentation.
+# Without expandable segments, batches near the memory limit fail because of fragmentation.
 export PYTHONUNBUFFERED=1 PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 
 echo "== $(date -u '+%F %T') UTC, at most $limit s"
@@ -71,22 +71,22 @@ PY
 if [[ -z ${SKIP_TESTS:-} ]]; then
   tests=$(least 150 $((limit / 3)))
   echo "== pytest -m cuda (at most $tests s) -> $out/tests.txt"
-  # Meanwhile, what the benchmark needs is compiled into Inductor's cache: both mostly wait for the host.
+  # Meanwhile, compile the benchmark's networks into Inductor's cache; both tasks are mostly bound by the host.
   warm=''
   if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     timeout --signal=INT --kill-after=5 "$((limit * 9 / 20))" \
       "$python" benchmarks/gpu.py --out "$out" --warm "$@" >"$out/warm.txt" 2>&1 &
     warm=$!
   fi
-  # Only files with such tests: each process would import all the others.
+  # Pass only files with CUDA tests, since each process imports all files it is given.
   mapfile -t files < <(grep -rlE 'mark\.cuda' --include='test_*.py' tests)
   processes=()
   "$python" -c 'import xdist' 2>/dev/null && processes=(-n "${TEST_PROCESSES:-8}" --dist load)
-  # -v: a line for each test as it ends, also when time runs out.
+  # -v prints a line as each test ends, which remains if time runs out.
   TORCHINDUCTOR_COMPILE_THREADS=2 timeout --signal=INT --kill-after=10 "$tests" \
     "$python" -m pytest -m cuda "${files[@]}" -o addopts= -v "${processes[@]}" --durations=8 -rfE --tb=short \
     >"$out/tests.txt" 2>&1
-  echo "pytest ended with $? (0: all passed or skipped; 5: there are none; 124, 137: out of time)"
+  echo "pytest ended with $? (0: all passed or skipped; 5: no tests; 124, 137: out of time)"
   grep -E '^E  |PASSED|FAILED|ERROR|passed|failed|skipped|deselected|s (call|setup)' "$out/tests.txt" |
     cut -c1-240 | tail -n 60
   if [[ -n $warm ]]; then
@@ -97,7 +97,7 @@ if [[ -z ${SKIP_TESTS:-} ]]; then
 fi
 
 echo "== benchmarks/gpu.py ($(left) s left) -> $out/gpu.json"
-# It ends by itself before the time limit; the signal is for a step that hangs.
+# It exits by itself before the time limit; the signal is for a step that hangs.
 timeout --signal=INT --kill-after=10 "$(most "$(left)" 10)" \
   "$python" benchmarks/gpu.py --out "$out" --seconds "$(most $(($(left) - 10)) 0)" "$@"
 status=$?

@@ -1,7 +1,7 @@
-"""The same training steps as most people would write them by hand: the baseline of every claim about speed.
+"""The same training steps in plain PyTorch, as a typical hand-written loop: the baseline of all claims about speed.
 
-Autocast around the forward passes, images in NCHW, `torch.compile` on whole modules, the optimizers one after the
-other, an EMA parameter by parameter, and every metric read with `.item()`. Only the networks are the project's.
+Autocast around the forward passes, images in NCHW, `torch.compile` on whole modules, one optimizer step after the
+other, EMA in a loop over parameters, and every metric read with `.item()`. Only the networks are the project's.
 
     python benchmarks/plain_step.py CONFIG --batch=16 --rounds=5 [--section.key=value ...]
 
@@ -28,7 +28,7 @@ from components.contracts import Modules
 
 
 class Random(NamedTuple):
-    """The random numbers of a step: N(0, I) of the latent's shape (B, C, h, w) twice, and U[0, 1) (B,) twice."""
+    """Random numbers of a step: posterior and noise (B, C, h, w) from N(0, I), time and label (B,) from U[0, 1)."""
 
     posterior: Tensor
     noise: Tensor
@@ -37,21 +37,21 @@ class Random(NamedTuple):
 
 
 class Autoencoder(nn.Module):
-    """Encode, sample and decode, as one module."""
+    """Tokenizer as one module: encode, sample, decode."""
 
     def __init__(self, tokenizer: nn.Module) -> None:
         super().__init__()
         self.tokenizer = tokenizer
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Images (B, 3, R, R) -> mean and log-variance of the posterior, z, reconstruction."""
+        """Map images (B, 3, R, R) to posterior mean and log-variance, z, and the reconstruction."""
         posterior = self.tokenizer.encode(x)
         z = posterior.mean + torch.exp(0.5 * posterior.logvar) * noise
         return posterior.mean, posterior.logvar, z, self.tokenizer.decode(z)
 
 
 class Denoiser(nn.Module):
-    """The diffusion transformer and its alignment heads, as one module."""
+    """Diffusion transformer and alignment heads as one module."""
 
     def __init__(self, transformer: nn.Module, heads: nn.ModuleList) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Denoiser(nn.Module):
     def forward(
         self, x_t: Tensor, t: Tensor, labels: Tensor, align_only: bool = False
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """Velocity (B, C, h, w), None for ``align_only``, and projected tokens (B, N, D_k) for each encoder."""
+        """Return velocity (B, C, h, w), or None if ``align_only``, and projected tokens (B, N, D_k) per encoder."""
         if align_only:
             velocity, tokens = None, self.transformer.tokens(x_t, t, labels)
         else:
@@ -69,20 +69,19 @@ class Denoiser(nn.Module):
 
 
 class Plain:
-    """What the two steps below share: a denoiser with its heads, EMA and optimizer, and the latents' batch norm.
+    """Base class of the two steps below: denoiser with heads, EMA and optimizer, and the batch norm of latents.
 
     Args:
-        modules: the networks of a run on one device, in NCHW and neither compiled nor sharded. They are trained in
-            place.
+        modules: networks of a run on one device, in NCHW, neither compiled nor sharded. They are trained in place.
         settings: by loss ("tokenizer", "discriminator", "denoiser"): an object with lr, betas, eps, weight_decay and
             clip_norm. The learning rate is constant.
         ema_decay: per step.
-        dtype: of autocast; None: none.
-        compile: `torch.compile` each network as a whole.
-        backend: of torch.compile.
+        dtype: of autocast; None: no autocast.
+        compile: apply `torch.compile` to each network as a whole.
+        backend: for torch.compile.
 
     Raises:
-        ValueError: an option of the losses or of the path that this step leaves out.
+        ValueError: the modules use an option that the plain step does not support.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class Plain:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     def random(self, latent: torch.Size | tuple[int, ...]) -> Random:
-        """New random numbers for latents of the shape (B, C, h, w)."""
+        """Draw random numbers for latents of shape (B, C, h, w)."""
         normal, uniform = torch.randn(2, *latent, device=self.device), torch.rand(2, latent[0], device=self.device)
         return Random(*normal, *uniform)
 
@@ -137,13 +136,13 @@ class Plain:
         return norm
 
     def align(self, projected: list[Tensor], targets: list[Tensor]) -> Tensor:
-        """Negative cosine, averaged over encoders, batch and tokens."""
+        """Negative cosine similarity, averaged over encoders, batch and tokens."""
         pairs = zip(projected, targets, strict=True)
         cosines = [(F.normalize(p, dim=-1) * F.normalize(y, dim=-1)).sum(-1).mean() for p, y in pairs]
         return -sum(cosines) / len(cosines)
 
     def denoise(self, z: Tensor, labels: Tensor, targets: list[Tensor], random: Random) -> dict[str, Tensor]:
-        """The denoiser's step on normalised latents (B, C, h, w)."""
+        """Train the denoiser on normalized latents (B, C, h, w); returns its metrics."""
         t = random.time.view(-1, 1, 1, 1)
         with self.autocast():
             dropped = torch.where(random.label < self.label_dropout, self.null_label, labels)
@@ -173,7 +172,7 @@ class Plain:
 
 
 class PlainStep(Plain):
-    """REPA-E: tokenizer, discriminator, denoiser. Arguments: see :class:`Plain`."""
+    """REPA-E step: tokenizer, discriminator, denoiser. Arguments: see :class:`Plain`."""
 
     def __init__(self, modules: Modules, settings: Mapping[str, Any], **options: Any) -> None:
         super().__init__(modules, settings, **options)
@@ -190,7 +189,7 @@ class PlainStep(Plain):
         self.channels, self.factor = modules.tokenizer.channels, modules.tokenizer.factor
 
     def __call__(self, x: Tensor, labels: Tensor, random: Random | None = None) -> dict[str, float]:
-        """One step on images (B, 3, R, R) in [-1, 1] and labels (B,); returns what it measured."""
+        """Run one step on images (B, 3, R, R) in [-1, 1] and labels (B,); returns its metrics."""
         side = x.shape[-1] // self.factor
         random = self.random((len(x), self.channels, side, side)) if random is None else random
         with self.autocast(), torch.no_grad():
@@ -224,7 +223,7 @@ class PlainStep(Plain):
         seen |= {"discriminator/hinge": hinge, "discriminator/logits_real": real.mean()}
         seen |= {"discriminator/logits_fake": fake.mean(), "grad_norm/discriminator": norm}
 
-        # Denoiser, on latents without a gradient.
+        # Denoiser, on detached latents.
         requires_grad(self.model, True)
         self.norm.train()
         seen |= self.denoise(self.norm(z.detach()), labels, targets, random)
@@ -232,12 +231,12 @@ class PlainStep(Plain):
 
 
 class PlainSecondStage(Plain):
-    """REPA on cached latents and features. Arguments: see :class:`Plain`."""
+    """REPA step on cached latents and features. Arguments: see :class:`Plain`."""
 
     def __call__(
         self, mean: Tensor, std: Tensor, features: list[Tensor], labels: Tensor, random: Random | None = None
     ) -> dict[str, float]:
-        """One step on posteriors (B, C, h, w) and features (B, N, D_k) of each encoder."""
+        """Run one step on posteriors (B, C, h, w) and features (B, N, D_k) per encoder; returns its metrics."""
         random = self.random(mean.shape) if random is None else random
         z = mean + std * random.posterior
         self.norm.eval()
@@ -251,10 +250,10 @@ def requires_grad(module: nn.Module, flag: bool) -> None:
 
 
 def check(m: Modules) -> None:
-    """Raises ValueError where a config asks for what the plain step leaves out."""
+    """Raise ValueError if the modules use an option that the plain step does not support."""
     wrong = []
     if m.denoiser is None or m.heads is None or m.alignment is None:
-        wrong.append("recipe: expected one with a denoiser and alignment, as repae or repa")
+        wrong.append("recipe: expected one with a denoiser and alignment, e.g. repae or repa")
     if m.flow is not None and (m.flow.path, m.flow.time, m.flow.shift) != ("linear", "uniform", 1):
         wrong.append("[flow]: expected the linear path and uniform times without a shift")
     if len(m.encoder_weights) > 1 and len(set(m.encoder_weights.values())) > 1:
@@ -270,7 +269,7 @@ def check(m: Modules) -> None:
     if gan is not None and (getattr(gan, "start_step", 1) or gan.lecam_weight):
         wrong.append("[losses.patchgan]: expected start_step = 0 and lecam_weight = 0")
     if wrong:
-        raise ValueError("the plain step does not do this:\n" + "\n".join(f"- {line}" for line in wrong))
+        raise ValueError("not supported by the plain step:\n" + "\n".join(f"- {line}" for line in wrong))
 
 
 # -- the comparison ----------------------------------------------------------------------------------------------------
@@ -279,17 +278,16 @@ def check(m: Modules) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Time the project's training step and the plain one, alternating, in one process.",
-        epilog="Weights, images and cached latents are random. Any key of the config can be overridden: "
-        "--section.key=value",
+        epilog="Weights, images and cached latents are random. Any config key can be overridden: --section.key=value",
         allow_abbrev=False,
     )
     parser.add_argument("config", help="TOML file with the recipe repae or repa (which trains on cached latents here)")
     parser.add_argument("--batch", type=int, help="images per step (default: training.batch_size)")
     parser.add_argument("--rounds", type=int, default=5, help="pairs of measurements (default: 5)")
-    parser.add_argument("--steps", type=int, default=5, help="steps of each measurement (default: 5)")
+    parser.add_argument("--steps", type=int, default=5, help="steps per measurement (default: 5)")
     parser.add_argument("--ours", choices=VARIANTS, help="variant of the project's step (default: training.compile)")
-    parser.add_argument("--plain", choices=VARIANTS, help="variant of the plain step (default: that of --ours)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    parser.add_argument("--plain", choices=VARIANTS, help="variant of the plain step (default: as --ours)")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments, overrides = parser.parse_known_args(argv)
     from benchmarks.workload import PlainWorkload, Workload, alternate, machine, pick_device, table
     from trainer import config as configs

@@ -1,4 +1,4 @@
-"""Results of a benchmark that may be cut short at any moment: whole on the disk after every part."""
+"""Results of a benchmark that may be stopped at any moment: a JSON file that is complete after every part."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ import torch
 
 
 class TimeUp(BaseException):
-    """The time limit has passed. No Exception, so that no library swallows it."""
+    """The time limit has passed. A BaseException, so that libraries do not swallow it."""
 
 
 class LeftOut(Exception):
-    """A part cannot run, for a reason that is no fault of its own."""
+    """A part cannot run because something it depends on is missing."""
 
 
 class Results:
-    """Runs parts one after the other and keeps what they return in a JSON file.
+    """Runs parts one after the other and stores their results in a JSON file.
 
-    The file is replaced whole, by a rename, before and after each part. It maps each part's name to ``status``,
-    ``seconds`` and, where it is done, ``result``. A status is "running", "done", "left out" (too little time, or what
-    it needs failed), "out of memory", "failed" (with ``error`` and ``traceback``), "out of time" or "interrupted".
+    The file is replaced atomically before and after each part. It maps each part's name to ``status``, ``seconds``
+    and, if done, ``result``. A status is "running", "done", "left out" (too little time, or a prerequisite failed),
+    "out of memory", "failed" (with ``error`` and ``traceback``), "out of time" or "interrupted".
 
     Args:
-        file: where the JSON goes.
-        seconds: time limit from now on; a part that is still running then is stopped.
-        only: run parts whose name contains one of these texts, and those that others need; empty: all.
+        file: JSON file to write.
+        seconds: time limit from now on; a part still running then is stopped.
+        only: run only parts whose name contains one of these texts, and required ones; empty: all.
         after: called after each part, to free memory.
     """
 
@@ -52,12 +52,14 @@ class Results:
         return self.deadline - time.monotonic()
 
     def part(self, name: str, needs: float, run: Callable[[], Any], required: bool = False, share: float = 1.0) -> Any:
-        """Runs one part; returns its result, or None.
+        """Run one part; returns its result, or None if it did not finish.
 
         Args:
-            needs: seconds that must be left, or else the part is left out.
-            required: other parts need it, so ``only`` does not apply.
-            share: of the time that is left; a part that takes longer is stopped.
+            name: of the part.
+            needs: skip the part if fewer seconds than this are left.
+            run: computes the result.
+            required: run it regardless of ``only``, since other parts need it.
+            share: stop the part after this fraction of the time left.
         """
         if self.only and not required and not any(text in name for text in self.only):
             return None
@@ -85,7 +87,7 @@ class Results:
         return found
 
     def write(self) -> None:
-        """Replaces the file by what is known now."""
+        """Replace the file by the current results."""
         found = self.about | {"seconds": round(time.monotonic() - self.began, 1), "parts": self.parts}
         new = self.file.with_suffix(".tmp")
         new.write_text(json.dumps(plain(found), indent=1, allow_nan=False) + "\n")
@@ -99,7 +101,7 @@ class Results:
 
     @contextlib.contextmanager
     def _alarm(self, seconds: float) -> Iterator[None]:
-        """Inside, :class:`TimeUp` is raised after some seconds, once Python runs again."""
+        """Context manager that raises :class:`TimeUp` after some seconds, as soon as Python code runs."""
 
         def ring(*_: Any) -> None:
             raise TimeUp
@@ -114,8 +116,8 @@ class Results:
 
 
 def failure(error: Exception) -> dict[str, Any]:
-    """The entry of a part that raised."""
-    # The compiler wraps the error in one of its own.
+    """Entry of a part that raised an exception."""
+    # torch.compile wraps an out-of-memory error in its own exception.
     if isinstance(error, torch.OutOfMemoryError) or "CUDA out of memory" in str(error):
         return {"status": "out of memory", "error": next(line for line in str(error).splitlines() if "memory" in line)}
     text = "".join(traceback.format_exception(error))
@@ -124,7 +126,7 @@ def failure(error: Exception) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """What JSON has: numbers that are not finite become text."""
+    """Convert a value for JSON; non-finite numbers become text."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

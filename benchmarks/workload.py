@@ -1,4 +1,4 @@
-"""A model built once, and steps of it at any batch size: the project's, and the plain ones beside it."""
+"""A model built once, and training steps at any batch size: the project's and the plain ones; timing functions."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ Runner = Callable[[], Any]
 
 
 class Workload:
-    """The project's training steps of one config on one device, with random weights.
+    """Training steps of the project for one config on one device, with random weights.
 
     Args:
-        config: of a run; batch size, dataset and files do not count.
-        compile: as `training.compile`.
-        backend: of torch.compile.
+        config: of a run; its batch size, dataset and files are ignored.
+        compile: like `training.compile`.
+        backend: for torch.compile.
     """
 
     def __init__(self, config: Config, device: torch.device, compile: bool, backend: str = "inductor") -> None:
@@ -47,7 +47,7 @@ class Workload:
         self.groups, self.ema = parameter_groups(self.config, self.parts), make_ema(self.config, self.parts)
 
     def step(self, recipe: str | None = None) -> Step:
-        """The training step, of another recipe on the same networks on request."""
+        """Training step of the config's recipe, or of another recipe on the same networks."""
         chosen = self.parts.recipe if recipe is None else make_plugin("recipe", "recipe", PluginTable(name=recipe))
         return Step(
             chosen,
@@ -62,12 +62,12 @@ class Workload:
         )
 
     def batch(self, size: int, recipe: str | None = None) -> tuple[Batch, Draws]:
-        """Random images, or what a latent cache holds for a recipe that takes it, and random numbers."""
+        """Random images, or random cached latents and features if the recipe takes them, and random numbers."""
         chosen = self.parts.recipe if recipe is None else make_plugin("recipe", "recipe", PluginTable(name=recipe))
         return random_batch(self.parts, size, self.config, self.device, getattr(chosen, "cached_latents", False))
 
     def runner(self, size: int, recipe: str | None = None) -> Runner:
-        """Steps as the training loop takes them: on a GPU, a step's record is read after the next one's launch."""
+        """Function that runs a step as the training loop does: on a GPU it reads each record after the next launch."""
         step, item, counter, unread = self.step(recipe), self.batch(size, recipe), itertools.count(), deque()
         lag = int(self.device.type == "cuda")
 
@@ -78,13 +78,13 @@ class Workload:
         return run
 
     def clear(self) -> None:
-        """Drops gradients that a step without enough memory left."""
+        """Drop gradients left by a step that ran out of memory."""
         for group in self.groups.values():
             group.optimizer.zero_grad(set_to_none=True)
 
 
 class PlainWorkload:
-    """The plain steps of one config, on networks of their own. Arguments: see :class:`Workload`."""
+    """Plain training steps for one config, on separate networks. Arguments: see :class:`Workload`."""
 
     def __init__(self, config: Config, device: torch.device, compile: bool, backend: str = "inductor") -> None:
         self.config, self.device = with_training(config, compile=False, channels_last=False), device
@@ -113,7 +113,7 @@ def with_training(config: Config, **changes: Any) -> Config:
 
 
 def random_batch(parts: Parts, size: int, config: Config, device: torch.device, cached: bool) -> tuple[Batch, Draws]:
-    """A batch of ``size`` on the device, with its random numbers."""
+    """Random batch of ``size`` on the device (posteriors and features if ``cached``), with its random numbers."""
     side, latent, m = config.training.resolution, parts.latent, parts.modules
     dtype = torch.float64 if config.training.precision == "fp64" else torch.float32
     labels = torch.arange(size, device=device) % parts.num_classes
@@ -141,14 +141,14 @@ def wait(device: torch.device) -> None:
 
 
 def free(device: torch.device) -> None:
-    """Returns unused memory to the device; compiled modules and closures hold themselves until a collection."""
+    """Return unused memory to the device; collects garbage first, since compiled modules form reference cycles."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def milliseconds(run: Runner, device: torch.device, count: int) -> float:
-    """Milliseconds of one call, of ``count`` calls back to back."""
+    """Mean milliseconds per call over ``count`` calls back to back."""
     wait(device)
     start = time.perf_counter()
     for _ in range(count):
@@ -158,7 +158,7 @@ def milliseconds(run: Runner, device: torch.device, count: int) -> float:
 
 
 def median_ms(run: Runner, device: torch.device, repeats: int = 10, warmup: int = 3) -> float:
-    """Median milliseconds of a call, with a synchronization after each."""
+    """Median milliseconds per call, with a synchronization after each."""
     for _ in range(warmup):
         run()
     return median(milliseconds(run, device, 1) for _ in range(repeats))
@@ -167,11 +167,11 @@ def median_ms(run: Runner, device: torch.device, repeats: int = 10, warmup: int 
 def alternate(
     ours: Runner, plain: Runner, device: torch.device, rounds: int, steps: int, batch: int, warmup: int = 2
 ) -> dict[str, Any]:
-    """Times two steps in turn, A B A B ..., and compares each pair.
+    """Time two steps alternately, A B A B ..., and compare each pair.
 
     Returns:
-        For "ours" and "plain": the first call in seconds (it compiles), and median, least and most milliseconds of a
-        step over the rounds; "ratio": plain over ours for each pair, its median, least and most.
+        For "ours" and "plain": seconds of the first call (which compiles), and median, minimum and maximum
+        milliseconds per step over the rounds; "ratio": median, minimum and maximum over the pairs of plain / ours.
     """
     first = {}
     for name, run in (("ours", ours), ("plain", plain)):
@@ -197,7 +197,7 @@ def summary(values: Any, digits: int = 2) -> dict[str, float]:
 
 
 def phases(step: Step, item: tuple[Batch, Draws], repeats: int = 3) -> dict[str, float]:
-    """Median milliseconds of each phase of a step, and of the whole."""
+    """Median milliseconds of each phase and of the whole step."""
     rows = [step(k, [item]).read() for k in range(repeats)]
     names = [name for name in rows[0] if name.startswith(TIME)]
     return {name.removeprefix(TIME): round(median(row[name] for row in rows), 2) for name in names}
@@ -205,7 +205,7 @@ def phases(step: Step, item: tuple[Batch, Draws], repeats: int = 3) -> dict[str,
 
 @contextlib.contextmanager
 def eager() -> Iterator[None]:
-    """Inside, what is compiled runs as it is written."""
+    """Context manager in which compiled modules run eagerly."""
     torch.compiler.set_stance("force_eager")
     try:
         yield
@@ -217,7 +217,7 @@ def eager() -> Iterator[None]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware."""
+    """Versions of Python and PyTorch, and the hardware."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     if device.type != "cuda":
         return found | {"device": f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores, {cpu_name()}"}
@@ -239,16 +239,16 @@ def cpu_name() -> str:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The comparison of :func:`alternate` for the terminal."""
+    """Format the results of :func:`alternate` for the terminal."""
     m, ours, plain = found["machine"], found["ours"], found["plain"]
     lines = [f"{m['device']}, torch {m['torch']}, {found['config']}, batch {found['batch']}", ""]
     lines.append(f"{'':<24}{'ours, ' + found['ours is']:>18}{'plain, ' + found['plain is']:>18}")
-    for title, key in (("step (ms), median", "median"), ("  least", "min"), ("  most", "max"),
+    for title, key in (("step (ms), median", "median"), ("  minimum", "min"), ("  maximum", "max"),
                        ("images/s", "images/s"), ("first step (s)", "first step s")):  # fmt: skip
         lines.append(f"{title:<24}{ours[key]:>18.1f}{plain[key]:>18.1f}")
     r = found["ratio"]
     lines.append(
-        f"plain / ours: {r['median']:.2f} (least {r['min']:.2f}, most {r['max']:.2f}) over {found['rounds']} pairs of "
-        f"{found['steps per round']} steps each, alternating"
+        f"plain / ours: {r['median']:.2f} (min {r['min']:.2f}, max {r['max']:.2f}) over {found['rounds']} alternating "
+        f"pairs of {found['steps per round']} steps each"
     )
     return "\n".join(lines)

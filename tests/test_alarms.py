@@ -118,7 +118,7 @@ def test_rollback_skips_poisoned_data_and_completes(toml, tmp_path, caplog):
         assert trainer.run()
     # Steps 4 and 5 saw NaN; the run returned to step 4 and continued with the data after them.
     assert (trainer.step, trainer.consumed, trainer.watch.rollbacks) == (8, 6 * BATCH + 4 * BATCH, 1)
-    assert "rolled back from step 6 to 4 (1 of 3); 16 samples are skipped" in caplog.text
+    assert "rolled back from step 6 to step 4 (rollback 1 of at most 3); skipping 16 samples" in caplog.text
     assert all(p.isfinite().all() for p in trainer.parts.modules.denoiser.parameters())
     (found,) = diagnoses(tmp_path / "run")
     assert found["alarm"]["name"] == "skipped" and found["alarm"]["onset"] == 4 and found["step"] == 5
@@ -186,7 +186,7 @@ def test_after_too_many_rollbacks_the_run_stops_with_a_report(toml, tmp_path):
     with pytest.raises(GuardStop) as stopped:
         trainer.run()
     report = str(stopped.value)
-    for part in ("2 steps in a row were skipped", "guard.max_rollbacks = 1", "went first, at step 4", "the last steps",
+    for part in ("2 steps in a row were skipped", "guard.max_rollbacks = 1", " at step 4: ", "the last steps",
                  "alarms/step_00000005_skipped.json", "grad_norm/denoiser nan"):  # fmt: skip
         assert part in report, report
     assert (tmp_path / "run" / "checkpoints" / "step_00000004").is_dir()

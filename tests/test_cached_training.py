@@ -130,7 +130,7 @@ REFUSED = [
     (
         "flip-fp32",
         ["--tokenizer.checkpoint={place}/other.safetensors"],
-        ["another tokenizer", "toy.toml", "other.safetensors", "sha256", "[tokenizer] checkpoint"],
+        ["another tokenizer", "toy.toml", "other.safetensors", "sha256", "tokenizer.checkpoint"],
     ),
     ("plain-fp32", ["--dataset.flip=true"], ["no mirrored copies", "--flip", "flip = false"]),
     ("plain-fp32", ["--dataset.size=80"], ["another dataset", "options.size: 40 -> 80"]),
@@ -160,7 +160,7 @@ def test_other_images_under_the_same_names_are_refused(place, monkeypatch):
 
     paint = Shapes._paint
     monkeypatch.setattr(Shapes, "_paint", lambda self, u, coverage: 255 - paint(self, u, coverage))
-    with pytest.raises(ConfigError, match="not those of the dataset"):
+    with pytest.raises(ConfigError, match="differ from those of the dataset"):
         assemble.build(load(place, f"--latent_cache.path={place / 'plain-fp32'}"), World())
 
 

@@ -183,7 +183,7 @@ def test_the_command_says_what_is_kept_and_what_is_not(tmp_path, capsys, own_reg
     wrong.write_text(PLUGIN.format(extra=".detach()").replace('"mine"', '"wrong"'))
     assert main(["conform", f"{sound}:mine", "--option", "weight=0.5"]) == 0
     out = capsys.readouterr().out
-    assert "loss mine (" in out and "all kept" in out and "FAIL" not in out
+    assert "loss mine (" in out and "all passed" in out and "FAIL" not in out
     assert main(["conform", str(wrong)]) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "FAIL The gradient reaches the reconstruction" in out and "1 failed" in out

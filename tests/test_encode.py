@@ -127,7 +127,7 @@ def files_of(folder) -> set[str]:
 
 def test_a_finished_cache_is_checked_and_mended(place, toml, tmp_path, capsys):
     out, whole = shutil.copytree(place / "whole", tmp_path / "out"), files(place / "whole")
-    assert run(toml, out) == 0 and "Already complete, and every file is sound" in capsys.readouterr().out
+    assert run(toml, out) == 0 and "Already complete, all files verified" in capsys.readouterr().out
     damaged = bytearray(whole["latents-00001.safetensors"])
     damaged[5000] ^= 1
     (out / "latents-00001.safetensors").write_bytes(damaged)
@@ -153,7 +153,7 @@ def test_a_folder_of_other_settings_is_refused(place, toml, more, says, capsys):
 
 def test_other_folders_and_bad_numbers_are_refused(toml, tmp_path, capsys):
     (tmp_path / "notes.txt").touch()
-    assert run(toml, tmp_path) == 2 and "holds other things" in capsys.readouterr().err
+    assert run(toml, tmp_path) == 2 and "holds other files" in capsys.readouterr().err
     assert run(toml, tmp_path / "out", "--batch-size=0") == 2
     assert "--batch-size=0: expected at least 1" in capsys.readouterr().err
 

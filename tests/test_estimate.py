@@ -234,5 +234,5 @@ def test_is_near_the_measured_peak(tmp_path):
     command = [sys.executable, "-m", "trainer", "check", str(path), "--measure", *options]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    error = float(re.search(r"the estimate is ([-+][\d.]+)% off", done.stdout)[1])
+    error = float(re.search(r"estimation error ([-+][\d.]+)%", done.stdout)[1])
     assert abs(error) < 25, done.stdout

@@ -127,7 +127,7 @@ def test_a_killed_evaluation_goes_on_and_mixes_nothing(data, whole, tmp_path, mo
              "--output", tmp_path / "evaluation.json"]  # fmt: skip
     limit = 9  # seven batches of samples, two of the reference
     assert evaluate(*words, "--batch-size=16") == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "repeat the command to resume" in capsys.readouterr().err
     assert calls == [16] * 6 + [14] + [16] * 2 and not (tmp_path / "evaluation.json").exists()
     # Another batch size rounds differently: the first one's results are neither used nor lost.
     calls.clear()
@@ -257,12 +257,12 @@ def test_errors_name_the_file_and_what_to_do(data, tmp_path, monkeypatch, capsys
     few = ["--metrics=recall", "--max-images=3"]
     assert "need more than 3 images" in refused(samples, *to_reference[:2], *few)
     assert "--reference is missing" in refused(samples)
-    assert "give --config=TOML_OR_RUN" in refused(samples, "--reference=dataset", "--encoder=tiny_vit")
+    assert "add --config=TOML_OR_RUN" in refused(samples, "--reference=dataset", "--encoder=tiny_vit")
     assert "nowhere does not exist" in refused(samples, "--reference=nowhere", "--encoder=tiny_vit")
     assert "did you mean 'tiny_vit'" in refused(samples, *to_reference[:2], "--encoder=tinyvit")
     assert "sizes" in refused(samples, *to_reference[:2], "--encoder=tiny_vit:sizes=3")
     assert "did you mean 'sfid'" in refused(samples, *to_reference[:2], "--metrics=sfids")
-    assert "'--foo=1' is no option" in refused(samples, *to_reference, "--foo=1")
+    assert "'--foo=1' is not an option" in refused(samples, *to_reference, "--foo=1")
     np.savez(tmp_path / "wrong.npz", arr_0=np.zeros((4, 3, 8, 8), np.uint8))
     assert "expected uint8 (N, H, W, 3)" in refused(tmp_path / "wrong.npz", *to_reference)
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))

@@ -148,7 +148,7 @@ def test_statistics_from_a_file(published, toml, tmp_path, capsys):
     stats = {"latents_scale": torch.full((1, 4, 1, 1), 0.5), "latents_bias": torch.full((1, 4, 1, 1), 3.0)}
     torch.save(stats, tmp_path / "x-latents-stats.pt")
     assert import_(*words, "--stats", tmp_path / "x-latents-stats.pt") == 0
-    assert "has no heads, which only training needs" in capsys.readouterr().out
+    assert "has no alignment heads; only training needs them" in capsys.readouterr().out
     norm = open_source(str(tmp_path / "model"), World()).parts.modules.latent_norm
     assert norm.running_mean.tolist() == [3.0] * 4 and norm.running_var.tolist() == [4.0] * 4
     wrong = {key: value[:, :2] for key, value in stats.items()}
@@ -190,7 +190,7 @@ def test_what_shapes_do_not_show_is_told(published, toml, tmp_path, capsys):
 def test_a_file_of_something_else(toml, published, tmp_path, capsys):
     torch.save({"state_dict": {"layer.weight": torch.zeros(1)}}, tmp_path / "x.pt")
     said = refused(capsys, tmp_path / "x.pt", "--config", toml, "--out", tmp_path / "model")
-    assert "holds no tensor of this config's tokenizer or denoiser" in said and "state_dict.layer" in said
+    assert "holds no tensors of this config's tokenizer or denoiser" in said and "state_dict.layer" in said
     torch.save({"model": published["model"], "vae": published["vae"]}, tmp_path / "raw.pt")
     assert import_(tmp_path / "raw.pt", "--config", toml, "--out", tmp_path / "model") == 0
     assert "no averaged weights" in capsys.readouterr().out

@@ -80,10 +80,10 @@ def test_nothing_is_overwritten(tmp_path, capsys):
         ("2loss", "expected a lower-case letter"),
         ("../loss", "expected a lower-case letter"),
         ("", "expected a lower-case letter"),
-        ("lambda", "no word of Python's"),
-        ("random", "'random' is a Python module, which random.py would hide"),
-        ("torch", "'torch' is a Python module, which torch.py would hide"),
-        ("l1", "the name 'l1' is taken by the loss of"),
+        ("lambda", "no Python keyword"),
+        ("random", "'random' is a Python module, which random.py would shadow"),
+        ("torch", "'torch' is a Python module, which torch.py would shadow"),
+        ("l1", "the name 'l1' is taken by the loss in"),
     ],
 )
 def test_invalid_names_are_refused_with_the_reason(tmp_path, capsys, name, says):

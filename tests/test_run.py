@@ -186,7 +186,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(toml, tmp_path, capsys):
         process.send_signal(number)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0, output
-        assert "run the same command to go on" in output and "Traceback" not in output
+        assert "repeat the command to resume" in output and "Traceback" not in output
         assert not stopped or f"at step {stopped}" in output
         stopped = len(numbers(tmp_path / "run"))
         names = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]

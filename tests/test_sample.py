@@ -128,11 +128,11 @@ def test_more_images_can_be_added_and_the_archive_holds_them(run, whole, tmp_pat
 @pytest.mark.parametrize(
     ("words", "key"),
     [
-        (["--seed=1"], "seed: 0 there, 1 now"),
+        (["--seed=1"], "seed: 0 in the folder, 1 now"),
         (["--guidance=1"], "guidance: [4.0"),
         (["--weights=online"], "model:"),
-        (["--step=1"], "step: 2 there, 1 now"),
-        (["--labels=3"], "labels: balanced there, [3] now"),
+        (["--step=1"], "step: 2 in the folder, 1 now"),
+        (["--labels=3"], "labels: balanced in the folder, [3] now"),
     ],
 )
 def test_a_folder_never_mixes_settings(run, whole, tmp_path, capsys, words, key):
@@ -171,7 +171,7 @@ def test_the_options_change_the_images(run, tmp_path):
     ("words", "message"),
     [
         (["--labels=10"], "from 0 to 9"),
-        (["--labels=cat"], "balanced, random, or class numbers"),
+        (["--labels=cat"], "balanced, random, or class indices"),
         (["--guidance=0.5"], "--guidance = 0.5"),
         (["--guidance-low=2"], "--guidance-low = 2"),
         (["--steps=1"], "--steps = 1"),
@@ -195,7 +195,7 @@ def test_what_is_no_model_is_named(capsys, tmp_path, monkeypatch):
     assert "'outputs/othre' is no trained model (it does not exist)" in message
     assert "outputs/other" in message
     assert sample("outputs/other") == 2
-    assert "no sound checkpoint" in capsys.readouterr().err
+    assert "no valid checkpoint" in capsys.readouterr().err
     (tmp_path / "toy.toml").write_text(toys.TOML)
     assert sample("toy.toml") == 2
     assert "holds no trained tokenizer; set tokenizer.checkpoint" in capsys.readouterr().err
@@ -204,7 +204,7 @@ def test_what_is_no_model_is_named(capsys, tmp_path, monkeypatch):
 def test_foreign_images_are_left_alone(run, tmp_path, capsys):
     (tmp_path / "holiday.png").write_bytes(b"mine")
     assert sample(run, "--num-samples=2", "--out", tmp_path) == 2
-    assert "images of another origin" in capsys.readouterr().err
+    assert "images but no samples.json" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["holiday.png"]
 
 

@@ -23,7 +23,7 @@ COMMANDS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; an error that the user can mend is one message and exit status 2, without a traceback."""
+    """Run a command and return its exit status; a user error prints one message, no traceback, and returns 2."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer",
         description="titanrepa: end-to-end training of latent diffusion models through representation alignment.",
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def user_errors() -> tuple[type[Exception], ...]:
-    """Errors whose message says all that a user needs."""
+    """Exception types that are reported by their message alone, without a traceback."""
     from components.checkpoint import CheckpointError
     from components.data.loader import DataError
     from components.distributed.parallel import ParallelError

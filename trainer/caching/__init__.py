@@ -1,1 +1,1 @@
-"""Cached latents: making them, and training on them."""
+"""Latent caches: encoding a dataset, and training on the result."""

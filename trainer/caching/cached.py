@@ -1,4 +1,4 @@
-"""What a run and a latent cache must agree on, and the dataset of a run that trains on a cache."""
+"""Checks that a latent cache fits a run, and the dataset of a run that trains on a cache."""
 
 from __future__ import annotations
 
@@ -17,46 +17,50 @@ from trainer.config import Config, ConfigError, PluginTable
 if TYPE_CHECKING:
     from trainer.run.parts import Parts
 
-PROBES, PROBE_SIDE = 4, 8  # images that recognise a dataset, and the side of their small copies in pixels
-TOLERANCE = 3  # of 255, between decoders
+PROBES, PROBE_SIDE = 4, 8  # images that identify a dataset, and the side of their small copies in pixels
+TOLERANCE = 3  # of 255; image decoders differ
 
 
 def check_recipe(config: Config, recipe: Recipe) -> None:
-    """ConfigError if there is a cache and the recipe cannot train on one."""
+    """Raise ConfigError if the config names a cache and the recipe cannot train on one."""
     if config.latent_cache.path and not getattr(recipe, "cached_latents", False):
         why = "trains the tokenizer" if "tokenizer" in recipe.uses & set().union(*recipe.trains.values()) else (
-            "does not say cached_latents = True"
+            "does not declare cached_latents = True"
         )  # fmt: skip
         raise ConfigError(
             f"latent_cache.path = '{config.latent_cache.path}': the recipe '{config.recipe.name}' {why}, so it needs "
-            f'the images; set latent_cache.path = "", or choose a recipe that trains on cached latents: {_able()}'
+            f'images; set latent_cache.path = "", or choose a recipe that trains on cached latents: {_able()}'
         )
 
 
 def open_cache(config: Config) -> LatentCache | None:
-    """The cache of a run; none if it trains on images. DataError if it is not complete or damaged."""
+    """Open the cache of a run, or return None if it trains on images.
+
+    Raises:
+        DataError: the cache is incomplete or damaged.
+    """
     return LatentCache(config.latent_cache.path) if config.latent_cache.path else None
 
 
 def features(config: Config, recipe: Recipe, cache: LatentCache) -> list[str]:
-    """Labels of the encoders whose features come from the cache."""
+    """Labels of the encoders whose features are read from the cache."""
     wanted = config.encoders if "encoders" in recipe.uses and config.latent_cache.features else ()
     return [label for label in wanted if label in cache.index["features"]]
 
 
 def needs_images(config: Config, recipe: Recipe, cache: LatentCache) -> bool:
-    """Whether some encoder looks at the images beside the cache."""
+    """Whether some encoder's features must be computed from images because they are not read from the cache."""
     return "encoders" in recipe.uses and len(features(config, recipe, cache)) < len(config.encoders)
 
 
 def dataset_on_cache(config: Config, parts: Parts, cache: LatentCache) -> CachedDataset:
-    """What the run trains on. Encoders whose features are cached leave ``parts``, and the device.
+    """Dataset of a run on a cache; replaces encoders in ``parts`` whose features are cached, which frees their memory.
 
     Args:
-        parts: built, with their weights; ``parts.images`` is the image dataset, where it is there.
+        parts: built, with weights; ``parts.images`` is the image dataset, if available.
 
     Raises:
-        ConfigError: the cache does not belong to this run; says all that differs, and what to do.
+        ConfigError: the cache does not fit this run; lists every difference and its remedy.
     """
     m, images = parts.modules, parts.images
     index, labels = cache.index, features(config, parts.recipe, cache)
@@ -64,18 +68,18 @@ def dataset_on_cache(config: Config, parts: Parts, cache: LatentCache) -> Cached
     here = fingerprint(m.tokenizer)
     if here != index["tokenizer"]["fingerprint"]:
         problems.append(
-            f"it was made by another tokenizer:\n"
-            f"    the cache's:  {_short(index['tokenizer']['fingerprint'])}, {index['tokenizer']['origin']}\n"
-            f"    this run's:   {_short(here)}, {origin(config.tokenizer)}\n"
-            "  Set [tokenizer] checkpoint to the weights that made it, or encode the dataset with this run's tokenizer"
+            f"it was encoded by another tokenizer:\n"
+            f"    cache:     {_short(index['tokenizer']['fingerprint'])}, {index['tokenizer']['origin']}\n"
+            f"    this run:  {_short(here)}, {origin(config.tokenizer)}\n"
+            "  Set tokenizer.checkpoint to the weights of the cache, or encode the dataset with this run's tokenizer"
         )
     elif tuple(parts.latent) != cache.latent:
-        problems.append(f"its latents are {_times(cache.latent)}, this run's {_times(parts.latent)}")
+        problems.append(f"its latents are {_times(cache.latent)}, but those of this run are {_times(parts.latent)}")
     flip = _flip(config, index, images)
     if flip and not cache.flipped:
         problems.append(
-            "the dataset allows mirroring, but the cache holds no mirrored copies; encode it again with --flip, or "
-            "train without: set [dataset] flip = false"
+            "the dataset flips images, but the cache holds no mirrored copies; encode it again with --flip, or set "
+            "dataset.flip = false"
         )
     for label in labels:
         problems += _encoder_problems(config, label, index["features"][label], parts)
@@ -83,7 +87,7 @@ def dataset_on_cache(config: Config, parts: Parts, cache: LatentCache) -> Cached
         raise ConfigError(
             f"latent_cache.path = '{config.latent_cache.path}' does not fit this run:\n"
             + "\n".join(f"- {problem}" for problem in problems)
-            + "\nA cache is made by: python -m trainer encode CONFIG --out FOLDER"
+            + "\nTo make a cache: python -m trainer encode CONFIG --out FOLDER"
         )
     for label in labels:
         m.encoders[label] = CachedEncoder(m.encoders[label].embed_dim)
@@ -92,9 +96,9 @@ def dataset_on_cache(config: Config, parts: Parts, cache: LatentCache) -> Cached
 
 
 def describe(kind: str, table: PluginTable) -> dict[str, Any]:
-    """A plugin's name and options as JSON, defaults filled in, without files and without ``flip``.
+    """Name and options of a plugin as JSON, including defaults, excluding file paths and ``flip``.
 
-    A file may lie elsewhere on another machine; fingerprints and probes tell whether its content is the same.
+    Paths differ between machines; fingerprints and probes compare the contents instead.
     """
     known = registry.KINDS[kind].get(table.name).options
     options = {name: table.options.get(name, option.default) for name, option in known.items()}
@@ -103,13 +107,13 @@ def describe(kind: str, table: PluginTable) -> dict[str, Any]:
 
 
 def origin(table: PluginTable) -> str:
-    """Where a part's weights come from, for people."""
+    """Human-readable origin of a part's weights."""
     checkpoint = table.options.get("checkpoint")
     return f"{table.name} ({f'weights of {checkpoint}' if checkpoint else 'no checkpoint given'})"
 
 
 def probes(dataset: Dataset) -> list[dict[str, Any]]:
-    """Small copies of some images, spread over the dataset; unreadable ones are left out."""
+    """Downscaled copies of a few images, evenly spaced over the dataset, to identify it; skips unreadable images."""
     found = []
     for index in sorted({(len(dataset) - 1) * i // (PROBES - 1) for i in range(PROBES)}):
         sample = dataset[index]
@@ -120,7 +124,7 @@ def probes(dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """Keys that differ between two JSON values, as "dtype: fp16 -> bf16"; long values are not shown."""
+    """Differences between two JSON values, as "dtype: fp16 -> bf16"; omits values of more than 200 characters."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [d for k in {**old, **new} for d in differences(old.get(k), new.get(k), f"{key}.{k}".lstrip("."))]
     if old == new:
@@ -133,7 +137,7 @@ def _dataset_problems(config: Config, index: dict[str, Any], images: Dataset | N
     there = index["dataset"]
     here = describe("dataset", config.dataset) | {"resolution": config.training.resolution}
     problems = [
-        f"it is of another dataset (cache -> this run): {difference}"
+        f"it was made from another dataset (cache -> this run): {difference}"
         for difference in differences({key: there[key] for key in here}, here)
     ]
     if images is None or problems:
@@ -141,9 +145,9 @@ def _dataset_problems(config: Config, index: dict[str, Any], images: Dataset | N
     if len(images) != index["count"]:
         problems.append(f"it holds {index['count']} images, the dataset has {len(images)}")
     elif list(images.class_names) != index["class_names"]:
-        problems.append("its class names are not those of the dataset")
+        problems.append("its class names differ from those of the dataset")
     elif not _recognised(there["probes"], images):
-        problems.append("its images are not those of the dataset: some looked at differ")
+        problems.append("its images differ from those of the dataset (a sample was compared)")
     return problems
 
 
@@ -151,7 +155,7 @@ def _recognised(recorded: list[dict[str, Any]], images: Dataset) -> bool:
     seen = {probe["index"]: probe for probe in probes(images)}
     for probe in recorded:
         other = seen.get(probe["index"])
-        if other is None:  # unreadable now
+        if other is None:  # now unreadable
             continue
         apart = max(abs(a - b) for a, b in zip(probe["pixels"], other["pixels"]))
         if apart > TOLERANCE or probe["label"] != other["label"]:
@@ -176,8 +180,8 @@ def _encoder_problems(config: Config, label: str, there: dict[str, Any], parts: 
             return []
         found = [f"weights {_short(there['fingerprint'])} ({there['origin']}) -> {_short(mine)} ({origin(table)})"]
     return [
-        f"its features '{label}' are of another encoder (cache -> this run): {'; '.join(found)}\n"
-        "  Encode again with --features, or set latent_cache.features = false to look at the images"
+        f"its features '{label}' come from another encoder (cache -> this run): {'; '.join(found)}\n"
+        "  Encode again with --features, or set latent_cache.features = false to compute features from images"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Makes a latent cache: shard by shard, shared among the ranks, resumable; see :mod:`components.latent_cache.cache`."""
+"""Writes a latent cache shard by shard, distributed over ranks, resumable; see :mod:`components.latent_cache.cache`."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from trainer.config import ConfigError
 from trainer.models.source import Source
 
 BEGUN = "settings.json"
-RECORDED = ("size", "crc32", "sums")  # of a shard, from its record to the index
+RECORDED = ("size", "crc32", "sums")  # fields of a shard's progress file that go into the index
 
 
 class Encoding:
-    """One cache on its way. Every rank makes one, and calls every method.
+    """Encodes a dataset into a latent cache. Collective: every rank creates one and calls the same methods.
 
     Args:
-        out: the cache's folder.
+        out: folder of the cache.
         source: see :class:`trainer.caching.networks.Networks`.
         choices: see :class:`trainer.caching.networks.Choices`.
         world: this process.
 
     Raises:
-        ConfigError: the folder holds something else, or a cache begun with other settings: says which.
+        ConfigError: the folder holds other files, or a cache begun with other settings; lists them.
     """
 
     def __init__(self, out: Path, source: Source, choices: Choices, world: World) -> None:
@@ -63,31 +63,31 @@ class Encoding:
         self.ranks.first(lambda: self._reopen(damaged))
 
     def rows(self, number: int) -> range:
-        """Indices of the images of a shard."""
+        """Dataset indices of the images in shard ``number``."""
         first = number * self.choices.shard_size
         return range(first, min(first + self.choices.shard_size, len(self.dataset)))
 
     def missing(self) -> list[int]:
-        """Shards of this rank that are not there yet."""
+        """Shards of this rank that remain to be written."""
         if (self.out / INDEX).is_file():
             return []
         return [n for n in self._mine() if not self._record(n).is_file()]
 
     def run(self, progress: Callable[[int], Any] = lambda images: None) -> None:
-        """Makes the missing shards, then the index.
+        """Write the missing shards, then the index.
 
         Args:
-            progress: told how many images were encoded just now.
+            progress: called after each batch with its number of images.
 
         Raises:
-            DataError: too many images are unreadable; latents are not finite.
+            DataError: too many images are unreadable, or latents are not finite.
         """
         missing = self.missing()
         pieces = [rows for n in missing for rows in _pieces(self.rows(n), self.choices.batch_size)]
         batches = iter(self._load(pieces))
         for number in missing:
             self._make(number, batches, progress)
-        self.ranks.gather(None)  # everybody's shards are there
+        self.ranks.gather(None)  # barrier: all ranks have written their shards
         self.ranks.first(self._finish)
 
     def _make(self, number: int, batches: Iterator[Numbered], progress: Callable[[int], Any]) -> None:
@@ -119,11 +119,11 @@ class Encoding:
             pin_memory=self.world.device.type == "cuda",
             worker_init_fn=start_worker,
             prefetch_factor=self.loader.prefetch if workers else None,
-            generator=generator("encode", "workers"),  # else their seeds are drawn from the global one
+            generator=generator("encode", "workers"),  # otherwise worker seeds come from the global generator
         )
 
     def _begin(self) -> None:
-        """Makes the folder, or checks that what is in it is this cache."""
+        """Create the folder, or check that it holds a cache with the same settings."""
         self.out.mkdir(parents=True, exist_ok=True)
         begun = self.out / PROGRESS / BEGUN
         if (self.out / INDEX).is_file():
@@ -134,21 +134,24 @@ class Encoding:
             others = sorted(path.name for path in self.out.iterdir() if path.name != PROGRESS)
             if others:
                 listed = ", ".join(others[:3])
-                raise ConfigError(f"--out {self.out}: the folder holds other things ({listed}); name a new one")
+                raise ConfigError(f"--out {self.out}: the folder holds other files ({listed}); choose a new one")
             begun.parent.mkdir(exist_ok=True)
             write_json(begun, self.settings)
             return
         found = cached.differences(_compared(old), _compared(self.settings))
-        # The same weights may lie in another place.
+        # The path of the weights may differ if the weights are the same.
         if any(".origin" not in line for line in found):
             listed = "".join(f"\n  {line}" for line in found)
             raise ConfigError(
-                f"--out {self.out}: a cache of other settings is there; what differs (there -> now):{listed}\n"
-                "Repeat the command that began it, name another folder, or remove this one"
+                f"--out {self.out}: the folder holds a cache with other settings (cache -> now):{listed}\n"
+                "Repeat the original command, choose another folder, or remove this one"
             )
 
     def _damaged(self) -> list[int]:
-        """This rank's finished shards that are not as recorded. Cost: reads a complete cache whole."""
+        """Finished shards of this rank that differ from their record.
+
+        Cost: computes the checksums of a complete cache; in an incomplete one compares only file sizes.
+        """
         complete = (self.out / INDEX).is_file()
         records = read_index(self.out)["shards"] if complete else None
         return [n for n in self._mine() if not (self._sound(n, records[n]) if complete else self._as_recorded(n))]
@@ -166,7 +169,7 @@ class Encoding:
             return False
 
     def _reopen(self, damaged: Sequence[int]) -> None:
-        """Back to a cache in progress that lacks the damaged shards."""
+        """Turn a complete cache back into one in progress, in which the damaged shards are missing."""
         for number in damaged:
             self._record(number).unlink(missing_ok=True)
         if damaged and (self.out / INDEX).is_file():
@@ -181,7 +184,7 @@ class Encoding:
             (self.out / INDEX).unlink()
 
     def _finish(self) -> None:
-        """Statistics, then the index; the records of progress have done their duty."""
+        """Write the statistics and the index, then delete the progress files."""
         if (self.out / INDEX).is_file():
             shutil.rmtree(self.out / PROGRESS, ignore_errors=True)
             return
@@ -208,7 +211,7 @@ class Encoding:
 
 
 class Numbered(NamedTuple):
-    """A batch: uint8 ``images`` (b, 3, R, R), ``labels`` (b,), and [index, path] of unreadable ones."""
+    """A batch: uint8 ``images`` (b, 3, R, R), ``labels`` (b,), and [index, path] of each unreadable image."""
 
     images: Tensor
     labels: Tensor
@@ -216,7 +219,7 @@ class Numbered(NamedTuple):
 
 
 class _NumberedImages:
-    """A dataset whose items know their index."""
+    """Dataset that returns each item with its index."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -238,7 +241,7 @@ def _pieces(rows: range, size: int) -> list[list[int]]:
 
 
 def _compared(fields: dict[str, Any]) -> dict[str, Any]:
-    """Without what another decoder may change in the last bit."""
+    """Settings without the probes, which may differ in the last bit between image decoders."""
     return fields | {"dataset": {key: value for key, value in fields["dataset"].items() if key != "probes"}}
 
 

@@ -1,4 +1,4 @@
-"""From images to what a latent cache holds of them, and the settings that decide it."""
+"""Networks that compute the tensors of a latent cache from images, and the settings that determine its content."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from trainer.run.prepare import autocast_dtype
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user decides about a cache.
+    """User settings of a cache.
 
     Attributes:
-        dtype: fp16, bf16 or fp32.
-        flip: mirrored copies, too.
-        features: the config's encoders, too.
-        batch_size: images at once on one rank; changes nothing but speed, memory and rounding.
-        shard_size: images of a shard.
+        dtype: of the cached tensors: fp16, bf16 or fp32.
+        flip: also cache mirrored images.
+        features: also cache the features of the config's encoders.
+        batch_size: images per batch and rank; affects only speed, memory and rounding.
+        shard_size: images per shard.
     """
 
     dtype: str = "fp16"
@@ -39,10 +39,10 @@ class Choices:
 
 
 class Networks:
-    """The networks of a source, from images to the tensors of a shard.
+    """Computes the tensors of a shard from images.
 
     Args:
-        source: with tokenizer, dataset, and encoders where features are wanted.
+        source: loaded model with tokenizer and dataset, and with encoders if ``choices.features``.
         choices: see :class:`Choices`.
         world: this process.
     """
@@ -61,7 +61,7 @@ class Networks:
         self.latent = tuple(source.parts.latent)
 
     def tensors(self, rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Dtype and shape of everything in a shard of so many images."""
+        """Dtype and shape of every tensor in a shard of ``rows`` images, by name."""
         dtype, found = DTYPES[self.choices.dtype], {"labels": (torch.int64, (rows,))}
         for suffix in self._suffixes():
             for name in ("mean", "std"):
@@ -71,9 +71,9 @@ class Networks:
         return found
 
     def __call__(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """uint8 images (b, 3, R, R) -> tensors of a shard by name, without labels; and sums of the latents.
+        """Encode uint8 images (b, 3, R, R); return the tensors of a shard by name, without labels, and latent sums.
 
-        The sums, (3, C) float64, are of mean, mean^2 and std^2 over images and positions.
+        The sums (3, C) float64 are those of mean, mean^2 and std^2 over images and positions.
         """
         found, sums = {}, torch.zeros(3, self.latent[0], dtype=torch.float64)
         images = images.to(self.device, non_blocking=True)
@@ -95,7 +95,7 @@ class Networks:
             why = (
                 f"does not fit {self.choices.dtype}; encode with --dtype bf16 or fp32"
                 if torch.isfinite(value).all()
-                else "is not finite: these weights are broken, or --training.precision=fp32 is needed"
+                else "is not finite: the weights are broken, or --training.precision=fp32 is needed"
             )
             raise DataError(f"'{name}' {why}")
         return stored.cpu()
@@ -110,7 +110,7 @@ class Networks:
 
 
 def settings(source: Source, choices: Choices, networks: Networks) -> dict[str, Any]:
-    """The head of a cache's index: everything that decides its content."""
+    """Header of a cache's index: every setting that determines its content."""
     config, dataset = source.config, source.parts.dataset
     named = {
         label: cached.describe("encoder", config.encoders[label])

@@ -1,4 +1,4 @@
-"""python -m trainer benchmark: how fast is a config here, where does the time go, and does compiling pay?"""
+"""python -m trainer benchmark: step time by phase and peak memory of a config, eager and compiled."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ SUMMARY = "time a config's training step, eager and compiled, with its phases an
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="TOML file")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of each variant (default: 10)")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts (default: 3)")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps per variant (default: 10)")
+    parser.add_argument("--warmup", type=int, default=3, help="untimed steps before them (default: 3)")
     parser.add_argument("--only", choices=["eager", "compiled"], help="time one variant (default: both)")
     parser.add_argument("--data", action="store_true", help="read the config's dataset (default: random images)")
     parser.epilog = (
-        "Weights are random and no file is read, unless --data is given: speed does not depend on them.\n"
-        "Times are medians over the timed steps. Any key of the config can be overridden: --section.key=value"
+        "Weights are random, and no data is read unless --data is given. Times are medians over the timed steps.\n"
+        "Any config key can be overridden: --section.key=value"
     )
 
 
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def measure(config: configs.Config, world, arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds of a step and of each phase (medians), images/s, peak memory in GiB. Leaves no part of it in memory."""
+    """Median seconds of a step and of each phase, images/s, and peak memory in GiB. Frees the model at the end."""
     import gc
 
     import torch
@@ -66,7 +66,7 @@ def measure(config: configs.Config, world, arguments: argparse.Namespace) -> dic
 
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     finally:
-        # Modules and what is compiled of them hold each other: only a collection frees them, for the next variant.
+        # Modules and their compiled code form reference cycles; collect them before the next variant is built.
         torch._dynamo.reset()
         gc.collect()
         if device.type == "cuda":
@@ -79,7 +79,7 @@ def measure(config: configs.Config, world, arguments: argparse.Namespace) -> dic
 
 
 def _times(config: configs.Config, world, arguments: argparse.Namespace) -> list[dict[str, float]]:
-    """Seconds of each timed step, from its start until the device is done with it, and of its phases."""
+    """Seconds of each timed step and its phases; a step ends when the device has finished it."""
     import itertools
 
     from components.monitor.metrics import TIME
@@ -93,7 +93,7 @@ def _times(config: configs.Config, world, arguments: argparse.Namespace) -> list
     with _micro_batches(config, parts, world, arguments.data) as micro_batches:
         for k in range(arguments.warmup + arguments.steps):
             begin = time.perf_counter()
-            # Reading waits until the device is done.
+            # read() synchronizes with the device.
             values = step(k, itertools.islice(micro_batches, config.training.accumulation)).read()
             seconds = time.perf_counter() - begin
             phases = {n.removeprefix(TIME): v / 1e3 for n, v in values.items() if n.startswith(TIME)}
@@ -103,7 +103,7 @@ def _times(config: configs.Config, world, arguments: argparse.Namespace) -> list
 
 
 def _micro_batches(config: configs.Config, parts, world, real: bool):
-    """A context with an endless iterator of (batch, draws) on the device."""
+    """Context manager that yields an endless iterator of (batch, random numbers) on the device."""
     import contextlib
     import itertools
 
@@ -139,7 +139,7 @@ def _micro_batches(config: configs.Config, parts, world, real: bool):
 
 
 def table(config: configs.Config, results: dict[str, dict[str, float]], world) -> str:
-    """One column per variant; phases in milliseconds."""
+    """Results as text: one column per variant, times in milliseconds."""
     import torch
 
     name = torch.cuda.get_device_name() if world.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -156,5 +156,5 @@ def table(config: configs.Config, results: dict[str, dict[str, float]], world) -
     if len(results) == 2:
         lines.append(f"compiled is {results['eager']['step'] / results['compiled']['step']:.2f} x as fast as eager")
     if world.device.type == "cpu" and len(results) == 2:
-        lines.append("(on a CPU peak memory is the process's, so far: the second column includes the first)")
+        lines.append("(on a CPU, peak memory is that of the process: the second column includes the first)")
     return "\n".join(lines)

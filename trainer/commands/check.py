@@ -1,4 +1,4 @@
-"""python -m trainer check: is this config sound, and what will it cost on so many GPUs?"""
+"""python -m trainer check: validate a config and estimate its memory, communication and FLOPs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import os
 from components.monitor.hardware import GPU_GIB, GPU_TFLOPS
 from trainer import config as configs
 
-SUMMARY = "validate a config and estimate memory, communication and FLOPs on any number of GPUs, without GPUs or data"
+SUMMARY = "validate a config and estimate memory, communication and FLOPs for any number of GPUs; needs no GPU or data"
 GIB = 2**30
-# Not measured here. CUDA's context and libraries, NCCL's buffers, kernels' scratch memory; and the allocator's gaps.
+# Not part of the estimate: CUDA context and libraries, NCCL buffers, kernel workspaces; allocator fragmentation.
 RESERVE_GIB, RESERVE_SHARE = 2.0, 0.05
 
 
@@ -20,25 +20,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--world-size",
         type=int,
         default=int(os.environ.get("WORLD_SIZE", "1")),
-        help="ranks (GPUs) that share the batch (default: 1)",
+        help="number of ranks, one GPU each (default: 1)",
     )
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="of them on one machine (default: 8)")
-    parser.add_argument("--gpu", choices=sorted(GPU_GIB), help="say whether the run fits this GPU, and its GPU-hours")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs per machine (default: 8)")
+    parser.add_argument("--gpu", choices=sorted(GPU_GIB), help="report whether the run fits this GPU, and GPU-hours")
     parser.add_argument(
         "--utilization",
         type=float,
         default=0.4,
-        help="share of the GPU's peak bf16 operations that a step reaches, for the GPU-hours (default: 0.4)",
+        help="fraction of the GPU's peak bf16 FLOP/s assumed for the GPU-hours (default: 0.4)",
     )
     parser.add_argument(
         "--measure",
         action="store_true",
-        help="run two real steps on this machine (or on torchrun's ranks) and compare their peak memory",
+        help="also run two real steps on this machine (or torchrun's ranks) and compare their peak memory",
     )
     parser.epilog = (
-        "The run is built as its first rank would build it, and one whole step runs on tensors without data: about a\n"
-        "minute for the largest networks. The exit status is 0 for a sound config, also where it does not fit --gpu.\n"
-        "Any key of the config can be overridden: --section.key=value"
+        "Builds the run as rank 0 would and traces one full step on fake tensors: about a minute for the largest\n"
+        "networks. The exit status is 0 for a valid config, even if it does not fit --gpu.\n"
+        "Any config key can be overridden: --section.key=value"
     )
 
 
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         if value < 1:
             raise configs.ConfigError(f"{name} = {value}: expected at least 1")
     if not 0 < arguments.utilization <= 1:
-        raise configs.ConfigError(f"--utilization = {arguments.utilization}: expected above 0, at most 1")
+        raise configs.ConfigError(f"--utilization = {arguments.utilization}: expected a number in (0, 1]")
     local_size, bf16, measured = min(arguments.gpus_per_node, size), config.training.precision == "bf16", None
     if arguments.measure:
         from components.distributed import parallel
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
             world = parallel.join_world(config.parallel.timeout_s)
             if size != world.size:
                 raise configs.ConfigError(
-                    f"--measure runs on {world.size} ranks, but --world-size = {size}; leave it out, or start "
+                    f"--measure runs on {world.size} ranks, but --world-size = {size}; omit --world-size, or start "
                     f"torchrun --nproc-per-node={size} -m trainer check ..."
                 )
             measured, bf16 = measure_peak(config, world)
@@ -77,16 +77,16 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(gpu_hours(config, cost, size, arguments.gpu, arguments.utilization))
     if measured is not None:
         error = cost.total / measured - 1
-        print(f"\nmeasured peak on this machine: {measured / GIB:.3f} GiB; the estimate is {error:+.1%} off")
+        print(f"\nmeasured peak on this machine: {measured / GIB:.3f} GiB; estimation error {error:+.1%}")
     return 0
 
 
 def report(config: configs.Config, cost, size: int, local_size: int, bf16: bool) -> str:
-    """Parts, mesh, memory, communication and FLOPs."""
+    """Report of parts, mesh, FLOPs, memory and communication as text."""
     from trainer.estimate.dry_run import KINDS
 
     recipe, t = cost.parts.recipe, config.training
-    lines = [f"recipe {config.recipe.name}: a sound config", "", f"{'part':<24}{'parameters':>14}  trained by"]
+    lines = [f"recipe {config.recipe.name}: valid config", "", f"{'part':<24}{'parameters':>14}  trained by"]
     for name, module in cost.parts.modules.named().items():
         count = sum(p.numel() for p in module.parameters())
         group = next((g for g, members in recipe.trains.items() if name in members), "-")
@@ -95,18 +95,18 @@ def report(config: configs.Config, cost, size: int, local_size: int, bf16: bool)
     replicate, shard = cost.mesh
     arithmetic = "bf16" if bf16 else t.precision.replace("bf16", "fp32")
     per_image = cost.flops / (cost.images * t.accumulation)
-    offloaded = ", without what is in host memory" if config.parallel.cpu_offload else ""
+    offloaded = ", excluding host memory" if config.parallel.cpu_offload else ""
     lines += [
         "",
         f"latent {'x'.join(str(n) for n in cost.parts.latent)}, batch {t.batch_size} = {size} ranks x {cost.images} "
         f"images x {t.accumulation} micro-batches",
         f"parallel.strategy = {config.parallel.strategy}: {replicate} replicas x {shard} shards, "
         f"{local_size} GPUs per node",
-        f"{cost.flops / 1e12:,.2f} TFLOP per GPU and step ({per_image / 1e9:,.1f} GFLOP per image), forward and "
-        "backward, recomputation included",
+        f"{cost.flops / 1e12:,.2f} TFLOP per GPU and step ({per_image / 1e9:,.1f} GFLOP per image): forward, "
+        "backward and recomputation",
         "",
         f"estimated memory per GPU (GiB), in {arithmetic}, not compiled{offloaded}:",
-        f"  {'':<34}{'at the peak':>14}{'at its most':>14}",
+        f"  {'':<34}{'at the peak':>14}{'maximum':>14}",
         *(f"  {k:<34}{cost.peak.get(k, 0) / GIB:>14.3f}{cost.most.get(k, 0) / GIB:>14.3f}" for k in KINDS),
         f"  {'total':<34}{cost.total / GIB:>14.3f}",
         "",
@@ -120,7 +120,7 @@ def report(config: configs.Config, cost, size: int, local_size: int, bf16: bool)
 
 
 def gpu_hours(config: configs.Config, cost, size: int, gpu: str, utilization: float) -> str:
-    """What the whole run costs if its steps reach a share of the GPU's peak: an assumption, not a measurement."""
+    """GPU-hours of the whole run at an assumed fraction ``utilization`` of the GPU's peak; not a measurement."""
     steps, peak = config.training.steps, GPU_TFLOPS[gpu] * 1e12
     hours = steps * cost.flops / (peak * utilization) / 3600
     return (
@@ -130,18 +130,18 @@ def gpu_hours(config: configs.Config, cost, size: int, gpu: str, utilization: fl
 
 
 def verdict(config: configs.Config, cost, gpu: str) -> str:
-    """Whether a run fits a GPU, and what would help if not."""
+    """Whether the run fits a GPU, and which settings would help if not."""
     capacity = GPU_GIB[gpu]
     needed = cost.total / GIB * (1 + RESERVE_SHARE) + RESERVE_GIB
     reserve = f"with a reserve of {RESERVE_GIB:g} GiB + {RESERVE_SHARE:.0%}"
     if needed <= capacity:
         return f"fits {gpu} ({capacity} GiB): {1 - needed / capacity:.0%} free, {reserve}"
     helps = "\n".join(f"  {line}" for line in advice(config, cost))
-    return f"does not fit {gpu} ({capacity} GiB): needs {needed:.1f} GiB, {reserve}; what would help:\n{helps}"
+    return f"does not fit {gpu} ({capacity} GiB): needs {needed:.1f} GiB, {reserve}. Options:\n{helps}"
 
 
 def advice(config: configs.Config, cost) -> list[str]:
-    """Keys that lower the memory, those of what takes most first."""
+    """Config keys that reduce memory, starting with those for the largest consumer."""
     from trainer.estimate.dry_run import FROZEN, OFFLOADED, TEMPORARY
 
     replicate, shard = cost.mesh
@@ -153,12 +153,12 @@ def advice(config: configs.Config, cost) -> list[str]:
     if cost.images > 1:
         factor = next(n for n in range(2, cost.images + 1) if cost.images % n == 0)
         active.append(
-            f"training.accumulation = {config.training.accumulation * factor} (the same batch, in smaller parts)"
+            f"training.accumulation = {config.training.accumulation * factor} (the same batch in smaller micro-batches)"
         )
     if replicate > 1:
         states.append(
-            f'parallel.strategy = "fsdp" (weights, gradients and optimizer states over {replicate * shard} GPUs, '
-            f"not {shard})"
+            f'parallel.strategy = "fsdp" (shards weights, gradients and optimizer states over {replicate * shard} '
+            f"GPUs instead of {shard})"
         )
     if cost.peak.get(FROZEN, 0) and replicate * shard > 1 and not config.parallel.shard_frozen:
         states.append("parallel.shard_frozen = true")

@@ -1,11 +1,11 @@
-"""python -m trainer conform: whether a plugin keeps the contract of its kind."""
+"""python -m trainer conform: check a plugin against the contract of its kind."""
 
 from __future__ import annotations
 
 import argparse
 import textwrap
 
-SUMMARY = "check a plugin of yours against the contract of its kind"
+SUMMARY = "check a plugin against the contract of its kind"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,14 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "plugin", metavar="MODULE:NAME", help='"my_lab.encoders:my_encoder", or "path/to/file.py:my_encoder"'
     )
     parser.add_argument(
-        "--option", action="append", default=[], metavar="KEY=VALUE", help="of the plugin; may be repeated"
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="plugin option; may be repeated"
     )
-    parser.add_argument(
-        "--parts", metavar="TOML", help="for a recipe: a file with the tables of the parts that it works with"
-    )
+    parser.add_argument("--parts", metavar="TOML", help="for a recipe: TOML file with the tables of the parts it needs")
     parser.epilog = (
-        "Weights stay random; no file is read. Options that make a model small make this fast.\n"
-        "In a test suite of yours: pytest -p plugins.conformance.pytest_options --pyargs plugins.conformance\n"
+        "Weights are random and no weight file is read. Choose options that make the model small.\n"
+        "In your own test suite: pytest -p plugins.conformance.pytest_options --pyargs plugins.conformance\n"
         "  --plugin MODULE:NAME [--option KEY=VALUE]"
     )
 
@@ -41,5 +39,5 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         print(f"  {'FAIL' if result.fault else 'ok  '}  {result.promise}")
         if result.fault:
             print(textwrap.indent(textwrap.fill(result.fault, 110), " " * 8))
-    print(f"{count} checks, {failed} failed" if failed else f"{count} checks, all kept")
+    print(f"{count} checks, {failed} failed" if failed else f"{count} checks, all passed")
     return 1 if failed else 0

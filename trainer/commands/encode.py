@@ -1,4 +1,4 @@
-"""python -m trainer encode: caches a dataset's latents, for training a denoiser on a frozen tokenizer."""
+"""python -m trainer encode: cache a dataset's latents, to train a denoiser on a frozen tokenizer."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from trainer import config as configs
 if TYPE_CHECKING:
     from components.distributed.parallel import World
 
-SUMMARY = "cache a tokenizer's latents of a dataset, to train a denoiser on them"
+SUMMARY = "encode a dataset into a latent cache, to train a denoiser on it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
-        help="whose tokenizer: a run folder, a checkpoint in it, a model folder, or a TOML file that names one",
+        help="source of the tokenizer: a run folder, one of its checkpoints, a model folder, or a TOML config",
     )
     parser.add_argument(
-        "--out", help="folder of the cache (default: latents/ in the source, or in a TOML's run folder)"
+        "--out", help="cache folder (default: latents/ in the source, or in the run folder of a TOML config)"
     )
     parser.add_argument(
-        "--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the tensors (default: fp16)"
+        "--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="dtype of cached tensors (default: fp16)"
     )
-    parser.add_argument("--flip", action="store_true", help="mirrored copies, too: needed where the dataset flips")
-    parser.add_argument("--features", action="store_true", help="cache the tokens of the config's encoders, too")
-    parser.add_argument("--batch-size", type=int, default=32, help="images at once on each GPU (default: 32)")
-    parser.add_argument("--shard-size", type=int, default=4096, help="images in a file (default: 4096)")
+    parser.add_argument("--flip", action="store_true", help="also cache mirrored images; required if the dataset flips")
+    parser.add_argument("--features", action="store_true", help="also cache the features of the config's encoders")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per batch and rank (default: 32)")
+    parser.add_argument("--shard-size", type=int, default=4096, help="images per file (default: 4096)")
     parser.add_argument("--weights", choices=("ema", "online"), default="ema", help="averaged (default) or raw weights")
     parser.add_argument("--step", type=int, help="checkpoint of a run folder (default: the newest)")
     parser.epilog = (
-        "The dataset and the precision are the config's. Any of its keys can be overridden: --dataset.path=data/train\n"
-        "The same command goes on where it was interrupted; on a finished cache it checks every file, and makes\n"
-        "damaged ones anew. Several GPUs: torchrun --nproc-per-node=8 -m trainer encode ...\n"
+        "Dataset and precision come from the config. Any config key can be overridden: --dataset.path=data/train\n"
+        "Repeat the command to resume after an interruption. On a complete cache it verifies every file and\n"
+        "rewrites damaged ones. Several GPUs: torchrun --nproc-per-node=8 -m trainer encode ...\n"
         "Then train: python -m trainer train CONFIG --latent_cache.path=OUT"
     )
 
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
             encode(arguments, overrides, world)
         return 0
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on with what is missing", file=sys.stderr)
+        print("\ninterrupted; repeat the command to resume", file=sys.stderr)
         return 130
     finally:
         parallel.leave_world()
@@ -91,15 +91,15 @@ def encode(arguments: argparse.Namespace, overrides: list[str], world: World) ->
         size = sum(shard["size"] for shard in cache.index["shards"]) / 2**30
         unreadable = cache.index["unreadable"]
         print(
-            f"{'Already complete, and every file is sound' if complete else 'Done'}: {len(cache)} images"
-            f"{' and their mirrored copies' if cache.flipped else ''} in {out}/ ({size:.2f} GiB), by the tokenizer of "
-            f"{source.label}.\n"
-            + (f"{len(unreadable)} were unreadable; another one stands for each.\n" if unreadable else "")
+            f"{'Already complete, all files verified' if complete else 'Done'}: {len(cache)} images"
+            f"{' and their mirrored copies' if cache.flipped else ''} in {out}/ ({size:.2f} GiB), encoded by the "
+            f"tokenizer of {source.label}.\n"
+            + (f"{len(unreadable)} were unreadable and replaced by other images.\n" if unreadable else "")
             + f"Train on it: python -m trainer train CONFIG --latent_cache.path={out}"
         )
 
 
 def default_folder(source) -> Path:
-    """latents/ beside what it is made from."""
+    """Default cache folder: latents/ in the run or model folder."""
     path = Path(source.path).expanduser()
     return (source.run or (Path(source.config.run.dir) if path.suffix == ".toml" else path)) / "latents"

@@ -1,4 +1,4 @@
-"""python -m trainer evaluate: how good are samples, or a tokenizer's reconstructions?"""
+"""python -m trainer evaluate: metrics of samples, or of a tokenizer's reconstructions."""
 
 from __future__ import annotations
 
@@ -13,49 +13,53 @@ if TYPE_CHECKING:
     from components.distributed.parallel import World
     from components.evaluation.feature_cache import FeatureCache
 
-SUMMARY = "FID, sFID, Inception Score, precision, recall of samples; rFID, PSNR, SSIM, LPIPS of a tokenizer"
+SUMMARY = "compute FID, sFID, IS, precision, recall of samples, or rFID, PSNR, SSIM, LPIPS of a tokenizer"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "samples",
         metavar="SAMPLES|SOURCE",
-        help="folder of PNG or JPEG images (as sample writes), or an .npz with arr_0; with --reconstruction a run "
-        "folder, a checkpoint, a model folder or a TOML file",
+        help="folder of PNG or JPEG images (as written by sample), or an .npz with arr_0; with --reconstruction: a run "
+        "folder, a checkpoint, a model folder or a TOML config",
     )
     parser.add_argument(
         "--reference",
-        help="a folder of images; dataset (that of the samples' run, or of --config); an ADM reference batch or "
-        "statistics file (.npz)",
+        help="folder of images; the word dataset (that of the samples' run, or of --config); or an ADM reference batch "
+        "or statistics file (.npz)",
     )
-    parser.add_argument("--reconstruction", action="store_true", help="measure the source's tokenizer on its dataset")
+    parser.add_argument("--reconstruction", action="store_true", help="evaluate the source's tokenizer on its dataset")
     parser.add_argument(
         "--metrics",
-        help="of Inception, with commas: fid,sfid,is,precision,recall; for --reconstruction rfid,psnr,ssim,lpips "
-        "(default: all; with --encoder those that need no Inception)",
+        help="comma-separated, from fid,sfid,is,precision,recall; with --reconstruction from rfid,psnr,ssim,lpips "
+        "(default: all; with --encoder: only those that do not need Inception)",
     )
     parser.add_argument(
         "--encoder",
         action="append",
         default=[],
         metavar="NAME[:key=value,...]",
-        help="Frechet distance on a registered encoder, as dinov2:size=l; may be given several times",
+        help="also compute the Frechet distance on this encoder, e.g. dinov2:size=l; may be repeated",
     )
-    parser.add_argument("--inception-weights", default="", metavar="FILE", help="in torch-fidelity's layout")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at once on each GPU (default: 64)")
-    parser.add_argument("--max-images", "--images", type=int, default=0, help="only the first so many (default: all)")
-    parser.add_argument("--reference-images", type=int, default=0, help="likewise of the reference's (default: all)")
-    parser.add_argument("--allow-singular", action="store_true", help="distances of fewer images than features, too")
-    parser.add_argument("--save-statistics", metavar="FILE", help="keep the reference's moments, for --reference")
-    parser.add_argument("--config", metavar="TOML|RUN", help="whose dataset --reference=dataset is")
-    parser.add_argument("--output", metavar="FILE", help="the results (default: evaluation.json beside the samples)")
-    parser.add_argument("--weights", choices=("ema", "online"), default="ema", help="for --reconstruction")
+    parser.add_argument("--inception-weights", default="", metavar="FILE", help="weights in torch-fidelity's layout")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per batch and rank (default: 64)")
+    parser.add_argument(
+        "--max-images", "--images", type=int, default=0, help="use only the first N samples (default: all)"
+    )
+    parser.add_argument("--reference-images", type=int, default=0, help="the same for the reference (default: all)")
+    parser.add_argument(
+        "--allow-singular", action="store_true", help="allow fewer images than features, with a warning"
+    )
+    parser.add_argument("--save-statistics", metavar="FILE", help="save the reference statistics for --reference")
+    parser.add_argument("--config", metavar="TOML|RUN", help="source of the dataset for --reference=dataset")
+    parser.add_argument("--output", metavar="FILE", help="results file (default: evaluation.json with the samples)")
+    parser.add_argument("--weights", choices=("ema", "online"), default="ema", help="weights for --reconstruction")
     parser.add_argument("--step", type=int, help="checkpoint for --reconstruction (default: the newest)")
     parser.epilog = (
-        "An interrupted evaluation goes on when the same command is given again.\n"
-        "Several GPUs: torchrun --nproc-per-node=8 -m trainer evaluate ...; the numbers stay the same.\n"
-        "Keys of the config can be overridden: --dataset.split=heldout\n"
-        "What is measured, and how: docs/evaluation.md"
+        "Repeat the command to resume an interrupted evaluation.\n"
+        "Several GPUs: torchrun --nproc-per-node=8 -m trainer evaluate ...; the results do not change.\n"
+        "Any config key can be overridden: --dataset.split=heldout\n"
+        "docs/evaluation.md defines the metrics."
     )
 
 
@@ -66,8 +70,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
             raise configs.ConfigError(f"{option}={getattr(arguments, name)}: expected at least {least}")
     if not arguments.reconstruction and not arguments.reference:
         raise configs.ConfigError(
-            "--reference is missing: a folder of images, an .npz, or the word dataset (or --reconstruction for a "
-            "tokenizer, which needs none)"
+            "--reference is missing: expected a folder of images, an .npz, or the word dataset (to evaluate a "
+            "tokenizer, use --reconstruction, which needs no reference)"
         )
     from components.distributed import parallel
 
@@ -77,14 +81,14 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
             evaluate(arguments, overrides, world)
         return 0
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on with what is missing", file=sys.stderr)
+        print("\ninterrupted; repeat the command to resume", file=sys.stderr)
         return 130
     finally:
         parallel.leave_world()
 
 
 def evaluate(arguments: argparse.Namespace, overrides: list[str], world: World) -> None:
-    """The command on one of the ranks."""
+    """Run the command on one rank."""
     (_reconstruction if arguments.reconstruction else _samples)(arguments, overrides, world)
 
 
@@ -117,7 +121,7 @@ def _samples(arguments: argparse.Namespace, overrides: list[str], world: World) 
         keep_statistics=arguments.save_statistics,
     )
     if reference.images is not None and (size := reference.images[0].shape[-1]) != resolution:
-        warnings.append(f"the reference has images of {size} pixels, the samples of {resolution}")
+        warnings.append(f"the reference images have {size} pixels per side, the samples {resolution}")
     about = {
         "samples": {"path": arguments.samples, "images": len(images), "settings": settings or None},
         "reference": {
@@ -143,12 +147,12 @@ def _reconstruction(arguments: argparse.Namespace, overrides: list[str], world: 
     for option in ("reference", "config", "save_statistics"):
         if getattr(arguments, option):
             raise configs.ConfigError(
-                f"--{option.replace('_', '-')} has no use with --reconstruction: the reference is the source's own "
-                "dataset (--dataset.KEY=VALUE changes it)"
+                f"--{option.replace('_', '-')} cannot be used with --reconstruction: the reference is the source's "
+                "own dataset (--dataset.KEY=VALUE changes it)"
             )
     metrics = chosen_metrics(_words(arguments.metrics), (), METRICS)
     if arguments.metrics is None and arguments.encoder:
-        metrics = ("psnr", "ssim")  # what needs no files
+        metrics = ("psnr", "ssim")  # the metrics that need no weight files
     source = open_source(
         arguments.samples,
         world,
@@ -200,7 +204,7 @@ def _finish(
     setting: str,
     step: int,
 ) -> None:
-    """Shows and writes the results, then removes what an interrupted evaluation would have needed."""
+    """Print and write the results, then delete the feature caches that serve to resume an evaluation."""
     from components.distributed.ranks import Ranks
     from trainer.evaluation import report
 
@@ -217,7 +221,7 @@ def _finish(
 
 
 def _config(arguments: argparse.Namespace, settings: dict[str, Any], overrides: list[str]) -> configs.Config | None:
-    """The config whose plugins and dataset are used; none where nothing names one."""
+    """Config that defines plugins and dataset: from --config, else from the samples' run or source, else None."""
     from components import registry
 
     found = None
@@ -231,9 +235,9 @@ def _config(arguments: argparse.Namespace, settings: dict[str, Any], overrides: 
         if found is not None:
             return found
     if arguments.config:
-        raise configs.ConfigError(f"--config={arguments.config}: neither a TOML file nor a run or model folder")
+        raise configs.ConfigError(f"--config={arguments.config}: expected a TOML file, a run folder or a model folder")
     if overrides:
-        raise configs.ConfigError(f"'{overrides[0]}' is no option of evaluate, nor is there a config that it overrides")
+        raise configs.ConfigError(f"'{overrides[0]}' is not an option of evaluate, and there is no config to override")
     registry.discover("plugins")
     return None
 

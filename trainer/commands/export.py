@@ -1,4 +1,4 @@
-"""python -m trainer export: a trained model in files that other programs read."""
+"""python -m trainer export: write a trained model in formats that other programs read."""
 
 from __future__ import annotations
 
@@ -20,23 +20,27 @@ SUMMARY = "write a trained model as a diffusers folder, as safetensors, or as a 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="run folder (outputs/NAME), a checkpoint in it, a model folder, or a TOML file")
+    parser.add_argument(
+        "source", help="run folder (outputs/NAME), one of its checkpoints, model folder, or TOML config"
+    )
     parser.add_argument(
         "--format",
         required=True,
         choices=("diffusers", "safetensors", "repae"),
-        help="diffusers: the tokenizer for AutoencoderKL.from_pretrained; safetensors: a model folder; repae: the "
-        "published training checkpoint and latent statistics",
+        help="diffusers: the tokenizer, for AutoencoderKL.from_pretrained; safetensors: a model folder; repae: a "
+        "training checkpoint and latent statistics in the layout of the published REPA-E code",
     )
-    parser.add_argument("--weights", choices=("ema", "online"), help="averaged (default) or raw; repae holds both")
+    parser.add_argument(
+        "--weights", choices=("ema", "online"), help="averaged (default) or raw weights; repae writes both"
+    )
     parser.add_argument("--step", type=int, help="checkpoint of a run folder (default: the newest)")
-    parser.add_argument("--parts", help="for safetensors: which, as tokenizer,denoiser (default: all there are)")
-    parser.add_argument("--name", help="for repae: of the files (default: the step, as 0400000)")
-    parser.add_argument("--out", help="folder to write (default: export/FORMAT in the run)")
+    parser.add_argument("--parts", help="for safetensors: parts to write, e.g. tokenizer,denoiser (default: all)")
+    parser.add_argument("--name", help="for repae: name of the files (default: the step, e.g. 0400000)")
+    parser.add_argument("--out", help="output folder (default: export/FORMAT in the run folder)")
     parser.epilog = (
-        "The latent norm and, where the run averages it, the tokenizer are those of --weights; else the tokenizer\n"
-        "is the raw one. docs/models.md describes the layouts.\n"
-        "Any key of the run's config can be overridden: --section.key=value"
+        "--weights applies to the tokenizer only if the run averages it; otherwise its raw weights are exported.\n"
+        "docs/models.md describes the layouts.\n"
+        "Any config key of the run can be overridden: --section.key=value"
     )
 
 
@@ -46,9 +50,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     form = arguments.format
     for option, of in (("parts", "safetensors"), ("name", "repae")):
         if getattr(arguments, option) and form != of:
-            raise ConfigError(f"--{option} is for --format={of}, not for --format={form}")
+            raise ConfigError(f"--{option} applies only to --format={of}, not to --format={form}")
     if arguments.weights and form == "repae":
-        raise ConfigError("--weights is not for --format=repae, which holds both the averaged and the raw weights")
+        raise ConfigError("--weights does not apply to --format=repae, which holds both averaged and raw weights")
     from trainer.models.source import read_source
 
     needs = ("tokenizer", "latent_norm") if form == "diffusers" else _wanted(arguments.parts)
@@ -75,7 +79,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 @contextlib.contextmanager
 def writing_to(out: Path) -> Iterator[None]:
-    """A folder that cannot be written, or a full disk, as an error of --out."""
+    """Context manager that turns an OSError (folder not writable, disk full) into a ConfigError about --out."""
     try:
         yield
     except OSError as error:
@@ -89,23 +93,27 @@ def _wanted(text: str | None) -> Sequence[str]:
         return PARTS
     names = [name.strip() for name in text.split(",")]
     if strange := [name for name in names if name not in PARTS]:
-        raise ConfigError(f"--parts={text}: there is no part '{strange[0]}'; expected some of {', '.join(PARTS)}")
+        raise ConfigError(f"--parts={text}: unknown part '{strange[0]}'; expected some of {', '.join(PARTS)}")
     return names
 
 
 def _default_out(arguments: argparse.Namespace, stored: Stored) -> Path:
     if stored.run is None:
-        raise ConfigError(f"'{arguments.source}' is not a run, which --out defaults into; add --out=FOLDER")
+        raise ConfigError(f"'{arguments.source}' is not a run folder, so --out has no default; add --out=FOLDER")
     run = Path(arguments.source).expanduser()
     return (run if (run / "checkpoints").is_dir() else stored.run) / "export" / arguments.format
 
 
 def _tokenizer_of_config(stored: Stored) -> dict[str, Tensor]:
-    """The weights of the checkpoint that a config's tokenizer starts from."""
+    """Weights of the config's ``tokenizer.checkpoint``.
+
+    Raises:
+        ConfigError: the config names no tokenizer checkpoint.
+    """
     from trainer.run.assemble import make_plugin
 
     if not stored.config.tokenizer.options.get("checkpoint"):
-        raise ConfigError(f"'{stored.path}' holds no trained tokenizer, and its tokenizer.checkpoint names none")
+        raise ConfigError(f"'{stored.path}' holds no trained tokenizer, and its config sets no tokenizer.checkpoint")
     tokenizer = make_plugin("tokenizer", "tokenizer", stored.config.tokenizer)
     tokenizer.load_weights()
     return tokenizer.state_dict()
@@ -122,8 +130,8 @@ def _diffusers(stored: Stored, out: Path) -> tuple[list[Path], str]:
     architecture = getattr(tokenizer, "architecture", None)
     if architecture is None:
         raise ConfigError(
-            f"tokenizer.name = '{stored.config.tokenizer.name}' is no architecture of diffusers' AutoencoderKL (it "
-            "states no `architecture`); use --format=safetensors"
+            f"tokenizer.name = '{stored.config.tokenizer.name}' cannot be exported to diffusers' AutoencoderKL (it "
+            "declares no `architecture`); use --format=safetensors"
         )
     norm = stored.states.get("latent_norm")
     mean, std = (norm["running_mean"], norm["running_var"].sqrt()) if norm else (None, None)
@@ -131,10 +139,10 @@ def _diffusers(stored: Stored, out: Path) -> tuple[list[Path], str]:
     files = diffusers_kl.write_folder(out, stored.states["tokenizer"], config)
     uses = f'Load it: diffusers.AutoencoderKL.from_pretrained("{out}")'
     if norm is None:
-        return files, f"{uses}\nIt states no latents_mean and latents_std: there is no latent norm here."
+        return files, f"{uses}\nlatents_mean and latents_std are not set: the source has no latent norm."
     return files, (
-        f"{uses}\nIts denoiser sees (z - latents_mean) / latents_std; scaling_factor and shift_factor say the same in "
-        "one number each."
+        f"{uses}\nThe denoiser takes (z - latents_mean) / latents_std; scaling_factor and shift_factor approximate "
+        "this by one number each."
     )
 
 
@@ -160,14 +168,14 @@ def _repae(ema: Stored, out: Path, arguments: argparse.Namespace, overrides: lis
 
     for name in ("denoiser", "latent_norm"):
         if name not in ema.states:
-            raise ConfigError(f"'{ema.path}' holds no {name}, without which there is no REPA-E checkpoint")
-    # A model folder that import made may have the raw weights beside.
+            raise ConfigError(f"'{ema.path}' holds no {name}, which a REPA-E checkpoint requires")
+    # A model folder written by import may hold the raw weights in online/.
     path = ema.run / "checkpoints" / f"step_{ema.step:08d}" if ema.run else Path(ema.path).expanduser() / "online"
     if path.is_dir():
         online, note = read_source(str(path), weights="online", overrides=overrides, needs=PARTS), ""
     else:
-        online, note = ema, f"\n'{ema.path}' holds only {ema.weights} weights: `model` and `ema` are equal."
-    # As sampling pairs them: the raw tokenizer, or its average where the run has one.
+        online, note = ema, f"\n'{ema.path}' holds only {ema.weights} weights, so `model` and `ema` are equal."
+    # The same pairing as in sampling: the averaged tokenizer if the run has one, otherwise the raw one.
     beside_denoiser = {name: ema.states[name] for name in ("tokenizer", "discriminator") if name in ema.states}
     out.mkdir(parents=True, exist_ok=True)
     name = arguments.name or f"{ema.step:07d}"
@@ -176,8 +184,8 @@ def _repae(ema: Stored, out: Path, arguments: argparse.Namespace, overrides: lis
     save_tree(files[1], published.latents_stats(ema.states["latent_norm"]))
     lacking = [part for part in ("discriminator", "heads") if part not in ema.states]
     if lacking:
-        note += f"\nIt has no {' and no '.join(lacking)}: there is none in '{ema.path}'."
+        note += f"\nIt has no {' and no '.join(lacking)}, as '{ema.path}' holds none."
     return files, (
-        f"Sample from it with the published REPA-E code, as EXPERIMENT/checkpoints/{name}.pt; it has no optimizers, so "
-        f"it cannot be resumed there.{note}"
+        f"Sample from it with the published REPA-E code, as EXPERIMENT/checkpoints/{name}.pt. That code cannot resume "
+        f"training from it: it holds no optimizer states.{note}"
     )

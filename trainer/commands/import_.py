@@ -1,4 +1,4 @@
-"""python -m trainer import: weights of other programs as a model folder."""
+"""python -m trainer import: convert weights of other programs to a model folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from trainer import config as configs
 from trainer.commands.export import writing_to
 
-SUMMARY = "make a model folder of a published checkpoint, a tokenizer file, or a diffusers folder"
+SUMMARY = "convert a published checkpoint, a tokenizer file or a diffusers folder to a model folder"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,19 +17,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "file",
         help="REPA-E, SD or CompVis checkpoint, .safetensors, diffusers folder, or hf://org/repo/file[@revision]",
     )
-    parser.add_argument("--config", required=True, help="TOML file of the architecture, as train_configs/*.toml")
+    parser.add_argument("--config", required=True, help="TOML config of the architecture, e.g. from train_configs/")
     parser.add_argument(
-        "--tokenizer", metavar="FILE", help="the tokenizer, where FILE has none (default: the config's)"
+        "--tokenizer",
+        metavar="FILE",
+        help="tokenizer weights, if the main file has none (default: tokenizer.checkpoint)",
     )
     parser.add_argument(
-        "--stats", metavar="FILE", help="latent statistics: latents_scale and latents_bias, or mean, std"
+        "--stats", metavar="FILE", help="latent statistics: latents_scale and latents_bias, or mean and std"
     )
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="of the denoiser (default: ema)")
-    parser.add_argument("--out", required=True, help="model folder to write, which sample, evaluate and encode take")
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="denoiser weights (default: ema)")
+    parser.add_argument("--out", required=True, help="model folder to write, for sample, evaluate and encode")
     parser.epilog = (
-        "Every key must fit: missing, unexpected and mis-shaped ones are all named. Code in a file is never run.\n"
-        "With --weights=ema the raw weights of a training checkpoint are kept in OUT/online.\n"
-        "Any key of the config can be overridden: --section.key=value"
+        "Every key must match; missing, unexpected and mis-shaped keys are listed. Code in a file is never executed.\n"
+        "With --weights=ema, the raw weights of a training checkpoint are written to OUT/online.\n"
+        "Any config key can be overridden: --section.key=value"
     )
 
 

@@ -1,4 +1,4 @@
-"""python -m trainer new: a plugin to begin with, its test, and a run with it."""
+"""python -m trainer new: write a skeleton plugin, its test, and a config that uses it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ SUMMARY = "write a working skeleton of a plugin, its test, and a config that tra
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", choices=sorted(registry.KINDS), help="what it is to be")
-    parser.add_argument("name", help="under which configs name it: lower case, digits and underscores")
-    parser.add_argument("--folder", default=".", metavar="DIR", help="of yours, made if missing (default: this one)")
+    parser.add_argument("kind", choices=sorted(registry.KINDS), help="kind of plugin")
+    parser.add_argument("name", help="name in configs: lower-case letters, digits and underscores")
+    parser.add_argument(
+        "--folder", default=".", metavar="DIR", help="output folder, created if missing (default: current folder)"
+    )
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -30,7 +32,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     kind, name, folder = arguments.kind, arguments.name, Path(arguments.folder).expanduser()
     texts = files(kind, name)
     if there := [str(folder / file) for file in texts if (folder / file).exists()]:
-        raise PluginError(f"{', '.join(there)}: already there; nothing was written. Take another name or --folder")
+        raise PluginError(f"{', '.join(there)}: exists already; nothing was written. Choose another name or --folder")
     check_name(kind, name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,25 +43,27 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     plugin, test, toml = (shlex.quote(str(folder / file)) for file in texts)
     print(
         f"Wrote the {kind} {name}:\n  {plugin}\n  {test}\n  {toml}\n"
-        "It works as it is; replace its inside, and keep these green:\n"
+        "It works as it is. Replace its body with your own, and keep these passing:\n"
         f"  python -m trainer conform {plugin}:{name}\n"
         f"  python -m pytest {test}\n"
         f"  python -m trainer train {toml}\n"
-        "docs/writing-a-plugin.md says what each kind must provide."
+        "docs/writing-a-plugin.md describes what each kind must provide."
     )
     return 0
 
 
 def check_name(kind: str, name: str) -> None:
-    """Raises :class:`PluginError` for a name that could not be a module, a TOML key and a plugin."""
+    """Raise :class:`PluginError` if ``name`` is unusable or taken as a module, a TOML key or a plugin of ``kind``."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise PluginError(
-            f"'{name}' cannot be the name of a plugin: expected a lower-case letter, then lower-case letters, digits "
-            "and underscores, and no word of Python's, as my_encoder"
+            f"'{name}' is not a valid plugin name: expected a lower-case letter, then lower-case letters, digits and "
+            "underscores, and no Python keyword, e.g. my_encoder"
         )
     registry.discover("plugins")
     if name in registry.KINDS[kind].names():
         where = registry.KINDS[kind].get(name).where
-        raise PluginError(f"the name '{name}' is taken by the {kind} of {where}; take another")
+        raise PluginError(f"the name '{name}' is taken by the {kind} in {where}; choose another")
     if name in sys.stdlib_module_names or importlib.util.find_spec(name) is not None:
-        raise PluginError(f"'{name}' is a Python module, which {name}.py would hide; take another name, as my_{name}")
+        raise PluginError(
+            f"'{name}' is a Python module, which {name}.py would shadow; choose another name, e.g. my_{name}"
+        )

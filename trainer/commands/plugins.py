@@ -1,4 +1,4 @@
-"""python -m trainer plugins: what can be named in a config."""
+"""python -m trainer plugins: list the plugins that a config can name, and their options."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from pathlib import Path
 from components import registry
 from components.registry import Plugin
 
-SUMMARY = "list plugins; with a kind and a name, one plugin's options"
+SUMMARY = "list plugins, or describe the options of one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", nargs="?", choices=list(registry.KINDS), help="only plugins of this kind")
-    parser.add_argument("name", nargs="?", help="one plugin: its description, options, types and defaults")
+    parser.add_argument("kind", nargs="?", choices=list(registry.KINDS), help="list only this kind")
+    parser.add_argument("name", nargs="?", help="describe one plugin: options, types and defaults")
     parser.add_argument(
         "--plugins",
         action="append",
         default=[],
         metavar="MODULE_OR_FILE",
-        help="also import this module or .py file (what a config names in plugins = [...]); may be repeated",
+        help="also import this module or .py file, like plugins = [...] in a config; may be repeated",
     )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--schema", action="store_true", help="JSON Schema of a config with all plugins, for editors")
-    form.add_argument("--docs", action="store_true", help="a Markdown page of all plugins: docs/plugins.md")
-    parser.add_argument("--out", metavar="FILE", help="write --schema or --docs there instead of printing it")
+    form.add_argument(
+        "--schema", action="store_true", help="print a JSON Schema of configs for editors, all plugins included"
+    )
+    form.add_argument("--docs", action="store_true", help="print a Markdown page of all plugins (docs/plugins.md)")
+    parser.add_argument("--out", metavar="FILE", help="write --schema or --docs to this file")
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     if rest:
         raise registry.PluginError(f"unexpected argument '{rest[0]}'; see python -m trainer plugins --help")
     if arguments.out and not (arguments.schema or arguments.docs):
-        raise registry.PluginError("--out FILE goes with --schema or --docs")
+        raise registry.PluginError("--out FILE requires --schema or --docs")
     registry.discover("plugins", arguments.plugins)
     if arguments.schema or arguments.docs:
         return _write(_page(arguments.schema), arguments)
@@ -56,7 +58,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def describe(plugin: Plugin) -> str:
-    """A plugin's docstring, options with types and defaults, and where it is defined."""
+    """Text on one plugin: where it is defined, its docstring, and its options with types and defaults."""
     doc = inspect.cleandoc(plugin.cls.__doc__ or "").split("\nArgs:")[0].split("\nRaises:")[0].strip()
     lines = [f"{plugin.kind} {plugin.name}  ({_place(plugin)})", "", doc, ""]
     lines += ["Options:"] if plugin.options else ["No options."]
@@ -89,7 +91,7 @@ def _write(text: str, arguments: argparse.Namespace) -> int:
         raise registry.PluginError(f"--out: '{path}' cannot be written ({error})") from error
     print(f"Wrote {path}")
     if arguments.schema:
-        print(f"Editors check a config by it whose first line is, for one beside it:\n#:schema ./{path.name}")
+        print(f"To use it in an editor, begin a config in the same folder with this line:\n#:schema ./{path.name}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""python -m trainer sample: images from a trained model."""
+"""python -m trainer sample: sample images from a trained model."""
 
 from __future__ import annotations
 
@@ -22,35 +22,39 @@ SUMMARY = "sample images from a run, a checkpoint or an exported model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="run folder (outputs/NAME), a checkpoint in it, or a model folder")
-    parser.add_argument("--num-samples", type=int, default=64, help="images (default: 64)")
-    parser.add_argument("--out", help="folder for the images (default: samples/... in the source)")
+    parser.add_argument("source", help="run folder (outputs/NAME), one of its checkpoints, or a model folder")
+    parser.add_argument("--num-samples", type=int, default=64, help="number of images (default: 64)")
+    parser.add_argument("--out", help="output folder (default: samples/... in the source)")
     add_model_arguments(parser)
-    parser.add_argument("--method", choices=("euler", "heun", "sde"), help="integrator (default: the run's sampling)")
-    parser.add_argument("--steps", type=int, help="steps of the integrator (default: the run's)")
-    parser.add_argument("--guidance", type=float, help="guidance scale, 1 for none (default: the run's)")
-    parser.add_argument("--guidance-low", type=float, help="earliest time with guidance; t = 0 is data")
-    parser.add_argument("--guidance-high", type=float, help="latest time with guidance; t = 1 is noise")
-    parser.add_argument("--shift", type=float, help="shift of the integrator's times, 1 for none (default: the run's)")
-    parser.add_argument("--guide", metavar="SOURCE", help="autoguidance: a weaker checkpoint to guide away from")
-    parser.add_argument("--labels", default="balanced", help="balanced (all classes in turn), random, or 0,3,7")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise; image i depends on it and on i (default: 0)")
-    parser.add_argument("--batch-size", type=int, help="images at once on each GPU (default: 64)")
-    parser.add_argument("--no-npz", action="store_true", help="leave out samples.npz, the ADM suite's format")
+    parser.add_argument("--method", choices=("euler", "heun", "sde"), help="integrator (default: as in the run)")
+    parser.add_argument("--steps", type=int, help="integration steps (default: as in the run)")
+    parser.add_argument("--guidance", type=float, help="guidance scale; 1: none (default: as in the run)")
+    parser.add_argument("--guidance-low", type=float, help="smallest t with guidance (t = 0 is data)")
+    parser.add_argument("--guidance-high", type=float, help="largest t with guidance (t = 1 is noise)")
+    parser.add_argument("--shift", type=float, help="timestep shift; 1: none (default: as in the run)")
+    parser.add_argument("--guide", metavar="SOURCE", help="autoguidance: weaker model to guide away from")
+    parser.add_argument(
+        "--labels", default="balanced", help="balanced (cycle through all classes), random, or e.g. 0,3,7"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="noise seed; image i depends only on it and i (default: 0)")
+    parser.add_argument("--batch-size", type=int, help="images per batch and rank (default: 64)")
+    parser.add_argument("--no-npz", action="store_true", help="do not write samples.npz (ADM evaluation format)")
     parser.epilog = (
-        "Writes PNG files, grid.png, samples.npz (arr_0: uint8, N x R x R x 3) and samples.json. The same command\n"
-        "goes on where it was interrupted; a larger --num-samples adds to what is there.\n"
+        "Writes PNG files, grid.png, samples.npz (arr_0: uint8, N x R x R x 3) and samples.json. Repeat the command\n"
+        "to resume after an interruption; a larger --num-samples adds images to the same folder.\n"
         "Several GPUs: torchrun --nproc-per-node=8 -m trainer sample ...\n"
-        "Any key of the run's config can be overridden: --section.key=value"
+        "Any config key of the run can be overridden: --section.key=value"
     )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that opens a trained model."""
+    """Add the options for opening a trained model."""
     parser.add_argument("--weights", choices=("ema", "online"), default="ema", help="averaged (default) or raw weights")
     parser.add_argument("--step", type=int, help="checkpoint of a run folder (default: the newest)")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp64"), default="fp32", help="default: fp32")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp64"), default="fp32", help="precision (default: fp32)"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the networks with torch.compile")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -65,7 +69,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         with parallel.lost_rank_named(lambda: "while sampling"):
             return sample(arguments, overrides, world)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on with what is missing", file=sys.stderr)
+        print("\ninterrupted; repeat the command to resume", file=sys.stderr)
         return 130
     finally:
         parallel.leave_world()
@@ -96,7 +100,7 @@ def sample(arguments: argparse.Namespace, overrides: list[str], world: World) ->
     ranks.first(lambda: folder.begin(describe(arguments, source, guide, plan, kind) | about))
     missing = ranks.first(lambda: folder.missing(arguments.num_samples))
     draw(arguments, folder, sampler, missing, batch_size, kind, source.parts.num_classes, world)
-    ranks.first(lambda: None)  # everybody's files are there
+    ranks.first(lambda: None)  # barrier: all ranks have written their files
 
     if world.is_main:
         written = [folder.write_grid(arguments.num_samples)]
@@ -104,8 +108,8 @@ def sample(arguments: argparse.Namespace, overrides: list[str], world: World) ->
             written.append(folder.write_archive(arguments.num_samples, source.config.training.resolution))
         print(
             f"Done: {arguments.num_samples} images from {source.label} in {folder.path}/, "
-            f"{' and '.join(p.name for p in written)} beside them.\n"
-            f"Measure them: python -m trainer evaluate {folder.path} --reference=FOLDER_OR_NPZ"
+            f"with {' and '.join(p.name for p in written)}.\n"
+            f"Evaluate them: python -m trainer evaluate {folder.path} --reference=FOLDER_OR_NPZ"
         )
     ranks.first(lambda: None)
     return 0
@@ -121,7 +125,7 @@ def draw(
     num_classes: int,
     world: World,
 ) -> None:
-    """Fills what is missing. A batch is always the same images, whoever draws it: so are its numbers."""
+    """Sample the missing images. Batch boundaries do not depend on the rank count, so neither do the images."""
     from collections import Counter
     from concurrent.futures import ThreadPoolExecutor
 
@@ -141,17 +145,17 @@ def draw(
             labels = torch.tensor(labels_of(ids, kind, num_classes, arguments.seed), device=world.device)
             with autocast(arguments.precision, world.device):
                 images = to_uint8(sampler(ids, labels)).cpu()
-            for write in writes:  # of the batch before: errors show, and the queue stays short
+            for write in writes:  # of the previous batch: raises its errors, and bounds the queue
                 write.result()
             writes = [pool.submit(folder.write, i, image) for i, image in zip(ids, images) if i in missing]
-            # The other ranks are about as far.
+            # Assume that the other ranks are equally far.
             bar.update(sum(counts[batch] for batch in batches[turn * world.size : (turn + 1) * world.size]))
         for write in writes:
             write.result()
 
 
 def make_plan(arguments: argparse.Namespace, config: configs.Config) -> SamplingPlan:
-    """The run's [sampling], with what the command line says instead."""
+    """The run's [sampling] settings, overridden by the command line."""
     from components.diffusion.image_sampler import SamplingPlan
     from components.diffusion.samplers import Guidance
 
@@ -192,7 +196,7 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 def describe(
     arguments: argparse.Namespace, source: Source, guide: Source | None, plan: SamplingPlan, kind: list[int] | str
 ) -> dict[str, Any]:
-    """What decides the images, and where they come from."""
+    """Settings that determine the images, and their source, for samples.json."""
     return {
         "source": source.path,
         "run": str(source.run.absolute()) if source.run else None,
@@ -213,7 +217,7 @@ def describe(
 
 
 def folder_name(arguments: argparse.Namespace, source: Source, plan: SamplingPlan) -> str:
-    """A name that tells folders of other settings apart, and does not depend on the number of images."""
+    """Folder name that encodes the sampling settings, but not the number of images."""
     g = plan.guidance
     words = [f"step{source.step}", source.weights, f"{plan.method}{plan.steps}"]
     if g.scale > 1:

@@ -1,4 +1,4 @@
-"""python -m trainer train: runs a config, or goes on with it."""
+"""python -m trainer train: start or resume the run of a config."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from trainer import config as configs
 if TYPE_CHECKING:  # torch takes seconds to import; --help should not
     from components.distributed.parallel import World
 
-PROFILED = 3  # steps, where --profile does not say how many
+PROFILED = 3  # steps, if --profile has no value
 
-SUMMARY = "train from a TOML config; the same command again goes on where it stopped"
+SUMMARY = "train from a TOML config; repeat the command to resume"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="TOML file, as train_configs/quickstart.toml")
+    parser.add_argument("config", help="TOML file, e.g. train_configs/quickstart.toml")
     parser.add_argument(
         "--profile",
         nargs="?",
         const=PROFILED,
         metavar="STEPS",
-        help=f"record so many steps (default: {PROFILED}) with PyTorch's profiler, into profile/ of the run's folder; "
-        "[profile] in the config says when, and whether a GPU's memory, too",
+        help=f"record STEPS steps (default: {PROFILED}) with PyTorch's profiler, into profile/ of the run folder; "
+        "[profile] in the config sets when, and whether to record GPU memory",
     )
-    parser.epilog = "Any key of the config can be overridden: --section.key=value\n\n" + configs.describe()
+    parser.epilog = "Any config key can be overridden: --section.key=value\n\n" + configs.describe()
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -57,20 +57,20 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def profiled_steps(text: str | int) -> int:
-    """Of ``--profile=text``; ConfigError if it is no number of steps."""
+    """Number of steps in ``--profile=text``; ConfigError if it is not a positive integer."""
     if not str(text).isdecimal() or int(text) < 1:
         raise configs.ConfigError(
-            f"--profile={text}: expected a number of steps, at least 1, as --profile=3; leave it out to profile none"
+            f"--profile={text}: expected a number of steps, at least 1, e.g. --profile=3; omit it for no profile"
         )
     return int(text)
 
 
 def set_backends(config: configs.Config) -> None:
-    """Process-wide switches of PyTorch that the config names."""
+    """Set PyTorch's process-wide switches as the config says: TF32, determinism, cuDNN benchmark, threads."""
     import torch
 
     t = config.training
-    if t.deterministic:  # read when cuBLAS starts; without it deterministic matrix products raise
+    if t.deterministic:  # read when cuBLAS initializes; deterministic matrix products raise without it
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_tf32 = t.tf32
     torch.backends.cudnn.allow_tf32 = t.tf32
@@ -81,12 +81,12 @@ def set_backends(config: configs.Config) -> None:
 
 
 def log_to(config: configs.Config, world: World) -> None:
-    """Log lines to the terminal, around the progress bar, and to log.txt of the run."""
+    """Send log lines to the terminal, without breaking the progress bar, and to log.txt in the run folder."""
     from tqdm import tqdm
 
     class Terminal(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if not getattr(record, "on_bar", False):  # the bar shows it already
+            if not getattr(record, "on_bar", False):  # already on the progress bar
                 tqdm.write(self.format(record))
 
     handlers: list[logging.Handler] = [Terminal()]
@@ -99,11 +99,11 @@ def log_to(config: configs.Config, world: World) -> None:
 
 
 def closing(config: configs.Config, step: int, complete: bool, path: str) -> str:
-    """The last lines of a run: what there is, where, and what to do next."""
+    """Last message of a run: what it wrote, where, and the next step."""
     folder = config.run.dir
     if not complete:
-        return f"Stopped at step {step} of {config.training.steps}, saved in {folder}; run the same command to go on."
+        return f"Stopped at step {step} of {config.training.steps}, saved in {folder}; repeat the command to resume."
     return (
         f"Done: {step} steps. {folder}/ holds images/, checkpoints/, config.toml and log.txt; "
-        f"curves and pictures: tensorboard --logdir {folder}/tensorboard"
+        f"curves and images: tensorboard --logdir {folder}/tensorboard"
     )

@@ -1,4 +1,4 @@
-"""The config of a run: TOML and overrides to typed, validated tables."""
+"""Config of a run: parses TOML and overrides into typed, validated tables."""
 
 from trainer.config.load import (
     ConfigError,

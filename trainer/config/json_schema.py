@@ -1,7 +1,7 @@
-"""JSON Schema of a config file, every registered plugin's options included, for editors.
+"""JSON Schema of a config file for editors, with the options of every registered plugin.
 
-Draft 7, and of that only what older validators know as well (``enum`` and ``anyOf`` instead of ``const`` and ``if``):
-TOML extensions complete and check by it where a file names it in a line ``#:schema ./schema.json``.
+Draft 7, restricted to keywords that older validators support (``enum`` and ``anyOf`` instead of ``const`` and ``if``).
+TOML extensions use it for completion and validation in files with a line ``#:schema ./schema.json``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LABELLED = {"encoders": "encoder", "losses": "loss"}
 
 
 def json_schema() -> dict[str, Any]:
-    """The schema of everything that the registry holds now."""
+    """Build the schema from the plugins registered so far."""
     schema = {"$schema": DRAFT, "title": "titanrepa run"}
     schema |= Config.model_json_schema(ref_template=REFERENCE)
     definitions = schema["definitions"] = schema.pop("$defs")
@@ -28,15 +28,15 @@ def json_schema() -> dict[str, Any]:
         for plugin in plugins:
             definitions[f"{kind}.{plugin.name}"] = _table(plugin, definitions)
     for kind in ONE_TABLE:
-        tables[kind] = {"description": f"Name of a {kind} and its options.", "anyOf": _named(kind)}
+        tables[kind] = {"description": f"Name of the {kind} and its options.", "anyOf": _named(kind)}
     for place, kind in LABELLED.items():
-        for plugin in registry.KINDS[kind]:  # under its own name as the label
+        for plugin in registry.KINDS[kind]:  # with the plugin's name as the label
             own = definitions[f"{kind}.{plugin.name}"]
             unnamed = own | {"required": [key for key in own["required"] if key != "name"]}
             definitions[f"{place}.{plugin.name}"] = unnamed
         tables[place] = {
             "type": "object",
-            "description": f"Tables [{place}.LABEL]: name of a {kind} (LABEL, if missing) and its options.",
+            "description": f"Tables [{place}.LABEL]: name of a {kind} (default: LABEL) and its options.",
             "properties": {
                 plugin.name: {
                     "description": plugin.summary,
@@ -56,11 +56,11 @@ def json_schema() -> dict[str, Any]:
 
 
 def _table(plugin: Plugin, definitions: dict[str, Any]) -> dict[str, Any]:
-    """One plugin's table, its name required."""
+    """Schema of one plugin's table, in which ``name`` is required."""
     table = plugin.schema().model_json_schema(ref_template=REFERENCE)
     definitions |= table.pop("$defs", {})
     name = {"enum": [plugin.name], "description": plugin.summary}
-    # What the trainer reads of every encoder's table: its weight.
+    # The trainer itself reads ``weight`` from every encoder's table.
     common = dict(definitions["EncoderTable"]["properties"]) if plugin.kind == "encoder" else {}
     return {
         "title": f"{plugin.kind} {plugin.name}",
@@ -77,7 +77,7 @@ def _named(kind: str, besides: str = "") -> list[dict[str, Any]]:
 
 
 def _plain(node: Any) -> Any:
-    """Without what TOML lacks (null), pydantic's titles of keys, and line breaks in descriptions."""
+    """Drop nulls, which TOML lacks, pydantic's titles of keys, and line breaks in descriptions."""
     if isinstance(node, list):
         return [_plain(item) for item in node]
     if not isinstance(node, dict):

@@ -1,4 +1,4 @@
-"""TOML and command-line overrides -> one typed, validated :class:`Config`; nothing is built here."""
+"""Parse TOML and command-line overrides into a typed, validated :class:`Config`, without building anything."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ else:
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used; the message names the key, its value, and what is allowed."""
+    """Invalid configuration; the message names the key, its value and what is allowed."""
 
 
 def load(path: str, overrides: list[str] = ()) -> Config:
-    """Reads a TOML file, applies overrides, imports the plugins it names, and validates all of it.
+    """Read a TOML file, apply overrides, import the plugins it names, and validate the result.
 
     Args:
-        path: TOML file. A file that it names is looked for in the current folder, then beside the TOML file.
-        overrides: ``--section.key=value`` or ``--section.key``, ``value``; values are TOML, or else plain strings.
+        path: TOML file. Files it names are searched for in the current folder, then in the folder of the TOML file.
+        overrides: ``--section.key=value`` or ``--section.key``, ``value``; a value that is not TOML is a plain string.
 
     Raises:
-        ConfigError: naming the file, the key, its value, what is allowed, and the nearest valid name.
+        ConfigError: the file cannot be read or is invalid; names each key, its value, what is allowed, and the
+            nearest valid name.
     """
     data = read_toml(path)
     if isinstance(data.get("run", {}), dict):
@@ -42,11 +43,11 @@ def load(path: str, overrides: list[str] = ()) -> Config:
 
 
 def loads(text: str, source: str, overrides: list[str] = ()) -> Config:
-    """:func:`load` for a config that a run wrote.
+    """Like :func:`load`, for the text of a config that a run wrote.
 
     Args:
         text: TOML.
-        source: the file or folder it comes from, for messages and files named beside it.
+        source: path it was read from, for messages and for resolving the files it names.
     """
     return override(tomllib.loads(text), source, overrides)
 
@@ -63,7 +64,7 @@ def read_toml(path: str) -> dict[str, Any]:
         there = sorted(file.parent.glob("*.toml")) or sorted(Path("train_configs").glob("*.toml"))
         listed = "".join(f"\n  {p}" for p in there)
         raise ConfigError(
-            f"config file '{path}' does not exist" + (f"; there are:{listed}" if listed else "; expected a .toml file")
+            f"config file '{path}' does not exist" + (f"; available:{listed}" if listed else "; expected a .toml file")
         )
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
@@ -72,9 +73,9 @@ def read_toml(path: str) -> dict[str, Any]:
 
 
 def validate(data: dict[str, Any], source: str) -> Config:
-    """Checks a parsed file against the tables above and against every named plugin's signature."""
+    """Validate parsed TOML against the tables of :class:`Config` and the signature of every plugin it names."""
     data = dict(data)
-    for kind in ("encoders", "losses"):  # the label is the name, unless a name is given
+    for kind in ("encoders", "losses"):  # a missing name defaults to the label
         tables = data.get(kind, {})
         if isinstance(tables, dict):
             data[kind] = {k: {"name": k, **t} if isinstance(t, dict) else t for k, t in tables.items()}
@@ -100,7 +101,7 @@ def validate(data: dict[str, Any], source: str) -> Config:
     problems += _optimizer_problems(config)
     if not config.training.compile:
         problems += [
-            f"activation_checkpoint.{name} = {form!r}: the compiler chooses, so it needs training.compile = true"
+            f"activation_checkpoint.{name} = {form!r}: budgets are handled by the compiler; set training.compile = true"
             for name, form in config.activation_checkpoint
             if form.startswith("budget")
         ]
@@ -110,7 +111,7 @@ def validate(data: dict[str, Any], source: str) -> Config:
 
 
 def check_table(model: type[BaseModel], values: dict[str, Any], prefix: str) -> Any:
-    """A table of the config from values given elsewhere; ConfigError names them with ``prefix``."""
+    """Validate values from outside the config file as one of its tables; ConfigError prefixes keys by ``prefix``."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -118,13 +119,13 @@ def check_table(model: type[BaseModel], values: dict[str, Any], prefix: str) -> 
 
 
 def _find(name: str, folder: Path) -> str:
-    """A file beside the config, if there is one and none in the current folder."""
+    """Resolve ``name`` to a file in ``folder`` if it exists there and not relative to the current folder."""
     beside = folder / name
     return str(beside) if name and not Path(name).exists() and beside.exists() else name
 
 
 def flatten(toml: str) -> dict[str, Any]:
-    """Every value of a TOML text by its dotted key."""
+    """Values of a TOML text by dotted key."""
 
     def walk(table: dict[str, Any], prefix: str) -> dict[str, Any]:
         found = {}
@@ -136,14 +137,14 @@ def flatten(toml: str) -> dict[str, Any]:
 
 
 def changes(old: str, new: str) -> list[str]:
-    """Keys that differ between two resolved configs, as "training.steps: 3 -> 6"."""
+    """Differences between two resolved configs, as "training.steps: 3 -> 6"."""
     before, after = flatten(old), flatten(new)
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return [f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}" for key in keys]
 
 
 def describe() -> str:
-    """Every key of the config with its type, default and meaning, for --help."""
+    """Help text on every config key: its type, default and meaning."""
     lines = []
     for name, field in Config.model_fields.items():
         table = _table_of(field.annotation)
@@ -161,14 +162,15 @@ _PLUGIN_HELP = {
     "recipe": "name of a recipe and its options: python -m trainer plugins recipe",
     "tokenizer": "name of a tokenizer and its options: python -m trainer plugins tokenizer",
     "denoiser": "name of a denoiser and its options: python -m trainer plugins denoiser",
-    "encoders": "[encoders.LABEL] name (LABEL if missing), weight (1.0) and options: python -m trainer plugins encoder",
-    "losses": "[losses.LABEL] name (LABEL if missing) and options: python -m trainer plugins loss",
+    "encoders": "[encoders.LABEL] name (default: LABEL), weight (default: 1.0), options: python -m trainer plugins "
+    "encoder",
+    "losses": "[losses.LABEL] name (default: LABEL) and options: python -m trainer plugins loss",
     "dataset": "name of a dataset and its options: python -m trainer plugins dataset",
 }
 
 
 def plugin_tables(config: Config) -> list[tuple[str, str, PluginTable]]:
-    """Every table that names a plugin: (place in the file, kind, table)."""
+    """All tables that name a plugin, as (dotted key, kind, table)."""
     found = [("recipe", "recipe", config.recipe), ("tokenizer", "tokenizer", config.tokenizer)]
     if config.denoiser is not None:
         found.append(("denoiser", "denoiser", config.denoiser))
@@ -178,13 +180,13 @@ def plugin_tables(config: Config) -> list[tuple[str, str, PluginTable]]:
 
 
 def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
-    """``--a.b=1``, ``--a.b 1`` or ``--a.b`` (true) -> ("a.b", 1)."""
+    """Parse ``--a.b=1`` or ``--a.b 1`` to ("a.b", 1), and ``--a.b`` to ("a.b", True)."""
     found: list[tuple[str, Any]] = []
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or len(word) == 2:
-            raise ConfigError(f"'{word}' is not an override; expected --section.key=value, as --training.steps=100")
+            raise ConfigError(f"'{word}' is not an override; expected --section.key=value, e.g. --training.steps=100")
         key, equals, text = word[2:].partition("=")
         if not equals:
             text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
@@ -200,7 +202,7 @@ def _value(text: str) -> Any:
 
 
 def assign(data: dict[str, Any], key: str, value: Any) -> None:
-    """Sets a dotted key, making the tables on the way."""
+    """Set a dotted key, creating missing tables; ConfigError if a parent key is not a table."""
     *path, last = key.split(".")
     for part in path:
         data = data.setdefault(part, {})
@@ -228,7 +230,7 @@ def _optimizer_problems(config: Config) -> list[str]:
         if not isinstance(table, dict):
             problems.append(f"optimizer.{name}: unknown key{nearest(name, [*OptimizerTable.model_fields, *every])}")
         elif name not in every:
-            problems.append(f"optimizer.{name}: no recipe trains a group '{name}'{nearest(name, every)}")
+            problems.append(f"optimizer.{name}: no recipe has a parameter group '{name}'{nearest(name, every)}")
         else:
             try:
                 OptimizerTable.model_validate(table)
@@ -238,7 +240,7 @@ def _optimizer_problems(config: Config) -> list[str]:
 
 
 def _problems(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
-    """One line per error: the key, its value, what is expected, the nearest valid name."""
+    """One line per validation error: the key, its value, what is expected, and the nearest valid name."""
     found: dict[str, str] = {}
     for e in error.errors(include_url=False):
         table, annotation = _locate(model, e["loc"])
@@ -262,7 +264,7 @@ def _problems(error: ValidationError, model: type[BaseModel], prefix: str = "") 
 
 
 def _locate(model: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[type[BaseModel], Any]:
-    """The table that holds a key, and the key's type (None for an unknown key)."""
+    """Return the table that holds a key, and the key's type (None for an unknown key)."""
     table, annotation = model, model
     for part in loc:
         annotation = _without_none(annotation)

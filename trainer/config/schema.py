@@ -1,6 +1,6 @@
-"""The tables of a config and their fields, each with its type, default, unit and meaning.
+"""Tables of a config and their fields, each with its type, default, unit and meaning.
 
-A table that names a plugin keeps its options as they are; the plugin's own signature is their schema
+Options in a table that names a plugin are not validated here, but against the plugin's signature
 (``components.registry``).
 """
 
@@ -21,7 +21,7 @@ class Table(BaseModel):
 
 
 class PluginTable(BaseModel):
-    """A plugin's name and its options."""
+    """Name of a plugin and its options."""
 
     model_config = ConfigDict(extra="allow", strict=True, use_attribute_docstrings=True)
 
@@ -34,71 +34,72 @@ class PluginTable(BaseModel):
 
 
 class EncoderTable(PluginTable):
-    """An encoder's name and its options, with its part in the alignment loss."""
+    """Name of an encoder, its options, and its weight in the alignment loss."""
 
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """Weight of this encoder in the mean over encoders that is the alignment loss."""
+    """Relative weight of this encoder in the alignment loss, a weighted mean over encoders."""
 
 
 class Run(Table):
     dir: str = ""
-    """Folder of the run: checkpoints, TensorBoard events, images, log. Empty: outputs/<name of the config file>."""
+    """Output folder: checkpoints, TensorBoard events, images, log. Empty: outputs/<name of the config file>."""
     log_every: Positive = 100
-    """Steps between two log lines and TensorBoard points; each costs one device synchronisation."""
+    """Log and write TensorBoard scalars every N steps; each time costs one device synchronization."""
     checkpoint_every: NotNegative = 10_000
-    """Steps between two checkpoints; 0: only at the end and on interruption."""
+    """Save a checkpoint every N steps; 0: only at the end and on interruption."""
     keep_checkpoints: Positive = 3
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: NotNegative = 0
-    """Checkpoints of steps that this divides are kept for ever; 0: none."""
+    """Also keep every checkpoint whose step is a multiple of this; 0: none."""
     async_checkpoints: bool = True
-    """Write periodic checkpoints in the background while training goes on; takes host memory for one copy."""
+    """Write periodic checkpoints in the background during training; needs host memory for one copy."""
 
 
 class Training(Table):
     steps: Positive = 400_000
-    """Optimizer steps of the whole run, resumed parts included."""
+    """Optimizer steps of the whole run, across restarts."""
     batch_size: Positive = 256
-    """Images per step over all ranks and micro-batches."""
+    """Global batch size: images per step over all ranks and micro-batches."""
     accumulation: Positive = 1
-    """Micro-batches per step and rank; exact but for batch norms, which see one micro-batch at a time."""
+    """Gradient accumulation: micro-batches per step and rank. Exact except for batch norms, which normalize each
+    micro-batch by its own statistics."""
     resolution: Positive = 256
-    """Side of the square images in pixels."""
+    """Height and width of the images in pixels."""
     num_classes: NotNegative = 0
-    """Number of class labels; 0: as many as the dataset has."""
+    """Number of classes; 0: taken from the dataset."""
     seed: NotNegative = 0
-    """Seed of the weights, the data order and every random draw."""
+    """Seed of the initial weights, the data order and all random numbers of training."""
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"
-    """Arithmetic of the networks. bf16: autocast with fp32 weights, norms and losses; on a CPU it means fp32."""
+    """Precision of the networks. bf16: autocast with fp32 weights, norms and losses; on a CPU the same as fp32."""
     tf32: bool = True
-    """TF32 in fp32 matrix products and convolutions on GPUs."""
+    """Use TF32 for fp32 matrix products and convolutions on GPUs."""
     compile: bool = False
-    """torch.compile each block, stage and encoder."""
+    """Apply torch.compile to each block, stage and encoder."""
     deterministic: bool = False
-    """Deterministic kernels only; slower on GPUs. CPU runs repeat bit for bit without it."""
+    """Use only deterministic kernels; slower on GPUs. CPU runs are bit-for-bit reproducible without it."""
     channels_last: bool = True
-    """Channels-last memory format for convolutional modules."""
+    """Use the channels-last memory format in convolutional modules."""
     threads: NotNegative = 0
-    """CPU threads per process; 0: PyTorch's choice."""
+    """CPU threads per process; 0: PyTorch's default."""
     gc_every: NotNegative = 500
-    """Steps between Python's garbage collections, on all ranks at once, so that none waits for another's; 0: Python
-    collects when it likes."""
+    """Run Python's garbage collection every N steps, on all ranks at once, so that no rank stalls the others; 0: leave
+    it to Python."""
 
 
 class ParallelTable(Table):
     strategy: Literal["fsdp", "hsdp", "ddp", "none"] = "fsdp"
-    """Who holds the weights: fsdp: every rank a part; ddp: every rank all; hsdp: groups of `shard` ranks share a copy;
-    none: a single process. With one process all are the same."""
+    """fsdp: shard weights over all ranks; ddp: replicate them; hsdp: shard them within groups of `shard` ranks and
+    replicate across groups; none: a single process. All are equivalent on one process."""
     shard: NotNegative = 0
-    """For hsdp: ranks that share one copy of the weights; 0: those of one machine."""
+    """For hsdp: ranks per sharding group; 0: the ranks of one machine."""
     reshard_after_forward: bool = True
-    """Free a block's whole weights between its forward and backward pass: less memory, one more gathering."""
+    """Free a block's gathered weights after its forward pass: saves memory, costs a second all-gather."""
     shard_frozen: bool = False
-    """Share out frozen encoders, LPIPS and a frozen tokenizer, too, instead of a copy on every rank."""
+    """Also shard frozen encoders, LPIPS and a frozen tokenizer, instead of replicating them on every rank."""
     cpu_offload: bool = False
     """Keep weights, gradients and optimizer states in host memory: much slower, for models that do not fit."""
     timeout_s: Positive = 600
-    """Seconds after which a rank that waits for a lost one gives up."""
+    """Seconds after which a collective fails if a rank does not answer."""
 
 
 def _recompute(text: str) -> str:
@@ -113,167 +114,171 @@ RecomputeForm = Annotated[str, AfterValidator(_recompute)]
 
 class ActivationCheckpoint(Table):
     denoiser: RecomputeForm = "none"
-    """What the denoiser's blocks recompute in the backward pass: none; full; "every N": each N-th block; selective:
-    all but matrix products, convolutions and attention; "budget F": the compiler keeps a fraction F."""
+    """Recomputation of the denoiser's blocks in the backward pass: none; full; "every N": every N-th block; selective:
+    all but matrix products, convolutions and attention; "budget F": the compiler stores a fraction F of the
+    activations."""
     tokenizer: RecomputeForm = "none"
-    """The same for the tokenizer's stages, where it learns."""
+    """The same for the stages of a trained tokenizer."""
 
 
 class GuardTable(Table):
     policy: Literal["warn", "rollback", "stop"] = "warn"
-    """At an alarm: warn; rollback: go back to the last good checkpoint and skip the data since; stop with a report."""
+    """Action on an alarm. warn: log it; rollback: reload the last good checkpoint and skip the data seen since; stop:
+    end the run with a report."""
     max_rollbacks: NotNegative = 3
-    """Rollbacks of a run, restarts included; the next alarm stops it."""
+    """Maximum number of rollbacks of a run, across restarts; the next alarm stops it."""
     window: Annotated[int, Field(ge=10)] = 200
-    """Steps of the running medians."""
+    """Window of the running medians in steps."""
     skipped: NotNegative = 10
-    """Alarm after so many steps in a row that were skipped as not finite; 0: never."""
+    """Alarm after this many consecutive steps skipped for a non-finite loss or gradient; 0: off."""
     spike: Annotated[float, Field(ge=0)] = 10.0
-    """Alarm at a loss or gradient norm so many times its spread above the running median; 0: never."""
+    """Alarm if a loss or gradient norm exceeds its running median by this many times its spread; 0: off."""
     collapse: Annotated[float, Field(ge=0, lt=1)] = 1e-3
-    """Alarm at gradient norms below this fraction of their usual for `patience` steps; 0: never."""
+    """Alarm if a gradient norm stays below this fraction of its usual value for `patience` steps; 0: off."""
     latent_variance: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Alarm at a latent variance below this fraction of its usual; 0: never."""
+    """Alarm if the latent variance falls below this fraction of its usual value; 0: off."""
     discriminator: Annotated[float, Field(ge=0)] = 0.01
-    """Alarm at a discriminator's loss below this for `patience` steps; 0: never."""
+    """Alarm if the discriminator's loss stays below this for `patience` steps; 0: off."""
     patience: Positive = 100
-    """Steps in a row before a collapse counts."""
+    """Consecutive steps before `collapse` and `discriminator` raise an alarm."""
 
 
 class Loader(Table):
     workers: NotNegative = 4
-    """Data-loading processes per rank; 0 loads in a thread of the trainer."""
+    """Data-loading processes per rank; 0: load in a thread of the trainer."""
     prefetch: Positive = 2
-    """Batches that each worker holds ready."""
+    """Batches that each worker loads ahead."""
     max_unreadable: Fraction = 0.01
-    """Fraction of unreadable images above which the run stops."""
+    """Stop the run if more than this fraction of the images is unreadable."""
 
 
 class FlowTable(Table):
     path: Literal["linear", "cosine"] = "linear"
     """Interpolant between latents and noise."""
     time: Literal["uniform", "lognormal"] = "uniform"
-    """Distribution of the training times; lognormal: of sigma / alpha, so that t is logit-normal on the linear path."""
+    """Distribution of the training times t. lognormal: sigma / alpha is log-normal, so that t is logit-normal on the
+    linear path."""
     time_mean: Annotated[float, Field(ge=-10, le=10)] = 0.0
-    """For lognormal: mean of log(sigma / alpha); above 0: more noise."""
+    """For lognormal: mean of log(sigma / alpha); above 0: more weight on high noise."""
     time_std: Annotated[float, Field(gt=0, le=10)] = 1.0
     """For lognormal: standard deviation of log(sigma / alpha)."""
     shift: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
-    """Factor on sigma / alpha of every time, in training and in sampling; above 1: more noise; auto: the root of the
-    latent's dimensions over 4096; 1: none."""
+    """Timestep shift: factor on sigma / alpha, in training and sampling. 1: none; above 1: more weight on high noise;
+    auto: sqrt(number of latent elements / 4096)."""
 
 
 class LatentCacheTable(Table):
     path: str = ""
-    """Folder made by `encode`: train on its latents; empty: encode the images of every batch."""
+    """Latent cache written by `encode`, to train on; empty: encode the images of every batch."""
     features: bool = True
-    """Take the encoders' features from the cache where it has them; false: from the images."""
+    """Read the encoders' features from the cache if it has them; false: compute them from the images."""
 
 
 class LatentNormTable(Table):
     momentum: Fraction = 0.1
-    """Weight of a batch in the running statistics."""
+    """Weight of the current batch in the running statistics."""
     eps: Annotated[float, Field(gt=0)] = 1e-4
     """Added to the variance."""
     statistics: str = ""
-    """File with the tokenizer's latent mean and standard deviation, or a diffusers folder, whose config.json has them;
-    empty: measured before the first step."""
+    """Initial latent mean and standard deviation: a file, or a diffusers folder whose config.json states them; empty:
+    measure them before the first step."""
     images: Positive = 2048
-    """Training images from which the statistics are measured when there is no file."""
+    """Number of training images used to measure the initial statistics."""
 
 
 class OptimizerTable(Table):
     lr: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    """AdamW's two decay rates per step."""
+    """AdamW's beta1 and beta2."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's epsilon."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay."""
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Gradient norm of the group above which it is scaled down; 0: never."""
+    """Maximum gradient norm of the group; 0: no clipping."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up: constant, or down to final_lr_ratio at the last step."""
+    """Learning-rate schedule after warmup: constant, or linear or cosine decay to lr * final_lr_ratio."""
     warmup_steps: NotNegative = 0
-    """Steps of linear warm-up from zero."""
+    """Steps of linear warmup from zero."""
     final_lr_ratio: Fraction = 0.0
-    """Learning rate at the last step as a fraction of the peak, for linear and cosine."""
+    """For linear and cosine: learning rate at the last step as a fraction of the peak."""
 
 
 class Optimizer(OptimizerTable):
-    """Settings of every parameter group; a sub-table ([optimizer.tokenizer]) overrides them for one group."""
+    """Optimizer settings of all parameter groups; a sub-table ([optimizer.tokenizer]) overrides them for one group."""
 
     model_config = ConfigDict(extra="allow")
 
     def group(self, name: str) -> OptimizerTable:
-        """The settings of one parameter group."""
+        """Settings of one parameter group: the common ones, updated by its sub-table."""
         base = {key: getattr(self, key) for key in OptimizerTable.model_fields}
         return OptimizerTable(**(base | (self.model_extra or {}).get(name, {})))
 
 
 class Ema(Table):
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
-    """Decay per step of the averaged denoiser, heads and latent statistics."""
+    """EMA decay per step of the denoiser, heads and latent statistics."""
     tokenizer: bool = False
-    """Average the tokenizer as well; the published runs pair the averaged denoiser with the raw tokenizer."""
+    """Also average the tokenizer; published runs pair the averaged denoiser with the raw tokenizer."""
 
 
 class Sampling(Table):
     every: NotNegative = 10_000
-    """Steps between two grids of reconstructions and samples; 0: only at the end."""
+    """Draw grids of reconstructions and samples every N steps; 0: only at the end."""
     images: Positive = 64
-    """Samples per grid, over all classes in turn."""
+    """Samples per grid, cycling through the classes."""
     method: Literal["euler", "heun", "sde"] = "euler"
-    """Integrator: ODE of first or second order, or Euler-Maruyama on the SDE."""
+    """Integrator: euler (first order) or heun (second order) for the ODE; sde: Euler-Maruyama."""
     steps: Annotated[int, Field(ge=2)] = 50
-    """Evaluations of the denoiser (twice as many for heun)."""
+    """Integration steps; heun evaluates the denoiser twice per step, the others once."""
     guidance: Annotated[float, Field(ge=1)] = 4.0
     """Classifier-free guidance scale; 1: none."""
     guidance_low: Fraction = 0.0
-    """Earliest time t with guidance, included (t = 0 is data)."""
+    """Smallest time t with guidance, inclusive (t = 0 is data)."""
     guidance_high: Fraction = 1.0
-    """Latest time t with guidance, included (t = 1 is noise)."""
+    """Largest time t with guidance, inclusive (t = 1 is noise)."""
     shift: Annotated[float, Field(ge=0)] = 0.0
-    """Factor on sigma / alpha of the integrator's equal steps; above 1: more of them at noise; 0: as in [flow]."""
+    """Timestep shift in sampling: factor on sigma / alpha of uniform times; above 1: more steps at high noise; 0: as in
+    [flow]."""
 
 
 class EvaluationTable(Table):
     every: NotNegative = 0
-    """Steps between two evaluations of samples, made as [sampling] says from the averaged weights; 0: none."""
+    """Evaluate samples from the averaged weights, generated as in [sampling], every N steps; 0: never."""
     images: Positive = 10_000
-    """Samples of an evaluation, over all classes in turn; more than the features of each distance."""
+    """Samples per evaluation, cycling through the classes; must exceed the feature dimension of each distance."""
     batch_size: Positive = 64
-    """Samples at once on each rank."""
+    """Samples per batch and rank."""
     metrics: list[Literal["fid", "sfid", "is", "precision", "recall"]] = ["fid"]
-    """Measures on Inception's features."""
+    """Metrics on Inception features."""
     encoders: list[str] = []
-    """Frechet distances on registered encoders besides, as "dinov2:size=l"."""
+    """Additional Frechet distances on encoders, e.g. "dinov2:size=l"."""
     reference: str = "dataset"
-    """What samples are compared with: the first images of the run's dataset, or a file (.npz) of statistics."""
+    """Reference for the metrics: the run's dataset, or a statistics file (.npz)."""
     reference_images: NotNegative = 50_000
-    """Images of the dataset that count; 0: all. Measured once, and kept in the run's folder."""
+    """Use the first N images of the dataset as reference; 0: all. Measured once and kept in the run folder."""
     inception_weights: str = ""
-    """File of Inception's weights; empty: torch-fidelity's own."""
+    """File of Inception weights; empty: torch-fidelity's own."""
     allow_singular: bool = False
-    """Give distances of fewer images than features, too, with a warning."""
+    """Allow distances with fewer images than features, with a warning."""
 
 
 class ProfileTable(Table):
     steps: NotNegative = 0
-    """Steps of a start that PyTorch's profiler records, into profile/ of the run's folder; 0: none. The same as
-    `train --profile=N`."""
+    """Number of steps to record with PyTorch's profiler after each start, into profile/ of the run folder; 0: none.
+    Same as `train --profile=N`."""
     first: NotNegative = 10
-    """Steps of a start that run before them, so that compilation and the allocator's growth are over."""
+    """Steps to run before recording, so that compilation and allocator growth are over."""
     memory: bool = True
-    """Record allocations during these steps, too, for a snapshot of a GPU's memory."""
+    """Also record allocations during these steps, for a GPU memory snapshot."""
 
 
 class Config(Table):
-    """One run. Tables that name a plugin take its options beside ``name``."""
+    """Config of one run. A table that names a plugin also holds the plugin's options."""
 
     plugins: list[str] = []
-    """Modules ("my_lab.encoders") or files ("my_encoder.py") with plugins, besides those in plugins/."""
+    """Modules ("my_lab.encoders") or files ("my_encoder.py") with additional plugins."""
     run: Run = Run()
     training: Training = Training()
     recipe: PluginTable
@@ -296,5 +301,5 @@ class Config(Table):
     profile: ProfileTable = ProfileTable()
 
     def to_toml(self) -> str:
-        """Every key with its value, as it can be read back."""
+        """Serialize every key that is not None, in a form that :func:`trainer.config.loads` reads."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))

@@ -1,1 +1,1 @@
-"""What a run will cost, without running it."""
+"""Estimates of a run's memory, communication and FLOPs, without running it."""

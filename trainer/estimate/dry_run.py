@@ -1,4 +1,4 @@
-"""One training step of a config as one of any number of GPUs would run it, without the GPUs: what it costs."""
+"""Cost of one training step of a config on one GPU of a given number, traced on fake tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trainer.run.parts import Parts
 from trainer.run.prepare import Preparation, mesh_shape
 from trainer.run.step import make_step
 
-PARAMETERS = "parameters that learn"
+PARAMETERS = "trained parameters"
 GRADIENTS = "gradients"
 STATES = "AdamW states"
 AVERAGES = "averages (EMA)"
@@ -32,16 +32,16 @@ OFFLOADED = (PARAMETERS, GRADIENTS, STATES, AVERAGES)
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step on one GPU.
+    """Cost of one step on one GPU.
 
     Attributes:
-        parts: what was built, without weights.
-        mesh: (replicate, shard).
-        images: per micro-batch.
-        peak: bytes by kind when most were live on the GPU.
-        most: bytes of each kind at the time when most of it was live.
-        flops: recomputation included; a multiply-add counts as two.
-        traffic: bytes sent.
+        parts: the run's parts, without weights.
+        mesh: (replicate, shard) sizes of the device mesh.
+        images: per micro-batch on this GPU.
+        peak: bytes by kind at the moment of peak GPU memory.
+        most: maximum bytes of each kind at any moment.
+        flops: including recomputation; a multiply-add counts as two.
+        traffic: bytes sent by this GPU.
     """
 
     parts: Parts
@@ -58,14 +58,14 @@ class Cost:
 
 
 def dry_run(config: Config, world_size: int, local_size: int, bf16: bool) -> Cost:
-    """Builds the run as its first rank would, and runs one whole step on tensors without data, not compiled.
+    """Build the run as rank 0 would and run one full step on fake tensors, without torch.compile.
 
     Args:
         local_size: ranks per machine.
-        bf16: autocast, and weights gathered in bf16.
+        bf16: use bf16 autocast, and gather sharded weights in bf16.
 
     Raises:
-        ConfigError: a combination that a run refuses, too.
+        ConfigError: a config that a real run would also refuse.
     """
     assemble.check(config, world_size, local_size)
     mesh = mesh_shape(config, world_size, local_size)
@@ -90,7 +90,7 @@ def dry_run(config: Config, world_size: int, local_size: int, bf16: bool) -> Cos
                 tracker.hold(STATES, prime(group.optimizer))
                 _watch_gradients(tracker, group)
             with tracker, cuda_autocast():
-                # The last step: losses that start late take part, and one that stops early does so, too.
+                # In the last step, losses that start late are active; never_stop keeps those that stop early.
                 never_stop(parts)
                 step(config.training.steps - 1, micro_batches(config, parts, world, count, tracker))
     images = config.training.batch_size // (world_size * config.training.accumulation)
@@ -99,22 +99,22 @@ def dry_run(config: Config, world_size: int, local_size: int, bf16: bool) -> Cos
 
 
 def _build(config: Config, world: World, dtype: torch.dtype | None) -> Parts:
-    """As :func:`trainer.run.assemble.build`, but everything stays on the meta device."""
+    """Like :func:`trainer.run.assemble.build`, with all parts on the meta device."""
     recipe = assemble.make_plugin("recipe", "recipe", config.recipe)
     prepare = _Weightless(config, assemble.trained_modules(recipe), world, files=False)
     if prepare.sharding is not None:
-        # One pretended device stands for GPU and host; what lives where is told by its kind.
+        # One fake device stands for both GPU and host; the kind of a tensor decides where it lives.
         prepare.sharding = dataclasses.replace(prepare.sharding, param_dtype=dtype, cpu_offload=False)
     prepare.config = _changed(config, "parallel", cpu_offload=False)
     prepare.world = dataclasses.replace(world, device=torch.device("meta"))
-    with StepTracker(), torch.device("meta"):  # the tracker answers questions for values
+    with StepTracker(), torch.device("meta"):  # the tracker returns 0 where code reads a value
         parts = assemble.build_parts(config, None, prepare)
     parts.averages = prepare.copies
     return parts
 
 
 class _Weightless(Preparation):
-    """Leaves weights without values, those of parts made on the CPU otherwise, too."""
+    """Skips weight initialization, also for parts that are normally created on the CPU."""
 
     def place(self, place: str, role: str, networks: list[nn.Module], *rest: bool, **how: bool) -> None:
         for network in networks:
@@ -132,12 +132,12 @@ def _watch_gradients(tracker: StepTracker, group) -> None:
 def micro_batches(
     config: Config, parts: Parts, world: World, count: int, tracker: StepTracker | None = None
 ) -> Iterator[tuple[Batch, Draws]]:
-    """Random images and draws of one rank.
+    """Yield random images and random numbers of one rank.
 
     Args:
-        count: of micro-batches. Where it is less than the run's, the first stands for all but the last: gradients
-            are there from the second on.
-        tracker: is told for how many each stands.
+        count: number of micro-batches. If it is less than ``training.accumulation``, the first one represents all
+            that are left out; two suffice, since gradients exist from the second on.
+        tracker: its ``repeats`` is set to the number of micro-batches that each one represents.
     """
     t = config.training
     size = t.batch_size // (world.size * t.accumulation)

@@ -1,4 +1,4 @@
-"""Running a step of any number of GPUs on one machine without any: no memory, no communication, no values."""
+"""Fake ranks: run a step of any number of GPUs on a machine without GPUs, memory, communication or values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOW = (torch.bfloat16, torch.float16)
 
 @contextlib.contextmanager
 def pretended_ranks(size: int) -> Iterator[None]:
-    """A process group of ``size`` ranks of which this process is the first and only; collectives do nothing.
+    """Fake process group of ``size`` ranks in which this process is rank 0; collectives do nothing.
 
     Raises:
         RuntimeError: a process group exists already.
@@ -24,7 +24,7 @@ def pretended_ranks(size: int) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
-        raise RuntimeError("an estimate needs a process group of its own: destroy the existing one first")
+        raise RuntimeError("an estimate creates its own process group: destroy the existing one first")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     try:
         yield
@@ -34,10 +34,10 @@ def pretended_ranks(size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def cuda_autocast() -> Iterator[None]:
-    """Lets the CPU's autocast keep norms and interpolation in fp32, as CUDA's does.
+    """Make CPU autocast run norms and interpolation in fp32, as CUDA autocast does.
 
-    Memory differs by it: what they return and keep for their backward pass is twice as large. CUDA's list is longer,
-    by functions that meet small tensors only here, or fp32 ones.
+    This doubles the size of their outputs and saved tensors. CUDA's list of fp32 functions is longer, but the others
+    are only applied to small or fp32 tensors here.
     """
     originals = {name: getattr(F, name) for name in ("layer_norm", "group_norm", "interpolate")}
     for name, function in originals.items():
@@ -61,7 +61,7 @@ def _fp32(value: object) -> object:
 
 
 def prime(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Makes the optimizer's states, which it else makes in its first step, and returns them. Changes weights."""
+    """Take one optimizer step on zero gradients to create the optimizer's states, and return them. Changes weights."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for p in parameters:
         p.grad = torch.zeros_like(p)
@@ -71,7 +71,7 @@ def prime(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def held_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    """All parameters and buffers."""
+    """All parameters and buffers of the modules."""
     for module in modules:
         yield from module.parameters()
         yield from module.buffers()

@@ -1,4 +1,4 @@
-"""The true peak of a step's memory on this machine, to hold an estimate against."""
+"""Measured peak memory of a training step on this machine, to compare with an estimate."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from trainer.run.assemble import build, check
 from trainer.run.monitor.flops import never_stop
 from trainer.run.step import make_step
 
-STEPS = 2  # optimizer states exist from the second on
+STEPS = 2  # optimizer states exist from the second step on
 
 
 def measure_peak(config: Config, world: World) -> tuple[float, bool]:
-    """Bytes at the peak of real steps with random weights and images, on the rank that needed most.
+    """Run real steps with random weights and images, and measure their peak memory.
 
-    On a GPU what PyTorch allocated; on a CPU the growth of the process's resident memory since before the model was
-    built, which libraries' scratch memory is part of.
+    On a GPU: memory allocated by PyTorch. On a CPU: growth of the process's resident memory since before the model was
+    built, which includes scratch memory of libraries.
 
     Returns:
-        bytes; whether the steps ran in bf16.
+        Peak in bytes, the maximum over ranks; whether the steps ran in bf16.
 
     Raises:
-        ConfigError: neither a GPU nor Linux.
+        ConfigError: there is neither a GPU nor Linux.
     """
     set_backends(config)
     on_gpu = world.device.type == "cuda"
     if not on_gpu and not sys.platform.startswith("linux"):
         raise ConfigError("--measure needs a GPU, or Linux to read the process's memory")
-    # Imports what the plugins need, so that it does not count.
+    # Import the plugins' dependencies first, so that they are not counted.
     check(config, world.size, world.local_size)
     gc.collect()
     if on_gpu:
@@ -55,18 +55,18 @@ def measure_peak(config: Config, world: World) -> tuple[float, bool]:
 
 
 def _return_freed_memory() -> None:
-    """glibc keeps freed memory for itself; from now on tensors go back to the system, and the peak is of live ones."""
+    """Make glibc return freed tensors to the system at once, so that the peak counts live tensors only."""
     mmap_threshold, trim_threshold, threshold = -3, -1, 65536
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(mmap_threshold, threshold)
         libc.mallopt(trim_threshold, threshold)
         libc.malloc_trim(0)
-    # The peak so far, of imports, is forgotten.
+    # Reset VmHWM, which so far holds the peak of the imports.
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def _resident(field: str) -> int:
-    """Bytes: VmRSS now, VmHWM at the peak."""
+    """Resident memory of this process in bytes: ``field`` is VmRSS (current) or VmHWM (peak)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

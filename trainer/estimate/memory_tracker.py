@@ -1,4 +1,4 @@
-"""What a step holds, computes and sends, operation by operation, on tensors without data."""
+"""Memory, FLOPs and communication of a step, tracked operation by operation on fake tensors."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ GATHERED = "weights gathered from other ranks"
 
 aten, c10d, functional = torch.ops.aten, torch.ops.c10d, torch.ops._c10d_functional
 
-# How often a ring of n ranks sends a share (n - 1) / n of the larger side's bytes past each of its ranks, and which
-# argument that side is; None: n times the input.
+# Name; number of ring passes, in each of which every rank sends (n - 1) / n of the larger tensor's bytes; index of that
+# tensor among the arguments, or None: n times the input.
 COLLECTIVES = {
     c10d._allgather_base_.default: ("all-gather", 1, 0),
     c10d._reduce_scatter_base_.default: ("reduce-scatter", 1, 1),
@@ -39,11 +39,11 @@ COLLECTIVES = {
 
 @dataclass
 class Traffic:
-    """Bytes that one GPU sends, by collective: the mean over the GPUs of a ring.
+    """Bytes that one GPU sends, by collective, averaged over the GPUs of a ring.
 
     Attributes:
-        within: to GPUs of its own node.
-        across: to other nodes.
+        within: bytes to GPUs of the same node.
+        across: bytes to other nodes.
     """
 
     within: Counter[str] = field(default_factory=Counter)
@@ -51,22 +51,21 @@ class Traffic:
 
 
 class StepTracker(TorchDispatchMode):
-    """Follows every operation inside it: live bytes by kind, floating-point operations, collectives.
+    """Dispatch mode that tracks live bytes by kind, FLOPs and collectives.
 
-    Meant for fake tensors: where an operation asks for a value (``.item()``) it is given 0. Bytes of a storage count
-    once however many tensors view it, from its first operation until Python frees it. Scratch memory inside a kernel
-    and the allocator's rounding and fragmentation are not seen.
+    Meant for fake tensors: reading a value (``.item()``) returns 0. A storage counts once, however many tensors view
+    it, from its first operation until Python frees it. Kernel workspaces and the allocator's rounding and
+    fragmentation are not tracked.
 
     Args:
-        gpus_per_node: neighbouring ranks that share a machine.
+        gpus_per_node: consecutive ranks that share a machine.
 
     Attributes:
-        repeats: how often what runs now happens in a step (micro-batches that are not run again); for operations and
-            traffic only.
+        repeats: multiplier of FLOPs and traffic, for a micro-batch that represents several.
         flops: a multiply-add counts as two.
-        traffic: of collectives, as rings: an all-gather or reduce-scatter of n ranks sends (n - 1) / n of the whole
-            tensor's bytes past each rank, an all-reduce twice that. A ring visits all its ranks of one node before
-            the next node's, so that of its n links as many cross as it has nodes.
+        traffic: of collectives, modeled as rings: in an all-gather or reduce-scatter over n ranks, each rank sends
+            (n - 1) / n of the whole tensor's bytes, in an all-reduce twice that. A ring passes through all ranks of a
+            node before the next node, so that as many of its n links cross nodes as it has nodes.
     """
 
     def __init__(self, gpus_per_node: int = 1) -> None:
@@ -75,22 +74,22 @@ class StepTracker(TorchDispatchMode):
         self.repeats = 1
         self.flops = 0
         self.traffic = Traffic()
-        self._kinds: list[str] = []  # of each storage, in the order of their first operation
-        self._events: list[tuple[int, int]] = []  # (storage, bytes more or less)
+        self._kinds: list[str] = []  # by storage, in the order of their first operation
+        self._events: list[tuple[int, int]] = []  # (storage, change in bytes)
         self._live: dict[int, _Storage] = {}  # by address
         self._paused = False
 
     def hold(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
-        """Says of what kind the storages of some tensors are; they count from now on, if they did not already."""
+        """Assign a kind to the storages of some tensors, and start tracking those that are not tracked yet."""
         for tensor in tensors:
             if tensor is not None:
                 self._kinds[self._follow(local(tensor)).index] = kind
 
     def peak(self, elsewhere: Iterable[str] = ()) -> tuple[dict[str, int], dict[str, int]]:
-        """Bytes by kind when most bytes were live, and the most of each kind at any time.
+        """Bytes by kind at the moment of peak memory, and the maximum of each kind at any moment.
 
         Args:
-            elsewhere: kinds that do not count, since they live on the host.
+            elsewhere: kinds to exclude because they live on the host.
         """
         held: Counter[str] = Counter()
         at_peak: dict[str, int] = {}
@@ -114,12 +113,12 @@ class StepTracker(TorchDispatchMode):
         def followed(storage: torch.UntypedStorage, size: int) -> Any:
             result = resize(storage, size)
             if (known := live.get(storage._cdata)) is not None:
-                # Only FSDP2 resizes: it keeps the storages of gathered weights and frees their bytes.
+                # Only FSDP2 resizes storages: it keeps those of gathered weights and frees their memory.
                 self._kinds[known.index] = GATHERED
                 self._change(known, size)
             return result
 
-        # DTensor tries operations on whole tensors, to learn shapes; no run holds those.
+        # To infer shapes, DTensor runs operations on unsharded fake tensors, which a real run never allocates.
         self._try = try_shapes = ShardingPropagator._propagate_tensor_meta_non_cached
 
         def unfollowed(*args: Any) -> Any:
@@ -140,7 +139,7 @@ class StepTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, (DTensor, AsyncCollectiveTensor)) for t in types):
-            return NotImplemented  # they come back with what they hold
+            return NotImplemented  # dispatched again on the wrapped tensors
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
@@ -200,12 +199,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _ranks(args: tuple) -> list[int]:
-    """Of the process group among a collective's arguments."""
+    """Ranks of the process group among a collective's arguments."""
     for arg in args:
         if isinstance(arg, torch.ScriptObject):
             try:
                 return dist.get_process_group_ranks(dist.ProcessGroup.unbox(arg))
-            except RuntimeError:  # a reduction, not a group
+            except RuntimeError:  # a reduce op, not a group
                 continue
         if isinstance(arg, dist.ProcessGroup):
             return dist.get_process_group_ranks(arg)

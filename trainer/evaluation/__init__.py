@@ -1,1 +1,1 @@
-"""Samples and tokenizers measured: on the command line, and while training."""
+"""Evaluation of samples and tokenizers, on the command line and during training."""

@@ -1,4 +1,4 @@
-"""Images against a reference: what is measured of each, in which order, and what comes out."""
+"""Evaluation of sample images against a reference: feature extraction, statistics, metrics."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from trainer.evaluation.references import Reference
 
 
 def check_counts(networks: Sequence[Measured], samples: int, reference: Reference, allow_singular: bool) -> None:
-    """Finds what would be refused at the end before anything is computed.
+    """Check before any computation that every metric can be computed.
 
     Raises:
-        EvaluationError: too few images, or nothing to compare with.
+        EvaluationError: there are too few images, or the reference lacks what a metric needs.
     """
     problems = []
     for m in networks:
@@ -33,8 +33,8 @@ def check_counts(networks: Sequence[Measured], samples: int, reference: Referenc
             dim, kept = m.network.dims[feature], reference.moments(m, feature)
             if kept is None and reference.images is None:
                 there = ", ".join(f"mu{e}" for e in reference.statistics)
-                problems.append(f"{m.name(metric)}: '{reference.name}' has no images and no mu{m.ending(feature)}; "
-                                f"it holds {there}")  # fmt: skip
+                problems.append(f"{m.name(metric)}: '{reference.name}' holds neither images nor mu{m.ending(feature)}, "
+                                f"only {there}")  # fmt: skip
                 continue
             few = [few_images(samples, dim, "the samples")]
             few.append(few_images(kept.count if kept else len(reference.images), dim, "the reference"))
@@ -42,15 +42,15 @@ def check_counts(networks: Sequence[Measured], samples: int, reference: Referenc
                 problems += [f"{m.name(metric)}: {text}" for text in few if text]
         if needs_neighbours(m.metrics) and reference.images is None:
             problems.append(
-                f"precision, recall: '{reference.name}' holds statistics only, but these compare image with image; "
-                "leave them out of --metrics, or give a reference with images"
+                f"precision, recall: '{reference.name}' holds statistics only, but these metrics need reference "
+                "images; remove them from --metrics, or use a reference with images"
             )
         elif needs_neighbours(m.metrics) and min(samples, len(reference.images)) <= NEIGHBOURS:
-            problems.append(f"precision, recall: they need more than {NEIGHBOURS} images on both sides")
+            problems.append(f"precision, recall: need more than {NEIGHBOURS} samples and reference images")
     if problems:
         raise EvaluationError(
-            "\n".join(problems) + "\nGive more images, choose other metrics or an encoder of fewer features; a number "
-            "with a warning: --allow-singular, in a config evaluation.allow_singular = true"
+            "\n".join(problems) + "\nUse more images, other metrics, or an encoder with fewer features; or accept a "
+            "value with a warning: --allow-singular, or evaluation.allow_singular = true in a config"
         )
 
 
@@ -64,16 +64,19 @@ def summarise(
     generated: bool,
     title: str,
 ) -> tuple[list[Summary], list[FeatureCache]]:
-    """One summary per network, and the caches to remove at the end. Collective.
+    """Summarize the features of ``images`` under each network. Collective.
 
     Args:
-        images: to look at.
-        networks: through what.
-        place: folder for the caches.
-        batch_size: images at once.
+        images: to summarize.
+        networks: feature networks and their metrics.
+        place: folder for the feature caches.
+        batch_size: images per batch and rank.
         world: this process.
-        generated: whether they are the samples.
-        title: on the progress bar.
+        generated: True for samples, False for the reference.
+        title: label of the progress bar.
+
+    Returns:
+        One summary per network, and the feature caches, to remove at the end.
     """
     found, caches = [], []
     for m in networks:
@@ -100,22 +103,23 @@ def evaluate_samples(
     allow_singular: bool = False,
     keep_statistics: str | None = None,
 ) -> tuple[dict[str, float | None], list[str], list[FeatureCache]]:
-    """Values and warnings, the same on every rank, and the caches, which may go once the values are written.
-
-    Collective.
+    """Compute metrics of samples against a reference. Collective.
 
     Args:
-        samples: images in question.
-        reference: what they are compared with.
-        networks: and what is wanted of each.
-        place: folder for what an interrupted evaluation keeps.
-        batch_size: images at once on each rank; the numbers do not depend on it but for the networks' rounding.
+        samples: images to evaluate.
+        reference: images or statistics to compare with.
+        networks: feature networks and their metrics.
+        place: folder for the feature caches, from which an interrupted evaluation resumes.
+        batch_size: images per batch and rank; affects the values only through rounding in the networks.
         world: this process.
-        allow_singular: numbers for fewer images than features, with a warning.
-        keep_statistics: file for the reference's moments.
+        allow_singular: compute distances with fewer images than features, with a warning.
+        keep_statistics: file to save the reference's moments to.
+
+    Returns:
+        Values and warnings, the same on every rank, and the feature caches, to remove once the values are written.
 
     Raises:
-        EvaluationError: too few images; an image that cannot be read.
+        EvaluationError: there are too few images, or an image cannot be read.
     """
     check_counts(networks, len(samples), reference, allow_singular)
     common = {"batch_size": batch_size, "world": world}
@@ -137,7 +141,7 @@ def evaluate_samples(
 def summarise_reference(
     reference: Reference, networks: Sequence[Measured], place: Path, *, batch_size: int, world: World
 ) -> tuple[list[Summary], list[FeatureCache]]:
-    """As :func:`summarise`; what statistics say is not measured again. Collective."""
+    """Like :func:`summarise`, for a reference; uses its statistics instead of images where it has them. Collective."""
     found, caches = [], []
     for m in networks:
         kept = {FRECHET[x]: reference.moments(m, FRECHET[x]) for x in m.metrics if x in FRECHET}
@@ -155,6 +159,6 @@ def summarise_reference(
 
 
 def write_statistics(path: str, networks: Sequence[Measured], references: Sequence[Summary]) -> None:
-    """A file that ``--reference`` takes."""
+    """Save the moments of a reference to a file that ``--reference`` accepts."""
     statistics = {m.ending(name): g for m, s in zip(networks, references) for name, g in s.moments.items()}
     save_statistics(path, statistics, {m.label: m.network.about for m in networks})

@@ -1,4 +1,4 @@
-"""Evaluation inside a training run: samples from the averaged weights, all ranks in step."""
+"""Evaluation during training: metrics of samples from the averaged weights, computed by all ranks together."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ logger = logging.getLogger("titanrepa")
 
 
 class TrainingEvaluation:
-    """What [evaluation] asks for. Everything that it needs from outside is read here, before the first step.
+    """Periodic evaluation as configured in [evaluation]. The constructor reads all files, before the first step.
 
     Args:
         config: of the run.
         world: this process.
 
     Raises:
-        ConfigError: weights or statistics are missing, or an evaluation would have too few images.
+        ConfigError: weights or statistics are missing, or there are too few images.
     """
 
     def __init__(self, config: Config, world: World) -> None:
@@ -50,12 +50,12 @@ class TrainingEvaluation:
         if "denoiser" not in registry.recipes.get(config.recipe.name).cls.uses:
             raise ConfigError(
                 f"evaluation.every = {e.every}, but recipe '{config.recipe.name}' has no denoiser to sample from; set "
-                "it to 0 (python -m trainer evaluate --reconstruction measures a tokenizer)"
+                "it to 0 (to evaluate a tokenizer: python -m trainer evaluate --reconstruction)"
             )
         if not e.metrics and not e.encoders:
             raise ConfigError(f"evaluation.every = {e.every}, but evaluation.metrics and evaluation.encoders are empty")
         try:
-            # Kept on the host between evaluations: the device's memory is the training's.
+            # Kept on the host between evaluations, to leave device memory to training.
             self.networks = make_networks(
                 e.metrics, e.encoders, e.inception_weights, config.training.resolution, torch.device("cpu")
             )
@@ -69,17 +69,17 @@ class TrainingEvaluation:
         self.summaries: list[Summary] = []
 
     def prepare(self, parts: Parts) -> None:
-        """Measures the reference, or reads what an earlier start of this run has measured. Collective.
+        """Compute the reference statistics, or load those computed at an earlier start of this run. Collective.
 
         Raises:
-            ConfigError: the dataset has too few images, or none where training reads cached latents.
+            ConfigError: the dataset has too few images, or training reads cached latents and there are no images.
         """
         e = self.settings
         if self.reference.name == "dataset":
             if parts.images is None:
                 raise ConfigError(
                     'evaluation.reference = "dataset", but this run reads cached latents and has no images; '
-                    "set it to a file of statistics (python -m trainer evaluate --save-statistics)"
+                    "set it to a statistics file (made by python -m trainer evaluate --save-statistics)"
                 )
             images: Images = dataset_images(self.config, parts.images)
             self.reference.images = First(images, e.reference_images) if e.reference_images else images
@@ -102,10 +102,10 @@ class TrainingEvaluation:
 
     @torch.no_grad()
     def __call__(self, parts: Parts, ema: Ema | None) -> tuple[dict[str, float | None], list[str]]:
-        """Values by name and warnings, the same on every rank. Collective.
+        """Return values by name and warnings, the same on every rank. Collective.
 
-        Every rank calls the sampler equally often with equally many images, since sharded weights are gathered by
-        all of them together; images beyond the last are thrown away. Image i is the same whoever draws it.
+        Every rank makes the same number of sampler calls with the same batch size, since all ranks gather sharded
+        weights together; surplus images are dropped. Image i does not depend on the rank that samples it.
         """
         e, world = self.settings, self.world
         sampler = pictures.image_sampler(self.config, parts, ema)
@@ -136,14 +136,14 @@ class TrainingEvaluation:
         return values, warnings
 
     def _add(self, m: Measured, summariser: Summariser, images: torch.Tensor, left: int) -> None:
-        """Every rank's features, batch by batch in the order of the images, as one rank alone would count them."""
+        """Add the features of all ranks in image order and in batches, as a single rank would."""
         gathered = {name: gather_rows(feature)[:left] for name, feature in m.network(images).items()}
         size = self.settings.batch_size
         for start in range(0, len(next(iter(gathered.values()))), size):
             summariser.add({name: feature[start : start + size] for name, feature in gathered.items()})
 
     def _kept(self) -> Path:
-        """The file of the reference's statistics; its name changes with whatever they depend on."""
+        """File of the reference statistics; its name is a hash of everything they depend on."""
         images = self.reference.images
         settings = {
             "images": images.identity if images is not None else self.reference.name,
@@ -154,7 +154,9 @@ class TrainingEvaluation:
 
     def _measure(self, kept: Path) -> None:
         if self.world.is_main:
-            logger.info(f"measuring {len(self.reference.images)} images of the dataset, once, for [evaluation]")
+            logger.info(
+                f"computing reference statistics of {len(self.reference.images)} dataset images for [evaluation]"
+            )
         self._to(self.world.device)
         try:
             summaries, caches = summarise_reference(
@@ -169,7 +171,9 @@ class TrainingEvaluation:
                     temporary = kept.with_suffix(f".{os.getpid()}.tmp.npy")
                     np.save(temporary, summary.pool.numpy())
                     os.replace(temporary, kept.with_suffix(".pool.npy"))
-            write_statistics(str(kept), self.networks, summaries)  # last: it says that all is there
+            write_statistics(
+                str(kept), self.networks, summaries
+            )  # last, since its presence marks the files as complete
             for cache in caches:
                 cache.remove()
 

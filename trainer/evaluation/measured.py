@@ -1,4 +1,4 @@
-"""Names of measures and encoders -> networks with weights."""
+"""Builds the feature networks, with weights, from names of metrics and encoders."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from trainer.run.assemble import make_plugin
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """An encoder on the command line or in [evaluation]: "dinov2", or "dinov2:size=l,grid=16".
+    """Encoder spec from the command line or [evaluation]: "dinov2" or "dinov2:size=l,grid=16".
 
     Attributes:
-        label: of the measure, "fd_" and this.
+        label: suffix of the metric's name: "fd_LABEL".
         name: of the plugin.
         options: of the plugin.
         grid: tokens per side.
@@ -39,11 +39,15 @@ class EncoderSpec:
 
     @staticmethod
     def parse(text: str) -> EncoderSpec:
-        """Raises :class:`ConfigError` with what is allowed. Plugins must have been discovered."""
+        """Parse a spec; the plugins must have been discovered.
+
+        Raises:
+            ConfigError: an option is unknown or malformed; states what is allowed.
+        """
         name, _, rest = text.partition(":")
         words = [f"--{word}" for word in rest.split(",") if word]
         if bad := [word for word in words if "=" not in word]:
-            raise ConfigError(f"encoder '{text}': '{bad[0][2:]}' is no option; expected NAME:key=value,key=value")
+            raise ConfigError(f"encoder '{text}': '{bad[0][2:]}' is not key=value; expected NAME:key=value,key=value")
         options = dict(configs.parse_overrides(words))
         plugin = registry.encoders.get(name)
         grid = options.pop("grid", native_grid(plugin.cls))
@@ -55,10 +59,10 @@ class EncoderSpec:
 
 @dataclass(frozen=True)
 class Measured:
-    """A network and what is wanted of it.
+    """A feature network and the metrics to compute on it.
 
     Attributes:
-        label: "" for Inception, else the encoder's.
+        label: "" for Inception, otherwise the encoder's label.
         metrics: names in :mod:`components.evaluation.measures`.
     """
 
@@ -68,47 +72,47 @@ class Measured:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells the network from others, wherever its file lies."""
+        """Identity of the network and its weights, independent of the path of its file."""
         return {key: value for key, value in self.network.about.items() if key != "file"}
 
     def name(self, metric: str) -> str:
-        """As it is reported: "fid", "fd_dinov2"."""
+        """Name in reports: "fid", "fd_dinov2"."""
         return f"{metric}_{self.label}" if self.label else metric
 
     def ending(self, feature: str) -> str:
-        """Of the feature's moments in a statistics file."""
+        """Suffix of the keys mu and sigma of ``feature`` in a statistics file."""
         return f"_{self.label}" if self.label else ENDINGS[feature]
 
 
 def chosen_metrics(metrics: Sequence[str] | None, encoders: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    """The measures of a request; none named: all, or only the encoders' where encoders are named.
+    """Metrics to compute: those named, without duplicates; if ``metrics`` is None, all known, or none with encoders.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: a name is unknown.
     """
     if metrics is None:
         return () if encoders else tuple(known)
     for metric in metrics:
         if metric not in known:
-            raise ConfigError(f"--metrics: there is no '{metric}'{nearest(metric, known)}")
+            raise ConfigError(f"--metrics: unknown metric '{metric}'{nearest(metric, known)}")
     return tuple(dict.fromkeys(metrics))
 
 
 def make_networks(
     metrics: Sequence[str], encoders: Sequence[str], weights: str, resolution: int, device: torch.device
 ) -> list[Measured]:
-    """Builds what the measures need, with weights.
+    """Build the networks that the metrics need, and load their weights.
 
     Args:
-        metrics: of Inception.
-        encoders: see :class:`EncoderSpec`.
-        weights: file of Inception's; "": the published ones.
+        metrics: on Inception features.
+        encoders: specs, see :class:`EncoderSpec`.
+        weights: file of Inception weights; "": the published ones.
         resolution: pixels per side of the images.
-        device: where they go.
+        device: to place the networks on.
 
     Raises:
         ConfigError: an encoder or an option does not exist.
-        WeightsError: weights are missing; says how to get them.
+        WeightsError: weights are missing; the message says how to obtain them.
     """
     found = [Measured("", Inception(weights).to(device), tuple(metrics))] if metrics else []
     for spec in map(EncoderSpec.parse, dict.fromkeys(encoders)):
@@ -121,10 +125,10 @@ def make_networks(
 
 
 def network_warnings(networks: Sequence[Measured]) -> list[str]:
-    """What must be said of the networks whenever their numbers are shown."""
+    """Warnings to show with the values: Inception weights that are not the published ones."""
     return [
         f"these are NOT the published Inception weights but {m.network.about['file']} (sha256 "
-        f"{m.network.about['sha256'][:8]}): FID and the like compare with nothing published"
+        f"{m.network.about['sha256'][:8]}): FID and related metrics are not comparable with published values"
         for m in networks
         if m.network.about.get("published") is False
     ]

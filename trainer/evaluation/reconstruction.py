@@ -1,4 +1,4 @@
-"""How well a tokenizer gives images back: PSNR, SSIM, LPIPS, rFID, and Frechet distances on encoders."""
+"""Reconstruction quality of a tokenizer: PSNR, SSIM, LPIPS, rFID, and Frechet distances on encoders."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ METRICS = ("rfid", "psnr", "ssim", "lpips")
 
 
 def make_lpips(config: Config, device: torch.device) -> Any:
-    """The plugin lpips with the files that the config names, if it names any; images in the range it was made for.
+    """Build the plugin lpips with the weight files that the config names, if any, for the input range "unit".
 
     Raises:
-        WeightsError: its weights are missing; says how to get them.
+        WeightsError: its weights are missing; the message says how to obtain them.
     """
     plugin = registry.losses.get("lpips")
     given = next((t.options for t in config.losses.values() if registry.losses.get(t.name) is plugin), {})
@@ -56,23 +56,26 @@ def evaluate_reconstruction(
     world: World,
     allow_singular: bool = False,
 ) -> tuple[dict[str, float | None], list[str], list[FeatureCache]]:
-    """Values, warnings, and the cache to remove at the end; reconstructions are decoded posterior means, in 8 bits.
+    """Compute reconstruction metrics of a tokenizer. Collective.
 
-    Collective.
+    Reconstructions are decoded from posterior means and rounded to 8 bits.
 
     Args:
-        tokenizer: in its place, frozen.
-        images: originals, of the size that the tokenizer takes.
-        metrics: of :data:`METRICS`; rfid is measured by the network without label.
-        networks: what Frechet distances are measured on.
-        lpips: the loss, where it is wanted.
-        place: folder for what an interrupted evaluation keeps.
-        batch_size: images at once on each rank.
+        tokenizer: frozen, on its device.
+        images: originals, at the tokenizer's resolution.
+        metrics: from :data:`METRICS`; rfid is computed on the network whose label is "".
+        networks: feature networks for Frechet distances.
+        lpips: the LPIPS loss, or None if it is not among the metrics.
+        place: folder for the feature cache, from which an interrupted evaluation resumes.
+        batch_size: images per batch and rank.
         world: this process.
-        allow_singular: numbers for fewer images than features, with a warning.
+        allow_singular: compute distances with fewer images than features, with a warning.
+
+    Returns:
+        Values by name, warnings, and the feature caches, to remove at the end.
 
     Raises:
-        EvaluationError: too few images, or one that cannot be read.
+        EvaluationError: there are too few images, or an image cannot be read.
     """
     check_counts(networks, len(images), Reference(images.name, images), allow_singular)
     pixelwise = [name for name in ("psnr", "ssim", "lpips") if name in metrics]
@@ -133,6 +136,6 @@ def evaluate_reconstruction(
 
 @torch.no_grad()
 def reconstruct(tokenizer: Any, images: Tensor) -> Tensor:
-    """uint8 (B, 3, R, R) -> the decoded posterior mean, uint8 likewise."""
+    """Reconstruct uint8 images (B, 3, R, R) from their posterior means; returns the same shape and dtype."""
     x = (images.float() / 127.5 - 1).to(parameter_dtype(tokenizer))
     return to_uint8(tokenizer.decode(tokenizer.encode(x).mean).float().clamp(-1, 1))

@@ -1,4 +1,4 @@
-"""Sets of images on the command line: samples, and what they are compared with."""
+"""Opens the image sets named on the command line: samples, and the reference to compare them with."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from trainer.run.assemble import make_plugin
 
 @dataclass
 class Reference:
-    """What samples are compared with.
+    """Reference that samples are compared with.
 
     Attributes:
-        name: as the user named it.
-        images: none where there are only statistics.
-        statistics: moments by ending, measured elsewhere; they are preferred.
-        about: which networks the statistics are of, by label; none: unknown (ADM's files).
+        name: as the user wrote it.
+        images: reference images, or None if there are only statistics.
+        statistics: precomputed moments by key suffix; they take precedence over images.
+        about: networks that the statistics were computed with, by label; None: unknown (ADM's files).
     """
 
     name: str
@@ -36,27 +36,31 @@ class Reference:
     about: dict[str, Any] | None = None
 
     def moments(self, m: Measured, feature: str) -> Gaussian | None:
-        """The kept statistics of a network's feature, if there are any; ConfigError if they are another network's."""
+        """Precomputed moments of a network's feature, or None.
+
+        Raises:
+            ConfigError: the statistics were computed with another network.
+        """
         found = self.statistics.get(m.ending(feature))
         if found is not None and self.about is not None:
             theirs = {key: value for key, value in self.about.get(m.label, {}).items() if key != "file"}
             if theirs != m.identity:
                 raise ConfigError(
-                    f"the statistics of '{self.name}' were measured by another network:\n  there {theirs}\n"
-                    f"  here  {m.identity}\nUse the same, or measure them again"
+                    f"the statistics of '{self.name}' were computed with another network:\n  file: {theirs}\n"
+                    f"  here: {m.identity}\nUse the same network, or compute the statistics again"
                 )
         return found
 
     def warnings(self, networks: Sequence[Measured]) -> list[str]:
-        """Where nobody knows which network the statistics are of."""
+        """Warn if it is unknown which network the statistics belong to, and ours is not the published one."""
         doubtful = self.about is None and any(e in self.statistics for e in ENDINGS.values())
         if doubtful and any(m.network.about.get("published") is False for m in networks):
-            return [f"'{self.name}' does not say which network its statistics are of; ADM's are of the published one"]
+            return [f"'{self.name}' does not state the network of its statistics; ADM's belong to the published one"]
         return []
 
 
 def open_samples(path: str) -> tuple[Images, dict[str, Any]]:
-    """A folder of images or an ``.npz``, and what its ``samples.json`` says of it.
+    """Open a folder of images or an ``.npz``; return the images and the contents of its ``samples.json``, if any.
 
     Raises:
         EvaluationError: there are no images, or sampling was interrupted.
@@ -71,35 +75,35 @@ def open_samples(path: str) -> tuple[Images, dict[str, Any]]:
     if not settings and (there / "checkpoints").is_dir():
         listed = "".join(f"\n  {p.parent}" for p in sorted(there.glob(f"samples/*/{SETTINGS}")))
         raise EvaluationError(
-            f"'{path}' is a run; "
-            + (f"name one of its folders of samples:{listed}" if listed else "sample from it first")
-            + f"\n(python -m trainer sample {path}; for its tokenizer: --reconstruction)"
+            f"'{path}' is a run folder; "
+            + (f"name one of its sample folders:{listed}" if listed else "sample from it first")
+            + f"\n(python -m trainer sample {path}; to evaluate its tokenizer: --reconstruction)"
         )
     images = ImageFolder(there)
     wanted = settings.get("num_samples", 0)
     if len(images) < wanted:
         raise EvaluationError(
-            f"'{path}' holds {len(images)} of {wanted} images: sampling was interrupted; run the same sample command "
-            "again, which goes on"
+            f"'{path}' holds {len(images)} of {wanted} images: sampling was interrupted; repeat the sample command to "
+            "resume"
         )
     return images, settings
 
 
 def open_reference(path: str, config: Config | None, count: int) -> Reference:
-    """An image folder, "dataset", an ADM reference batch or a statistics file.
+    """Open the reference: an image folder, the word "dataset", an ADM reference batch or a statistics file.
 
     Args:
-        path: as the user named it.
-        config: whose dataset "dataset" is.
-        count: at most so many of its images; 0: all.
+        path: as the user wrote it.
+        config: defines the dataset, for "dataset".
+        count: use at most this many images; 0: all.
 
     Raises:
-        EvaluationError: there is nothing to compare with, saying what is allowed.
+        EvaluationError: the path holds no reference; states what is allowed.
         ConfigError: "dataset" without a config.
     """
     if path == "dataset":
         if config is None:
-            raise ConfigError("--reference=dataset: which one? The samples name no run; give --config=TOML_OR_RUN")
+            raise ConfigError("--reference=dataset: the samples name no run; add --config=TOML_OR_RUN")
         images: Images = dataset_images(config)
         return Reference(path, First(images, count) if count else images)
     there = Path(path).expanduser()
@@ -121,11 +125,12 @@ def open_reference(path: str, config: Config | None, count: int) -> Reference:
 
 
 def dataset_images(config: Config, dataset: Any = None) -> DatasetImages:
-    """The images of a config's dataset.
+    """Images of a config's dataset.
 
     Args:
         config: names the dataset.
-        dataset: it, where it is there already: as in training, what stands for an unreadable file counts.
+        dataset: the dataset, if it is built already. Unreadable images are then replaced by others, as in training;
+            otherwise they are errors.
     """
     strict = dataset is None
     if dataset is None:

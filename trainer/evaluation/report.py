@@ -1,4 +1,4 @@
-"""Where the numbers of an evaluation go: a table, JSON beside the images, TensorBoard."""
+"""Output of evaluation results: a table, a JSON file, TensorBoard scalars."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TITLES = {
 
 
 def table(values: dict[str, float | None], warnings: list[str]) -> str:
-    """Lines for a terminal; a value that a warning is about bears a star."""
+    """Format values and warnings for the terminal; a star marks values with a warning."""
     width = max([len(_title(name)) for name in values] + [16])
     lines = []
     for name, value in values.items():
@@ -41,10 +41,10 @@ def table(values: dict[str, float | None], warnings: list[str]) -> str:
 
 
 def write_json(path: Path, values: dict[str, float | None], warnings: list[str], about: dict[str, Any]) -> None:
-    """One object: ``metrics``, ``warnings`` and where they come from; whole or not at all.
+    """Write ``metrics``, ``warnings`` and their provenance as one JSON object, atomically.
 
     Raises:
-        EvaluationError: the folder cannot be written to.
+        EvaluationError: the file cannot be written.
     """
     metrics = {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
     whole = {"metrics": metrics, "warnings": warnings, **about, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -55,10 +55,10 @@ def write_json(path: Path, values: dict[str, float | None], warnings: list[str],
 
 
 def write_curves(run: Path, setting: str, step: int, values: dict[str, float | None]) -> Path:
-    """Scalars ``evaluation/NAME`` at a step, below the run's TensorBoard folder; gives their folder.
+    """Write scalars ``evaluation/NAME`` to a subfolder of the run's TensorBoard folder; return that subfolder.
 
-    They have a folder of their own, since TensorBoard follows only the newest file of each, which a training run may
-    be writing. Each setting of the sampler is a curve over the run's steps.
+    It is separate because TensorBoard follows only the newest file in a folder, which a training run may be writing.
+    Each sampler setting has its own subfolder, and is thus one curve over the run's steps.
     """
     folder = run / "tensorboard" / ("evaluate-" + re.sub(r"^step\d+-", "", setting) if setting else "evaluate")
     found = {f"evaluation/{n}": v for n, v in values.items() if v is not None and math.isfinite(v)}

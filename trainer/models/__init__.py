@@ -1,1 +1,1 @@
-"""Trained models in and out."""
+"""Loading trained models, importing weights, and sample folders."""

@@ -1,4 +1,4 @@
-"""Weights of other programs -> the states of our modules, checked against a config's architecture."""
+"""Converts weights of other programs to state dicts of our modules, checked against a config's architecture."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ State = dict[str, Tensor]
 
 @dataclass
 class Imported:
-    """What was found.
+    """Imported weights.
 
     Attributes:
-        step: optimizer steps behind the weights, if the file says.
+        step: optimizer steps of training, if the file states them, otherwise 0.
         weights: "ema" or "online".
         states: state dicts by part.
-        online: raw weights beside averaged ones, by part; empty where the file has one of them only.
-        notes: what the user should know, line by line.
+        online: raw weights by part, if ``states`` holds averaged weights and the file has both; otherwise empty.
+        notes: messages for the user.
     """
 
     step: int
@@ -45,19 +45,20 @@ class Imported:
 def import_model(
     config: Config, path: str, *, tokenizer: str | None = None, stats: str | None = None, weights: str = "ema"
 ) -> Imported:
-    """Reads a REPA-E checkpoint, or a tokenizer's or denoiser's own file, for the modules that a config names.
+    """Read a REPA-E checkpoint, or a file of a tokenizer or a denoiser alone, for the modules of a config.
 
     Args:
-        config: of the architecture; ``training.num_classes`` is filled in.
+        config: defines the architecture; if ``training.num_classes`` is 0, it is set from the checkpoint.
         path: file or diffusers folder.
-        tokenizer: file of the tokenizer, where ``path`` has none; none: the config's ``tokenizer.checkpoint``.
-        stats: file of latent statistics; none: those in ``path``, else the config's ``latent_norm.statistics``, else
+        tokenizer: file of the tokenizer, if ``path`` holds none; None: the config's ``tokenizer.checkpoint``.
+        stats: file of latent statistics; None: those in ``path``, else the config's ``latent_norm.statistics``, else
             those of a diffusers folder.
-        weights: "ema" or "model": which of a training checkpoint's denoisers; the other one is kept beside.
+        weights: which denoiser of a training checkpoint to import, "ema" or "model"; with "ema" the raw weights are
+            returned as ``online``.
 
     Raises:
-        ConfigError: something is missing that an option can name.
-        WeightsError: keys are missing, unexpected or mis-shaped, every one named; or a file cannot be read.
+        ConfigError: something is missing that an option can supply.
+        WeightsError: keys are missing, unexpected or mis-shaped (all are listed), or a file cannot be read.
     """
     file = files.read(path, "import")
     config.training.num_classes = config.training.num_classes or published.num_classes(
@@ -71,7 +72,7 @@ def import_model(
     problems: list[str] = []
 
     def add(part: str, state: State, into: dict[str, State]) -> None:
-        """Checks a part, so that all of them are checked before the first complaint."""
+        """Add a part's state; collect its errors, so that those of all parts are reported together."""
         try:
             check_fit(own[part], state, part, path)
         except WeightsError as error:
@@ -82,7 +83,7 @@ def import_model(
     tokenizer_file = _take_tokenizer(config, file, tokenizer, m, own["tokenizer"], found, add)
     if not found.states:
         raise ConfigError(
-            f"'{path}' holds no tensor of this config's tokenizer or denoiser; it holds {files.left_out(file)}"
+            f"'{path}' holds no tensors of this config's tokenizer or denoiser, only {files.left_out(file)}"
         )
     _take_latent_norm(config, stats, tokenizer_file, own, found)
     _take_discriminator([file, tokenizer_file], own, found, add)
@@ -90,7 +91,7 @@ def import_model(
         raise WeightsError("\n".join(problems))
     for each in {id(f): f for f in (file, tokenizer_file) if f is not None}.values():
         if rest := files.left_out(each):
-            found.notes.append(f"Left out of '{each.source}': {rest}")
+            found.notes.append(f"Not imported from '{each.source}': {rest}")
     found.notes = [*dict.fromkeys(found.notes), *_other_arguments(config, file.values.get("args"))]
     return found
 
@@ -101,7 +102,7 @@ Add = Callable[[str, State, dict[str, State]], None]
 def _take_denoiser(file: WeightsFile, own: dict[str, State], weights: str, found: Imported, add: Add) -> None:
     keys = published.join_denoiser(own) if "denoiser" in own else {}
     if weights == "ema" and not files.holds(file, "ema", keys) and files.holds(file, "model", keys):
-        found.notes.append(f"'{file.source}' has no averaged weights: these are its `model`")
+        found.notes.append(f"'{file.source}' has no averaged weights; imported its raw weights (`model`)")
         found.weights, weights = "online", "model"
     if not files.holds(file, weights, keys):
         return
@@ -114,9 +115,9 @@ def _take_denoiser(file: WeightsFile, own: dict[str, State], weights: str, found
             if part in own:
                 add(part, state, into)
             else:
-                found.notes.append(f"Left out: {part}, which the config's recipe does not use")
+                found.notes.append(f"Not imported: {part}, which the config's recipe does not use")
         if "heads" in own and "heads" not in split:
-            found.notes.append(f"'{file.source}' has no heads, which only training needs")
+            found.notes.append(f"'{file.source}' has no alignment heads; only training needs them")
 
 
 def _take_tokenizer(
@@ -154,7 +155,7 @@ def _take_latent_norm(
     if "latent_norm" not in found.states:
         if "denoiser" in found.states:
             raise ConfigError("the file has no latent statistics (bn.*), which the denoiser needs; add --stats=FILE")
-        found.notes.append("There are no latent statistics; --stats=FILE adds them")
+        found.notes.append("No latent statistics were found; --stats=FILE adds them")
 
 
 def _take_discriminator(sources: list[WeightsFile | None], own: dict[str, State], found: Imported, add: Add) -> None:
@@ -166,7 +167,7 @@ def _take_discriminator(sources: list[WeightsFile | None], own: dict[str, State]
 
 
 def _other_arguments(config: Config, arguments: Any) -> list[str]:
-    """Options of the published command line that shapes do not show, where the config says otherwise."""
+    """Warnings on training options of the published checkpoint that differ from the config and do not affect shapes."""
     lines = []
     for name, place in published.ARGUMENTS.items():
         theirs, ours = getattr(arguments, name, None), _option(config, place)
@@ -178,7 +179,7 @@ def _other_arguments(config: Config, arguments: Any) -> list[str]:
 
 
 def _option(config: Config, place: str) -> Any:
-    """A value of the config, or the default of a plugin's option; None where there is none."""
+    """Value of a config key, or the default of a plugin's option; None if the key does not exist."""
     table_name, key = place.split(".")
     table = getattr(config, table_name)
     if not isinstance(table, PluginTable):

@@ -1,4 +1,4 @@
-"""A folder of samples that can be begun, killed, gone on with, and read by other people's evaluation scripts."""
+"""Folder of samples that supports interruption and resumption, and that common evaluation scripts can read."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from trainer.config import ConfigError
 
 SETTINGS, GRID, ARCHIVE = "samples.json", "grid.png", "samples.npz"
 GRID_IMAGES = 100
-FREE = ("num_samples", "batch_size", "source")  # may differ when more is added to a folder
+FREE = ("num_samples", "batch_size", "source")  # may change when images are added to a folder
 
 
 class SampleFolder:
-    """PNG files ``000000.png``, ... and ``samples.json``, which says how they were made.
+    """PNG files ``000000.png``, ... and ``samples.json``, which records the sampling settings.
 
     Args:
-        path: made when it is missing.
+        path: of the folder; :meth:`begin` creates it if missing.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -35,7 +35,7 @@ class SampleFolder:
         return self.path / f"{i:06d}.png"
 
     def settings(self) -> dict[str, Any] | None:
-        """What ``samples.json`` says, if it is there."""
+        """Contents of ``samples.json``, or None if there is no such file."""
         try:
             return json.loads((self.path / SETTINGS).read_text())
         except FileNotFoundError:
@@ -44,21 +44,21 @@ class SampleFolder:
             raise ConfigError(f"'{self.path / SETTINGS}' is damaged ({error}); remove the folder") from error
 
     def begin(self, settings: dict[str, Any]) -> None:
-        """Notes the settings, or compares them with those that the folder was begun with.
+        """Write the settings to ``samples.json``, after a comparison with those already there.
 
         Raises:
-            ConfigError: they differ, so that the folder would mix images of two kinds; or it cannot be written.
+            ConfigError: the settings differ, the folder holds other images, or it cannot be written.
         """
         before = self.settings()
         if before is not None:
             other = [k for k in settings if k not in FREE and before.get(k) != settings[k]]
             if other:
-                listed = "".join(f"\n  {k}: {before.get(k)} there, {settings[k]} now" for k in other)
+                listed = "".join(f"\n  {k}: {before.get(k)} in the folder, {settings[k]} now" for k in other)
                 raise ConfigError(
-                    f"'{self.path}' was begun with other settings:{listed}\nRemove it, or choose another --out"
+                    f"'{self.path}' holds samples with other settings:{listed}\nRemove it, or choose another --out"
                 )
         elif self.path.is_dir() and any(self.path.glob("*.png")):
-            raise ConfigError(f"'{self.path}' holds images of another origin; choose another --out")
+            raise ConfigError(f"'{self.path}' holds images but no samples.json; choose another --out")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_whole(self.path / SETTINGS, json.dumps(settings, indent=1).encode())
@@ -66,12 +66,12 @@ class SampleFolder:
             raise ConfigError(f"--out: cannot write to '{self.path}': {error.strerror}") from error
 
     def missing(self, count: int) -> set[int]:
-        """Of images 0 to ``count`` those that are not there."""
+        """Indices below ``count`` of images that do not exist yet."""
         there = set(os.listdir(self.path))
         return {i for i in range(count) if f"{i:06d}.png" not in there}
 
     def write(self, i: int, image: Tensor) -> None:
-        """Image i, uint8 (3, R, R) on the host; the file is whole or absent."""
+        """Write image i, uint8 (3, R, R) on the CPU, atomically."""
         import io
 
         import PIL.Image
@@ -81,14 +81,14 @@ class SampleFolder:
         write_whole(self.file(i), buffer.getvalue())
 
     def read(self, i: int) -> Tensor:
-        """Image i, uint8 (3, R, R)."""
+        """Read image i, uint8 (3, R, R)."""
         import PIL.Image
 
         with PIL.Image.open(self.file(i)) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
     def write_grid(self, count: int) -> Path:
-        """The first images, side by side."""
+        """Write a grid of the first images; returns its path."""
         from trainer.run.pictures import grid, save_png
 
         images = torch.stack([self.read(i) for i in range(min(count, GRID_IMAGES))])
@@ -96,7 +96,7 @@ class SampleFolder:
         return self.path / GRID
 
     def write_archive(self, count: int, resolution: int) -> Path:
-        """The ADM suite's batch: ``arr_0``, uint8 (count, R, R, 3); image by image, never all in memory."""
+        """Write the .npz of the ADM evaluation suite, ``arr_0`` uint8 (count, R, R, 3), one image at a time."""
         path, partial = self.path / ARCHIVE, self.path / (ARCHIVE + ".partial")
         with zipfile.ZipFile(partial, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, resolution, resolution, 3)}
@@ -108,17 +108,17 @@ class SampleFolder:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that is whole or absent, whenever the process is killed."""
+    """Write a file atomically, by a rename."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(data)
     os.replace(partial, path)
 
 
 def parse_labels(text: str, num_classes: int) -> list[int] | str:
-    """``balanced``, ``random``, or class numbers ``0,207,388``.
+    """Parse ``balanced``, ``random``, or class indices ``0,207,388``.
 
     Raises:
-        ConfigError: neither, or a class that does not exist.
+        ConfigError: ``text`` is none of these, or a class does not exist.
     """
     if text in ("balanced", "random"):
         return text
@@ -128,13 +128,13 @@ def parse_labels(text: str, num_classes: int) -> list[int] | str:
         classes = []
     if not classes or not all(0 <= c < num_classes for c in classes):
         raise ConfigError(
-            f"--labels={text}: expected balanced, random, or class numbers from 0 to {num_classes - 1} as 0,3,7"
+            f"--labels={text}: expected balanced, random, or class indices from 0 to {num_classes - 1}, e.g. 0,3,7"
         )
     return classes
 
 
 def labels_of(ids: Sequence[int], kind: list[int] | str, num_classes: int, seed: int) -> list[int]:
-    """The class of each image, a function of its number: all or the listed classes in turn, or drawn at random."""
+    """Class of each image, a function of its index: cycles through all or the listed classes, or is random."""
     if kind == "random":
         return [int(torch.randint(num_classes, (), generator=generator(seed, "label", i))) for i in ids]
     classes = range(num_classes) if kind == "balanced" else kind

@@ -1,4 +1,4 @@
-"""A trained model, from wherever it lies: a run, one of its checkpoints, a model folder, or a config's own files."""
+"""Loads a trained model from a run folder, a checkpoint, a model folder, or the weight files that a config names."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ SAMPLING = ("tokenizer", "denoiser", "latent_norm")
 
 @dataclass
 class Stored:
-    """What a source holds, before anything is built.
+    """Config and weights of a source, before any module is built.
 
     Attributes:
-        config: of the run that made it.
-        states: of the modules asked for that it has, by name; whole, in the host's memory.
-        step: optimizer steps behind it; 0 for a config.
-        path: as the user named it.
-        run: folder of the run, where there is one.
-        weights: "ema" where averages were asked for; a module that has none is taken as it is.
+        config: of the run that produced it.
+        states: unsharded state dicts of the requested modules that it holds, by name, in CPU memory.
+        step: optimizer steps of training; 0 for a config.
+        path: as the user wrote it.
+        run: the run folder, if there is one.
+        weights: "ema" if averages were requested; modules without an average have their raw weights.
     """
 
     config: Config
@@ -44,19 +44,19 @@ class Stored:
 
     @property
     def label(self) -> str:
-        """Where the weights come from, for people."""
+        """Human-readable origin of the weights."""
         return f"{self.path} at step {self.step}, {self.weights} weights" if self.states else self.path
 
 
 @dataclass
 class Source(Stored):
-    """A source whose modules are built: frozen, in eval mode, whole on every rank."""
+    """Source with modules built: frozen, in eval mode, unsharded on every rank."""
 
     parts: Parts
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights that sampling uses; about a second per gigabyte."""
+        """SHA-256 over the weights used for sampling. Cost: about a second per gigabyte."""
         named = self.parts.modules.named()
         each = [fingerprint(named[name]) for name in SAMPLING if name in named]
         return hashlib.sha256("".join(each).encode()).hexdigest()
@@ -70,23 +70,24 @@ def read_source(
     overrides: Sequence[str] = (),
     needs: Sequence[str] = SAMPLING,
 ) -> Stored:
-    """Reads config and weights. Collective where there are several ranks.
+    """Read config and weights of a source. Collective if there are several ranks.
 
     Args:
-        path: a run folder, a checkpoint in it, a model folder (:mod:`components.files.model_file`), or a TOML file.
+        path: a run folder, one of its checkpoints, a model folder (:mod:`components.files.model_file`), or a TOML
+            config.
         weights: "ema" or "online".
-        step: of the checkpoint; none: the newest sound one. For run folders.
+        step: of the checkpoint, for run folders; None: the newest valid one.
         overrides: ``--section.key=value`` on the run's config.
-        needs: modules whose weights are wanted: names of ``checkpoint["modules"]``.
+        needs: modules to read the weights of: names in ``checkpoint["modules"]``.
 
     Raises:
-        ConfigError: nothing of the kind is at ``path``, saying what is.
-        CheckpointError: it is damaged, or there is no checkpoint of that step.
-        WeightsError: a model folder's file is damaged.
+        ConfigError: ``path`` is no such source; lists the available runs.
+        CheckpointError: the checkpoint is damaged, or there is none of that step.
+        WeightsError: a file of a model folder is damaged.
     """
     there = Path(path).expanduser()
     if step is not None and not (there / "checkpoints").is_dir():
-        raise ConfigError(f"--step={step} chooses among a run's checkpoints, but '{path}' is not a run folder")
+        raise ConfigError(f"--step={step} selects a checkpoint of a run folder, but '{path}' is not a run folder")
     if there.suffix == ".toml":
         return Stored(load(path, list(overrides)), {}, 0, path, None, weights)
     if (there / "manifest.json").is_file():
@@ -103,9 +104,9 @@ def read_source(
         config = loads((there / "config.toml").read_text(), str(there / "config.toml"), list(overrides))
         return Stored(config, states, int(about.get("step", 0)), path, None, about.get("weights", weights))
     if (there / "config.toml").is_file():
-        raise ConfigError(f"'{path}' is a run that has no checkpoint yet; train it first, or name another")
+        raise ConfigError(f"'{path}' is a run folder without a checkpoint; train it first, or choose another")
     raise ConfigError(
-        f"'{path}' is no trained model{'' if there.exists() else ' (it does not exist)'}; expected a run folder "
+        f"'{path}' is not a trained model{'' if there.exists() else ' (it does not exist)'}; expected a run folder "
         "(outputs/NAME), one of its checkpoints (outputs/NAME/checkpoints/step_00000100), a model folder made by "
         "export or import, or a TOML file" + _runs()
     )
@@ -122,16 +123,16 @@ def open_source(
     dataset: bool = False,
     compiled: bool = False,
 ) -> Source:
-    """Reads and builds a trained model; see :func:`read_source`.
+    """Read and build a trained model; see :func:`read_source` for the other arguments and errors.
 
     Args:
-        world: this process; every rank gets whole modules.
-        needs: fields of ``Modules``; "encoders" and others that a checkpoint does not hold load their own weights.
-        dataset: build the config's dataset, too.
-        compiled: torch.compile the modules' units.
+        world: this process; every rank builds unsharded modules.
+        needs: fields of ``Modules``; those that a checkpoint does not hold, such as "encoders", load their own weights.
+        dataset: also build the config's dataset.
+        compiled: apply torch.compile to the modules' units.
 
     Raises:
-        ConfigError: it lacks weights that are needed.
+        ConfigError: the source lacks required weights.
     """
     stored = read_source(path, weights=weights, step=step, overrides=overrides, needs=needs)
     config, seed = stored.config, stored.config.training.seed
@@ -146,7 +147,7 @@ def open_source(
         if role in stored.states:
             load_strict(module, stored.states[role], f"{role} of {what}", path)
         elif not module.state_dict():
-            pass  # pixels need no tokenizer
+            pass  # a tokenizer without weights, for pixel space
         elif role == "tokenizer" and getattr(module, "checkpoint", None):
             module.load_weights()
         elif role in SAMPLING:
@@ -187,10 +188,10 @@ def _choose(run: Path, step: int | None) -> Path:
     manager = CheckpointManager(run / "checkpoints")
     checkpoint = next(manager.candidates(), None) if step is None else run / "checkpoints" / f"step_{step:08d}"
     if checkpoint is None:
-        raise CheckpointError(f"'{run}' holds no sound checkpoint; train it first")
+        raise CheckpointError(f"'{run}' holds no valid checkpoint; train it first")
     return checkpoint
 
 
 def _runs() -> str:
     runs = sorted(p.parent for p in Path("outputs").glob("*/checkpoints"))[:10]
-    return "; there are:" + "".join(f"\n  {run}" for run in runs) if runs else ""
+    return "; available runs:" + "".join(f"\n  {run}" for run in runs) if runs else ""

@@ -1,4 +1,4 @@
-"""What happens at an alarm: a file that says what was seen, a line in the log, a mark in TensorBoard."""
+"""Handling of alarms: a diagnosis file, a log line, a TensorBoard mark, and the configured policy."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ logger = logging.getLogger("titanrepa")
 
 
 class GuardStop(Exception):
-    """The guard ended the run; the message is its report."""
+    """The guard stopped the run; the message is its report."""
 
 
 class Watch:
-    """Shows every step to the guard, and does at an alarm what the config says.
+    """Passes every step to the guard and applies the configured policy when it raises an alarm.
 
     Args:
         config: of the run.
-        world: this process; rank 0 writes.
-        recipe: of the run; says which group trains the discriminator.
+        world: this process; rank 0 writes files and logs.
+        recipe: of the run; its ``trains`` identifies the discriminator's group.
 
     Attributes:
-        guard: decides.
-        rollbacks: of this run, restarts included.
-        mark: told the name of an alarm and the number of finished steps, to show it.
+        guard: detects anomalies.
+        rollbacks: number of rollbacks of this run, across restarts.
+        mark: callback that displays an alarm; takes its name and the number of finished steps.
     """
 
     def __init__(self, config: Config, world: World, recipe: Recipe) -> None:
@@ -54,38 +54,39 @@ class Watch:
         self.rollbacks = state["rollbacks"]
 
     def forget(self, step: int) -> None:
-        """Takes back what was seen of ``step`` and later ones."""
+        """Discard what was observed of ``step`` and later steps."""
         self.guard.forget(step)
 
     def observe(self, record: StepRecord, values: dict[str, float], order: GlobalOrder, consumed: int) -> Alarm | None:
-        """Looks at a step; the same on every rank.
+        """Check one step; the result is the same on every rank.
 
         Args:
-            values: what ``record`` read.
+            record: of the step.
+            values: read from ``record``, the same on every rank.
             order: of the data.
-            consumed: samples at the end of the step.
+            consumed: samples consumed by the end of the step.
 
         Returns:
-            An alarm that calls for a rollback.
+            An alarm that requires a rollback, or None.
 
         Raises:
-            GuardStop: by policy, or since there were too many rollbacks.
+            GuardStop: by policy, or because ``guard.max_rollbacks`` is reached.
         """
         seen = dict(values)
-        if f"grad_norm/{self._adversary}" in values:  # it was trained in this step
+        if f"grad_norm/{self._adversary}" in values:  # trained in this step
             seen[ADVERSARY] = values[f"{self._adversary}/loss"]
         for alarm in self.guard.observe(record.step, seen, applied=values["skipped_steps"] == 0):
             self._write_down(alarm, record, values, samples_of(order, consumed, self.batch_size))
             if self.table.policy == "stop":
                 self.stop(alarm, "guard.policy = 'stop'")
             if self.table.policy == "rollback" and self.rollbacks >= self.table.max_rollbacks:
-                self.stop(alarm, f"guard.max_rollbacks = {self.table.max_rollbacks}, and there were as many")
+                self.stop(alarm, f"guard.max_rollbacks = {self.table.max_rollbacks} is reached")
             if self.table.policy == "rollback":
                 return alarm
         return None
 
     def stop(self, alarm: Alarm, reason: str) -> NoReturn:
-        """Ends the run with a report."""
+        """Raise :class:`GuardStop` with the closing report."""
         raise GuardStop(closing_report(alarm, self.guard, reason, self._path))
 
     def _write_down(self, alarm: Alarm, record: StepRecord, values: dict[str, float], samples: list) -> None:
@@ -95,26 +96,24 @@ class Watch:
         if self.world.is_main:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text(json.dumps(found, indent=1))
-            logger.warning(
-                f"ALARM {alarm.name} at step {alarm.step}: {alarm.message} (all that is known: {self._path})"
-            )
+            logger.warning(f"ALARM {alarm.name} at step {alarm.step}: {alarm.message} (details: {self._path})")
 
 
 def diagnosis(alarm: Alarm, record: StepRecord, values: dict[str, float], guard: Guard, samples: list) -> dict:
-    """Everything known about an alarm, as JSON can hold it.
+    """Everything known about an alarm, as a JSON-serializable dict.
 
     Args:
-        record: of the step that raised it.
-        values: what that step measured.
+        record: of the step that raised the alarm.
+        values: measured in that step.
         samples: (epoch, index into the dataset) of each image of that step, over all ranks.
     """
     layers = {name: dict(zip(names, norms.tolist())) for name, (names, norms) in record.layers.items()}
     totals = {name: math.sqrt(sum(n * n for n in norms.values())) for name, norms in layers.items()}
     first = guard.first_to_go()
     suspects = [alarm.metric.removeprefix(NORM).split("/")[0], first.module if first is not None else ""]
-    # A step that was skipped is not finite anywhere: the module that went first tells more.
+    # In a skipped step many values are non-finite; the first module to become abnormal is more informative.
     suspects = suspects[::-1] if values["skipped_steps"] else suspects
-    # The latents' variance is the tokenizer's doing.
+    # The tokenizer determines the latent variance.
     suspects = ["tokenizer" if suspect == "latent" else suspect for suspect in suspects]
     worst = next((module for module in suspects if module in layers), _largest(totals))
     return _plain(
@@ -133,17 +132,18 @@ def diagnosis(alarm: Alarm, record: StepRecord, values: dict[str, float], guard:
 
 
 def path_of(folder: Path, found: dict[str, Any]) -> Path:
-    """Where a diagnosis is written, in a run's folder."""
+    """Path of a diagnosis file in a run folder."""
     return folder / "alarms" / f"step_{found['step']:08d}_{found['alarm']['name']}.json"
 
 
 def closing_report(alarm: Alarm, guard: Guard, reason: str, path: Path | None) -> str:
-    """Why a run was stopped: the alarm, which module went first, and the last steps."""
+    """Report on a stopped run: the alarm, the first metric to become abnormal, and the last steps."""
     first = guard.first_to_go()
     lines = [f"the guard stopped the run at step {alarm.step}: {alarm.message} ({reason})"]
     if first is not None:
         lines.append(
-            f"{first.metric} went first, at step {first.step}: {first.value:.4g}, usually about {first.usual:.4g}"
+            f"first abnormal metric: {first.metric} at step {first.step}: {first.value:.4g}, usually about "
+            f"{first.usual:.4g}"
         )
     lines.append("the last steps:")
     watched = sorted({name for _, seen in list(guard.history)[-5:] for name in seen if _shown(name)})
@@ -151,11 +151,11 @@ def closing_report(alarm: Alarm, guard: Guard, reason: str, path: Path | None) -
         f"  {step:>8}  " + "  ".join(f"{name} {seen[name]:.4g}" for name in watched if name in seen)
         for step, seen in list(guard.history)[-5:]
     ]
-    return "\n".join([*lines, f"all that is known: {path}"])
+    return "\n".join([*lines, f"details: {path}"])
 
 
 def samples_of(order: GlobalOrder, consumed: int, batch_size: int) -> list[tuple[int, int]]:
-    """(epoch, index) of the images of the step that ended with ``consumed``."""
+    """(epoch, index) of the images in the step after which ``consumed`` samples had been consumed."""
     return [order.at(position) for position in range(consumed - batch_size, consumed)]
 
 
@@ -172,7 +172,7 @@ def _largest(totals: dict[str, float]) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """Infinities and NaN as text: JSON has none."""
+    """Replace infinities and NaN by text, since JSON cannot represent them."""
     if isinstance(value, dict):
         return {key: _plain(child) for key, child in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Where the latent norm's first statistics come from: a file, a latent cache, or the first training images."""
+"""Initial statistics of the latent norm: from a file, a latent cache, or the first training images."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from trainer.run.parts import Parts
 
 
 def read_statistics(path: str) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per latent channel, (C,) each.
+    """Read mean and standard deviation per latent channel, (C,) each.
 
     Args:
-        path: tensors ``mean`` and ``std``, or ``latents_bias`` and ``latents_scale`` = 1 / std, as published, or
-            ``running_mean`` and ``running_var``, as export writes the latent norm of a joint run; or a diffusers
-            folder or its config.json: ``latents_mean`` and ``latents_std``, else ``shift_factor`` and
-            1 / ``scaling_factor``.
+        path: file with tensors ``mean`` and ``std``, or ``latents_bias`` and ``latents_scale`` = 1 / std (published
+            REPA-E files), or ``running_mean`` and ``running_var`` (latent norms written by export); or a diffusers
+            folder or its config.json with ``latents_mean`` and ``latents_std``, or else ``shift_factor`` and
+            ``scaling_factor`` = 1 / std.
 
     Raises:
         ConfigError: the file is missing or holds no such pair.
@@ -62,17 +62,17 @@ def _read_diffusers(file: Path, path: str) -> tuple[Tensor, Tensor]:
         raise ConfigError(f"{what}: '{file}' is not the JSON of a diffusers autoencoder: {error}") from error
     if found is None:
         raise ConfigError(
-            f"{what}: '{file}' states neither latents_mean and latents_std nor scaling_factor; leave it empty to "
-            "measure them"
+            f"{what}: '{file}' states neither latents_mean and latents_std nor scaling_factor; leave the option empty "
+            "to measure the statistics"
         )
     return found
 
 
 @torch.no_grad()
 def measure_statistics(config: Config, parts: Parts, world: World) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of z per channel over the first training images; the same for every world size.
+    """Measure mean and standard deviation of z per channel over the first training images.
 
-    Cost: one encoder pass over ``latent_norm.images`` images, shared among the ranks.
+    The result is the same for every world size. Cost: encodes ``latent_norm.images`` images, divided among the ranks.
     """
     m: Modules = parts.modules
     batch_size = config.training.batch_size
@@ -88,7 +88,7 @@ def measure_statistics(config: Config, parts: Parts, world: World) -> tuple[Tens
         x = x.to(parameter_dtype(m.tokenizer))
         step, first = divmod(position, batch_size)
         here = range(first, first + len(x))
-        # A key of its own: training must not see these numbers again.
+        # Negative step: training must not reuse these random numbers.
         draws = draw(config.training.seed, -1 - step, here, batch_size, parts.latent)
         z = m.tokenizer.encode(x).sample(draws.posterior.to(world.device)).double()
         total += torch.stack([torch.ones_like(z), z, z.square()]).sum(dim=(1, 3, 4))
@@ -100,7 +100,11 @@ def measure_statistics(config: Config, parts: Parts, world: World) -> tuple[Tens
 
 
 def prepare_latent_norm(config: Config, parts: Parts, world: World) -> None:
-    """Sets the latent norm's running statistics before the first step of a new run."""
+    """Set the latent norm's running statistics before the first step of a new run.
+
+    Raises:
+        ConfigError: the statistics cannot be read or do not fit the latents.
+    """
     if parts.modules.latent_norm is None:
         return
     path = config.latent_norm.statistics

@@ -1,4 +1,4 @@
-"""The training loop: resume, iterate, watch, log, draw, save, stop when asked."""
+"""The training loop: resume, step, check for anomalies, log, sample, evaluate, save, and stop gracefully."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ logger = logging.getLogger("titanrepa")
 
 
 class Trainer:
-    """One run, from assembly to the last step.
+    """One training run, from assembly to the last step.
 
     Args:
         config: validated.
-        world: this process among the ranks.
+        world: this process.
 
     Raises:
-        ConfigError: before any large part is built.
+        ConfigError: the config cannot be run; raised before any large part is built.
     """
 
     def __init__(self, config: Config, world: World) -> None:
@@ -55,7 +55,7 @@ class Trainer:
         self._meta = check(config, world.size, world.local_size)
         self.evaluation = TrainingEvaluation(config, world) if config.evaluation.every else None
         self.parts = build(config, world)
-        # Who samples from the run later may not have the data.
+        # Recorded in the config, since the dataset may be unavailable when the run is sampled from.
         config.training.num_classes = self.parts.num_classes
         self.metrics = Metrics()
         self.clock = PhaseClock(self.device)
@@ -70,16 +70,16 @@ class Trainer:
         self.profiler: Profiler | None = None
         self.step = 0
         self.consumed = 0
-        # A record is read one step later on a GPU, when its copy has long arrived; a CPU computes as it goes.
+        # On a GPU a record is read one step later, so that its copy to the host has completed and reading never waits.
         self.lag = 1 if self.device.type == "cuda" else 0
         self._unread: deque[tuple[StepRecord, int]] = deque()
         self.signals = StopSignals(self._log)
-        self.stopping = False  # all ranks know of a signal on one of them
+        self.stopping = False  # a signal arrived on some rank; the same on all ranks
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state(self) -> dict:
-        """Everything the next step depends on, and the frozen tokenizer, so that a run folder can be sampled from."""
+        """Everything the next step depends on, and the tokenizer even if frozen, for sampling from a run folder."""
         modules = {"tokenizer", "latent_norm"} | {name for group in self.groups.values() for name in group.modules}
         named = self.parts.modules.named()
         return {
@@ -96,7 +96,7 @@ class Trainer:
         }
 
     def load(self, path: Path) -> str:
-        """Puts a checkpoint into the run; returns the config that it was written with."""
+        """Load a checkpoint into the run; returns the config that it was saved with."""
         state = self.checkpoints.load(path, self.state())
         named = self.parts.modules.named()
         for name, module in state["modules"].items():
@@ -112,26 +112,26 @@ class Trainer:
         return state["config"]
 
     def resume(self) -> bool:
-        """Loads the newest sound checkpoint of the run folder, if there is one."""
+        """Load the newest valid checkpoint of the run folder; returns False if there is none."""
         path = self.checkpoints.latest()
         if path is None:
             return False
         written_with = self.load(path)
         self._log(f"resumed from {path} at step {self.step}")
         for change in changes(written_with, self.config.to_toml()):
-            self._log(f"changed since that checkpoint: {change}")
+            self._log(f"config changed since that checkpoint: {change}")
         return True
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def run(self) -> bool:
-        """Trains to the last step, or to the step in which a signal arrives on any rank.
+        """Train to the last step, or until a signal arrives on any rank.
 
         Returns:
             Whether the run is complete.
 
         Raises:
-            GuardStop: at an alarm, by policy.
+            GuardStop: an alarm stopped the run, by policy.
         """
         self._prepare_folder()
         if not self.resume():
@@ -141,7 +141,7 @@ class Trainer:
                 self.ema.reset()
         if self.step >= self.config.training.steps:
             total = self.config.training.steps
-            self._log(f"already complete: step {self.step} of {total}; raise training.steps to go on")
+            self._log(f"already complete: step {self.step} of {total}; increase training.steps to continue")
             return True
         if self.evaluation is not None:
             self.evaluation.prepare(self.parts)
@@ -157,12 +157,12 @@ class Trainer:
                     break
                 self._roll_back(alarm)
                 reporter.begin(self.step)
-                reporter.mark(alarm.name, self.step)  # what is behind this step was just taken back
+                reporter.mark(alarm.name, self.step)  # again: begin() has just hidden points of later steps
             self.saves.finish()
         return self.step >= self.config.training.steps
 
     def _train(self, batches: Prefetcher, reporter: Reporter, collect_garbage) -> Alarm | None:
-        """Steps until the end, a stop, or an alarm that calls for a rollback, which is returned."""
+        """Train until the last step, a stop, or an alarm that requires a rollback, which is returned."""
         total = self.config.training.steps
         while self.step < total and not self.stopping:
             if self.profiler is not None:
@@ -184,7 +184,7 @@ class Trainer:
         return None
 
     def _read(self, lag: int) -> Alarm | None:
-        """Looks at what steps measured, all but the last ``lag``; the same on every rank."""
+        """Read and check the records of all steps but the last ``lag``; returns an alarm, the same on every rank."""
         while len(self._unread) > lag:
             record, consumed = self._unread.popleft()
             values = record.read()
@@ -204,7 +204,7 @@ class Trainer:
             values["data/epoch"] = self.consumed / len(self.parts.dataset)
             reporter.report(self.step, values, batches.waited_s)
         outside = reporter.stopwatch.outside
-        # Saved first: pictures take memory, and must not cost the step if they fail.
+        # Save first: drawing needs memory, and a failure there must not lose the step.
         if last or self.stopping:
             with outside("saving"):
                 self.saves.save(self.step)
@@ -219,14 +219,14 @@ class Trainer:
                 reporter.evaluated(self.step, *self.evaluation(self.parts, self.ema))
 
     def _due(self) -> bool:
-        """Whether something that needs all records happens behind this step."""
+        """Whether logging, saving, drawing or evaluation, which need all records, follows this step."""
         run, every = self.config.run, self.config.sampling.every
         cadences = [run.log_every, run.checkpoint_every, every, self.config.evaluation.every]
         return self.step in (1, self.config.training.steps) or any(n and self.step % n == 0 for n in cadences)
 
     @contextlib.contextmanager
     def _profiling(self, reporter: Reporter) -> Iterator[None]:
-        """Inside, some steps are profiled if the config says so."""
+        """Context manager that profiles some steps if the config says so."""
         table = self.config.profile
         if not table.steps:
             yield
@@ -271,10 +271,10 @@ class Trainer:
             yield batch, draws
 
     def _roll_back(self, alarm: Alarm) -> None:
-        """To the last good checkpoint, but behind the data that has been seen since.
+        """Load the last checkpoint before the anomaly began, but continue with data that has not been seen yet.
 
         Raises:
-            GuardStop: there is none.
+            GuardStop: there is no such checkpoint.
         """
         consumed, rollbacks, came_from = self.consumed, self.watch.rollbacks + 1, self.step
         self._unread.clear()
@@ -282,17 +282,17 @@ class Trainer:
         self.saves.finish()
         good = next(self.checkpoints.candidates(up_to=alarm.onset), None)
         if good is None:
-            self.watch.stop(alarm, f"there is no checkpoint from before step {alarm.onset}, when the trouble began")
+            self.watch.stop(alarm, f"there is no checkpoint from before step {alarm.onset}, where the anomaly began")
         self.load(good)
         self.watch.forget(self.step)
         skipped = consumed - self.consumed
         self.consumed, self.watch.rollbacks = consumed, rollbacks
-        # What was saved since the trouble began must not be resumed from; and a restart must skip the data, too.
+        # Never resume from checkpoints saved after the anomaly began. Save, so that a restart skips the data as well.
         self.checkpoints.discard(beyond=self.step)
         self.saves.save(self.step)
         self._log(
-            f"rolled back from step {came_from} to {self.step} ({rollbacks} of {self.config.guard.max_rollbacks}); "
-            f"{skipped} samples are skipped"
+            f"rolled back from step {came_from} to step {self.step} (rollback {rollbacks} of at most "
+            f"{self.config.guard.max_rollbacks}); skipping {skipped} samples"
         )
 
     # -- reports -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The parts that a run is made of."""
+"""The parts of a run."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from components.contracts import Dataset, LatentShape, Modules, Recipe
 
 @dataclass
 class Parts:
-    """A run's parts, before optimizers.
+    """Parts of a run, without optimizers.
 
     Attributes:
-        recipe: the algorithm.
-        modules: what it works on; only what it uses is built.
-        dataset: what training reads: images, or cached latents; none if it was not asked for.
+        recipe: the training algorithm.
+        modules: networks and losses; only those that the recipe uses are built.
+        dataset: what training reads: images or cached latents; None if not requested.
+        num_classes: number of classes.
         latent: shape of one latent.
         unused: tables of the config that the recipe does not use.
-        averages: copies of modules to average into, by name; sharded like the modules.
-        images: the dataset itself; none where training reads cached latents and the images are not there.
+        averages: copies of modules for the EMA, by name; sharded like the modules.
+        images: the image dataset; None if training reads cached latents and no images are available.
     """
 
     recipe: Recipe
@@ -34,5 +35,5 @@ class Parts:
 
     @property
     def extra_dim(self) -> int:
-        """Features of the vector that the denoiser denoises with the latent; 0: none."""
+        """Dimension of the vector (a class token) that the denoiser denoises together with the latent; 0: none."""
         return getattr(self.modules.denoiser, "extra_dim", 0)

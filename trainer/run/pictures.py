@@ -1,4 +1,4 @@
-"""What a run looks like: reconstructions and latents of fixed images, and samples from fixed noise."""
+"""Image grids of a run: reconstructions and latents of fixed images, and samples from fixed noise."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from trainer.config import Config
 from trainer.run.parts import Parts
 
 COLUMNS = 10
-AT_ONCE = 64  # images in one call of the denoiser; bounds the memory
+AT_ONCE = 64  # images per call of the sampler; bounds memory
 MAX_RECONSTRUCTIONS = 20
 
 
 def averaged(parts: Parts, ema: Ema | None, name: str):
-    """The averaged copy of a module where there is one, else the module itself."""
+    """EMA copy of a module if there is one, otherwise the module itself."""
     return ema.modules[name] if ema is not None and name in ema.modules else getattr(parts.modules, name)
 
 
 def image_sampler(config: Config, parts: Parts, ema: Ema | None) -> ImageSampler:
-    """Samples as [sampling] says, from the averaged weights."""
+    """Sampler with the settings of [sampling] and the averaged weights."""
     s = config.sampling
     guidance = Guidance(s.guidance, s.guidance_low, s.guidance_high)
     plan = SamplingPlan(s.method, s.steps, guidance, config.training.seed, s.shift)
@@ -37,50 +37,50 @@ def image_sampler(config: Config, parts: Parts, ema: Ema | None) -> ImageSampler
 
 
 def sample_images(config: Config, parts: Parts, ema: Ema | None, world: World, count: int) -> tuple[Tensor, Tensor]:
-    """Images 0 to ``count`` (count, 3, R, R) in [-1, 1] and their labels (count,), classes in turn, on every rank.
+    """Sample images (count, 3, R, R) in [-1, 1], cycling through the classes; returns them and labels (count,).
 
-    Grids of different steps show the same noise. The ranks divide the work, and make as many calls each: sharded
-    weights are gathered by all of them together.
+    The noise is the same at every step of a run. Collective: every rank samples a share, makes the same number of
+    calls, since all ranks gather sharded weights together, and returns all images.
     """
     sampler = image_sampler(config, parts, ema)
     share = -(-count // world.size)
     ids = torch.arange(world.rank * share, (world.rank + 1) * share, device=world.device)
     chunks = ids.split(AT_ONCE)
     images = torch.cat([sampler(chunk.tolist(), chunk % parts.num_classes) for chunk in chunks])
-    # Ids beyond the count only keep the ranks in step.
+    # Images beyond the count exist only so that all ranks make the same calls.
     return gather_rows(images)[:count], torch.arange(count, device=world.device) % parts.num_classes
 
 
 @torch.no_grad()
 def reconstruct(parts: Parts, ema: Ema | None, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Posterior means (B, C, h, w) of images (B, 3, R, R) in [-1, 1], and what is decoded from them."""
+    """Posterior means (B, C, h, w) of images (B, 3, R, R) in [-1, 1], and the images decoded from them."""
     tokenizer = averaged(parts, ema, "tokenizer")
     means = tokenizer.encode(images.to(parameter_dtype(tokenizer))).mean
     return means, tokenizer.decode(means).float().clamp(-1, 1)
 
 
 def fixed_images(parts: Parts, device: torch.device) -> Tensor:
-    """The dataset's first images, (B, 3, R, R) in [-1, 1]; ``parts.images`` must be there."""
+    """First images of the dataset, (B, 3, R, R) in [-1, 1]; requires ``parts.images``."""
     count = min(MAX_RECONSTRUCTIONS, len(parts.images))
     images = torch.stack([parts.images[i].image for i in range(count)])
     return images.to(device).float().div_(127.5).sub_(1)
 
 
 def grid(images: Tensor, columns: int = COLUMNS) -> Tensor:
-    """(B, 3, R, R) in [-1, 1] -> one picture (3, H, W) in [0, 1]."""
+    """Arrange images (B, 3, R, R) in [-1, 1] in a grid (3, H, W) in [0, 1]."""
     from torchvision.utils import make_grid
 
     return make_grid(images.float().cpu().clamp(-1, 1) * 0.5 + 0.5, nrow=columns, padding=2, pad_value=1.0)
 
 
 def in_rows(*kinds: Tensor) -> Tensor:
-    """Rows of the first kind's images, below each the row of every other kind; each (B, 3, R, R) in [-1, 1]."""
+    """Grid of several image batches (B, 3, R, R) in [-1, 1], with corresponding rows below each other."""
     rows = [row for rows in zip(*(images.float().cpu().split(COLUMNS) for images in kinds)) for row in rows]
     return grid(torch.cat(rows), columns=min(COLUMNS, len(kinds[0])))
 
 
 def in_colors(latents: Tensor, side: int) -> Tensor:
-    """Latents (B, C, h, w) as images (B, 3, side, side) in [-1, 1]: their first three principal components."""
+    """First three principal components of latents (B, C, h, w), as images (B, 3, side, side) in [-1, 1]."""
     colors = principal_components(latents.cpu())
     return F.interpolate(colors, size=(side, side), mode="nearest-exact") * 2 - 1
 

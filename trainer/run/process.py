@@ -1,4 +1,4 @@
-"""What a run changes about its process: signals, and Python's garbage collection."""
+"""Process-wide changes during a run: signal handlers and Python's garbage collection."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import gc
 import signal
 from collections.abc import Callable, Iterator
 
-# Ctrl-C; schedulers' "end now"; Slurm's notice ahead of the time limit.
+# Ctrl-C; termination by a scheduler; Slurm's notice before the time limit.
 CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """Inside, a signal asks for a stop; outside, signals do what they did.
+    """Context manager that turns SIGINT, SIGTERM and SIGUSR1 into a request for a graceful stop.
 
-    A second Ctrl-C raises KeyboardInterrupt. Once a stop was asked for, later signals of schedulers are ignored for
-    good: they often send several, and one that comes while the process saves or ends would kill it.
+    A second Ctrl-C raises KeyboardInterrupt. After a request, SIGTERM and SIGUSR1 stay ignored even outside the
+    context: schedulers often send several, and one that arrives during saving or exit would kill the process.
 
     Args:
-        log: told what is going to happen.
+        log: called with a message for the user.
 
     Attributes:
-        requested: whether a signal came.
+        requested: whether a signal has arrived.
     """
 
     def __init__(self, log: Callable[[str], None]) -> None:
@@ -46,15 +46,15 @@ class StopSignals:
 
 @contextlib.contextmanager
 def garbage_collected(every: int) -> Iterator[Callable[[int], None]]:
-    """Python's own collecting is off inside; gives what to call after each step, which collects on every n-th.
+    """Context manager that replaces automatic garbage collection by one every ``every`` steps.
 
-    Ranks then pause together. 0 leaves it to Python.
+    Yields a function to call after each step, so that all ranks pause together. 0: leave collection to Python.
     """
     if not every:
         yield lambda step: None
         return
     gc.collect()
-    gc.freeze()  # what a run is built of stays: no need to look through it again
+    gc.freeze()  # exclude the run's long-lived objects from later collections
     gc.disable()
     try:
         yield lambda step: gc.collect() if step % every == 0 else None

@@ -1,4 +1,4 @@
-"""What a run shows: TensorBoard, metrics.jsonl, the progress bar, log lines, pictures."""
+"""Output of a run: TensorBoard, metrics.jsonl, the progress bar, log lines, image grids."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from trainer.run.parts import Parts
 
 logger = logging.getLogger("titanrepa")
 
-# Curves whose last points stand in the HPARAMS tab.
+# Scalars whose last values appear in the HPARAMS tab.
 FINAL = ("evaluation/", "samples/", "speed/images_per_s", "speed/mfu", "latent/variance", "latent/spatial_variance")
 
 
 class Reporter:
-    """Writes what rank 0 shows; every rank calls every method, since some of what is shown is computed together.
+    """Writes the output of a run on rank 0. Every rank calls every method, since some are collective.
 
     Args:
         config: of the run.
         world: this process.
-        groups: names of the parameter groups, whose losses stand on the progress bar.
-        step: the last finished one.
-        flops_per_image: that the model needs; None: not known, so that TFLOP/s and MFU are not shown.
+        groups: names of the parameter groups, whose losses appear on the progress bar.
+        step: last finished step.
+        flops_per_image: FLOPs of the model per image; None: unknown, so TFLOP/s and MFU are not reported.
 
     Attributes:
-        stopwatch: told of what is not training.
+        stopwatch: measures training time and its interruptions.
     """
 
     def __init__(
@@ -47,16 +47,16 @@ class Reporter:
         self.stopwatch = Stopwatch(world.device)
         self.stragglers = Stragglers()
         self.peak = self._peak()
-        self._shown: dict[str, float] = {}  # the last value of each tag
-        self._trained: tuple[float, dict[str, float]] = (0.0, {})  # seconds, and those of each interruption
-        # None: only on a terminal. Elsewhere a bar is noise, and report() logs lines.
+        self._shown: dict[str, float] = {}  # last value by tag
+        self._trained: tuple[float, dict[str, float]] = (0.0, {})  # seconds of training, and of each interruption
+        # None: show the bar only on a terminal; elsewhere report() logs lines.
         disable = None if world.is_main else True
         total = config.training.steps
         self.bar = tqdm(total=total, initial=step, unit="step", disable=disable, dynamic_ncols=True)
         self.begin(step)
 
     def begin(self, step: int) -> None:
-        """Starts after ``step``; TensorBoard hides points of later steps, which a rollback or resume discarded."""
+        """Start after ``step``; TensorBoard hides points of later steps, which a rollback or resume discarded."""
         self._since = (step, 0.0)
         self._eta = Eta(step, self.config.training.steps)
         self.stopwatch.begin()
@@ -69,7 +69,7 @@ class Reporter:
             self.writer.text("config", "```toml\n" + self.config.to_toml() + "```", step)
 
     def close(self) -> None:
-        """Also after an error: writes the hyperparameters with the last values, and how the time was spent."""
+        """Write the hyperparameters with the last values, and log how time was spent. To be called after errors too."""
         self.bar.close()
         if self.writer is None:
             return
@@ -81,12 +81,12 @@ class Reporter:
         self.writer.close()
 
     def report(self, step: int, values: dict[str, float], waited_s: float) -> None:
-        """Shows the means since the last report. The device has nothing left to do.
+        """Report the means since the last report; the device must be idle. Collective.
 
         Args:
-            step: finished steps.
+            step: number of finished steps.
             values: by TensorBoard tag.
-            waited_s: seconds that this rank has ever waited for data.
+            waited_s: total seconds that this rank has waited for data so far.
         """
         seconds, outside = self.stopwatch.read()
         with self.stopwatch.outside("logging"):
@@ -113,11 +113,11 @@ class Reporter:
         self._write(step, values)
         if values.get("skipped_steps"):
             share = values["skipped_steps"]
-            logger.warning(f"step {step}: {share:.0%} of the last {steps} steps skipped: not finite")
+            logger.warning(f"step {step}: skipped {share:.0%} of the last {steps} steps: not finite")
         self._log(step, values)
 
     def _log(self, step: int, values: dict[str, float]) -> None:
-        """The progress bar, and a line in the log; on a terminal the bar is enough."""
+        """Update the progress bar and log a line; a terminal with a bar does not show the line."""
         shown = {name: f"{values[f'{name}/loss']:.3f}" for name in self.groups if f"{name}/loss" in values}
         speed = {"images/s": f"{values['speed/images_per_s']:.4g}"}
         if "speed/mfu" in values:
@@ -134,7 +134,7 @@ class Reporter:
         logger.info(f"step {step} of {total}: {', '.join(line)}", extra={"on_bar": not self.bar.disable})
 
     def mark(self, alarm: str, step: int) -> None:
-        """Marks an alarm in TensorBoard at once: the run may end by it."""
+        """Mark an alarm in TensorBoard at once, since it may end the run."""
         if self.writer is not None:
             self.writer.scalars({f"alarms/{alarm}": 1.0}, step)
 
@@ -143,10 +143,12 @@ class Reporter:
         return self.stragglers(step, ranks)
 
     def draw(self, step: int, parts: Parts, ema: Ema | None) -> None:
-        """Grids of reconstructions with their latents and of samples, histograms of the latent norm's statistics, and
-        how many samples the dataset's own judge recognizes."""
+        """Write image grids, latent norm histograms, and the fraction of samples that the dataset's judge recognizes.
+
+        The grids show reconstructions with their latents, and samples. Collective.
+        """
         panels = {}
-        if parts.images is not None:  # on cached latents they need not be there
+        if parts.images is not None:  # may be absent with cached latents
             originals = pictures.fixed_images(parts, self.world.device)
             latents, rebuilt = pictures.reconstruct(parts, ema, originals)
             colors = pictures.in_colors(latents, originals.shape[-1])
@@ -160,7 +162,7 @@ class Reporter:
         if images is not None and hasattr(parts.images, "judge"):
             right = (parts.images.judge(images.cpu()) == labels.cpu()).float().mean().item()
             self._write(step, {"samples/judged_right": right}, json_too=False)
-            logger.info(f"step {step}: the judge recognises {right:.0%} of {len(images)} samples")
+            logger.info(f"step {step}: the judge recognizes {right:.0%} of {len(images)} samples")
         if (norm := parts.modules.latent_norm) is not None:
             self.writer.histogram("latent_norm/running_mean", norm.running_mean, step)
             self.writer.histogram("latent_norm/running_variance", norm.running_var, step)
@@ -169,7 +171,7 @@ class Reporter:
             pictures.save_png(picture, self.folder / "images" / f"{name}_{step:08d}.png")
 
     def evaluated(self, step: int, values: dict[str, float | None], warnings: list[str]) -> None:
-        """Shows how samples compare with real images; None is a value that could not be had."""
+        """Report metrics of samples; None marks a value that could not be computed."""
         if self.writer is None:
             return
         for warning in warnings:
@@ -186,14 +188,14 @@ class Reporter:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
     def _add_up(self, seconds: float, outside: dict[str, float]) -> tuple[float, dict[str, float]]:
-        """What was spent since the start of this process."""
+        """Add to the time spent since the start of this process, and return the totals."""
         before, parts = self._trained
         names = dict.fromkeys((*parts, *outside))
         self._trained = before + seconds, {name: parts.get(name, 0.0) + outside.get(name, 0.0) for name in names}
         return self._trained
 
     def _final_metrics(self) -> list[str]:
-        """Tags for the HPARAMS tab. TensorBoard keeps the list that a run's first end wrote: also what comes later."""
+        """Tags for the HPARAMS tab, including later ones, since TensorBoard keeps the list of a run's first end."""
         e, dataset = self.config.evaluation, registry.datasets.get(self.config.dataset.name).cls
         coming = [f"evaluation/{name}" for name in e.metrics if e.every]
         if "denoiser" in self.groups and hasattr(dataset, "judge"):
@@ -202,12 +204,12 @@ class Reporter:
         return list(dict.fromkeys([*(f"{group}/loss" for group in self.groups), *shown, *coming]))
 
     def _peak(self) -> float | None:
-        """TFLOP/s of the GPU; says so where it is not known."""
+        """Peak TFLOP/s of the GPU, or None; logs if the GPU is unknown."""
         if not self.world.is_main or self.world.device.type != "cuda":
             return None
         name, peak = device_peak(self.world.device)
         if peak is None:
             logger.info(
-                f"the peak of '{name}' is not known (components/monitor/hardware.py): TFLOP/s is shown, MFU is not"
+                f"unknown peak FLOP/s of '{name}' (see components/monitor/hardware.py): reporting TFLOP/s without MFU"
             )
         return peak

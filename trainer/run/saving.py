@@ -1,4 +1,4 @@
-"""A run's checkpoints: written in the background while training goes on; a full disk is a warning, not an end."""
+"""Saving of a run's checkpoints, optionally in the background; a failed periodic save only causes a warning."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ logger = logging.getLogger("titanrepa")
 
 
 class Saves:
-    """The checkpoints of a run. Every rank calls every method.
+    """Saves the checkpoints of a run. All methods are collective.
 
     Args:
-        manager: writes and reads them.
-        world: this process; rank 0 tells what happens.
-        state: what to save.
+        manager: reads and writes checkpoints.
+        world: this process; rank 0 logs.
+        state: returns the state to save.
     """
 
     def __init__(self, manager: CheckpointManager, world: World, state: Callable[[], dict[str, Any]]) -> None:
         self.manager, self.world, self.state = manager, world, state
 
     def save(self, step: int) -> None:
-        """Writes a checkpoint and waits until it is on the disk.
+        """Write a checkpoint and wait until it is on disk.
 
         Raises:
-            CheckpointError: it cannot be written.
+            CheckpointError: the checkpoint cannot be written.
         """
         self.finish()
         start = time.perf_counter()
@@ -39,7 +39,7 @@ class Saves:
         self._log(f"saved {path} in {time.perf_counter() - start:.1f} s")
 
     def try_to_save(self, step: int, in_background: bool) -> None:
-        """The same, but the run survives a failure with a warning, and may go on while the disk is at work."""
+        """Write a checkpoint, optionally in the background; a failure is logged as a warning and the run continues."""
         if not in_background:
             with self._only_warning():
                 self.save(step)
@@ -49,11 +49,11 @@ class Saves:
             start = time.perf_counter()
             self.manager.save_async(step, self.state())
             self._log(
-                f"step {step}: copied for a checkpoint in {time.perf_counter() - start:.1f} s, writing it meanwhile"
+                f"step {step}: copied the checkpoint in {time.perf_counter() - start:.1f} s, writing in background"
             )
 
     def finish(self) -> None:
-        """Waits for what is written in the background, and tells how it ended."""
+        """Wait for a checkpoint that is being written in the background, and log the outcome."""
         with self._only_warning():
             path: Path | None = self.manager.wait()
             if path is not None:
@@ -65,7 +65,7 @@ class Saves:
             yield
         except CheckpointError as error:
             if self.world.is_main:
-                logger.warning(f"{error} The run goes on, and tries again at its next checkpoint.")
+                logger.warning(f"{error} Training continues; the next checkpoint is another attempt.")
 
     def _log(self, message: str) -> None:
         if self.world.is_main:

@@ -1,4 +1,4 @@
-"""One training step: every loss backward, one check, then all optimizers and the EMA, or nothing at all."""
+"""One training step: all backward passes, one finiteness check, then all optimizers and the EMA, or nothing."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def make_step(
     bf16: bool | None = None,
     clock: PhaseClock | None = None,
 ) -> Step:
-    """The step of a run, with its parameter groups and averages.
+    """Create the step of a run, with its parameter groups and EMA.
 
     Args:
         parts: built.
-        device: where it runs.
-        accumulation: micro-batches per step; None: as the config says.
-        bf16: autocast; None: as config and device say.
-        clock: measures its phases; None: no ``time/*`` in its records.
+        device: to run on.
+        accumulation: micro-batches per step; None: as in the config.
+        bf16: whether to use bf16 autocast; None: determined by config and device.
+        clock: measures the phases of a step; None: records have no ``time/*``.
     """
     dtype = prepare.autocast_dtype(config, device) if bf16 is None else (torch.bfloat16 if bf16 else None)
     return Step(
@@ -54,22 +54,22 @@ def make_step(
 
 
 class Step:
-    """Runs a recipe's step over micro-batches and applies it whole.
+    """Runs a recipe's step over micro-batches and applies all of its updates, or none if something is not finite.
 
-    Losses of a step never see each other's updates, so the three backward passes can come before every optimizer;
-    the numbers are those of stepping one after the other.
+    No loss of a step depends on another's update, so all backward passes run before the optimizers; the results equal
+    those of stepping the optimizers one after the other.
 
     Args:
-        recipe: builds the losses.
-        modules: the parts it works on.
-        groups: what each loss trains, by name.
-        ema: averages to move after each applied step; none: no averages.
+        recipe: computes the losses.
+        modules: networks and losses of the run.
+        groups: parameter groups by name, one per loss of the recipe.
+        ema: updated after each applied step; None: no EMA.
         accumulation: micro-batches per step.
-        autocast_dtype: bf16 for mixed precision; none: the modules' own dtype.
-        image_dtype: of the images that the modules are given; none: as they come.
-        memory_format: of those images; convolutions follow it.
-        clock: measures the phases of each step: "data", one per group that the recipe updates, those that parts claim
-            for themselves ("encoders", a frozen "tokenizer"), and "optimizer" for the rest.
+        autocast_dtype: bf16 for mixed precision; None: the modules' own dtype.
+        image_dtype: dtype that images are converted to; None: unchanged.
+        memory_format: of the images; convolutions propagate it.
+        clock: measures the phases of each step: "data", one per group that the recipe updates, those that modules
+            define ("encoders", a frozen "tokenizer"), and "optimizer" for the rest.
     """
 
     def __init__(
@@ -90,20 +90,22 @@ class Step:
         self.accumulation, self.autocast_dtype, self.device = accumulation, autocast_dtype, device
         self.image_dtype, self.memory_format, self.clock = image_dtype, memory_format, clock
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
-        # What forward passes change: batch-norm statistics and the like. Undone if the step is not applied.
+        # Buffers that forward passes change, such as batch-norm statistics; restored if the step is skipped.
         changing = [modules.tokenizer, modules.latent_norm, modules.discriminator]
         self._buffers = [b for module in changing if module is not None for b in module.buffers()]
 
     def __call__(self, step: int, micro_batches: Iterable[tuple[Batch, Draws]], stop: bool = False) -> StepRecord:
-        """One step, counted from 0. Does not wait for the device.
+        """Run one step without synchronizing with the device.
 
         Args:
-            stop: this rank is asked to stop; every rank finds ``stop`` > 0 in the record of this step.
+            step: counted from 0.
+            micro_batches: batches with their random numbers, ``accumulation`` of them.
+            stop: whether this rank is asked to stop; all ranks then read ``stop`` > 0 from the record of this step.
 
         Returns:
-            Means over ranks and micro-batches of every loss term and of ``latent/*``; ``latent_norm/*``,
-            ``grad_norm/*``, ``lr/*``; ``skipped_steps``, 1 where a loss or a gradient norm was not finite on some
-            rank, so that nothing was applied; with a clock, ``time/*`` of this rank.
+            Record with the means over ranks and micro-batches of every loss term and of ``latent/*``;
+            ``latent_norm/*``, ``grad_norm/*``, ``lr/*``; ``skipped_steps``: 1 if a loss or gradient norm was not
+            finite on any rank, so that no update was applied; with a clock, ``time/*`` of this rank.
         """
         with timed(self.clock) as times:
             measured = self._run(step, micro_batches, stop)
@@ -111,7 +113,7 @@ class Step:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Forward passes outside a step: without gradients, in the step's precision."""
+        """Context manager for forward passes outside a step: no gradients, the step's precision, reshards at exit."""
         averages = self.ema.modules.values() if self.ema is not None else ()
         try:
             with torch.no_grad(), self._autocast():
@@ -122,7 +124,7 @@ class Step:
     def _run(
         self, step: int, micro_batches: Iterable[tuple[Batch, Draws]], stop: bool
     ) -> tuple[tuple[str, ...], Tensor, dict[str, float], dict[str, tuple[list[str], Tensor]]]:
-        """The step; names and values of what it measured on the device, what the host knows, norms by layer."""
+        """Run the step; returns names and device values of its metrics, host metrics, and gradient norms by layer."""
         before = [b.clone() for b in self._buffers]
         self._terms.clear()
         for batch, draws in waiting("data", micro_batches):
@@ -160,7 +162,7 @@ class Step:
         return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def _means(self, stop: bool) -> dict[str, Tensor]:
-        """Every term's mean over micro-batches and ranks, in one reduction; not finite if it was so on any rank."""
+        """Mean of every term over micro-batches and ranks, in one all-reduce; non-finite if it is so on any rank."""
         means = {name: torch.stack(values).mean() for name, values in self._terms.items()}
         means["stop"] = torch.full((), float(stop), dtype=torch.float64, device=self.device)
         flat = torch.stack(list(means.values()))
@@ -168,12 +170,12 @@ class Step:
 
     def _update(self, group: str, terms: dict[str, Weighted], **extra: Tensor) -> None:
         if group not in self.groups:
-            raise KeyError(f"the recipe updates '{group}', but its `trains` names only {sorted(self.groups)}")
+            raise KeyError(f"the recipe updates '{group}', but its `trains` declares only {sorted(self.groups)}")
         total = torch.stack([weight * value for weight, value in terms.values()]).sum()
         values = {name: value for name, (_, value) in terms.items()} | extra | {"loss": total}
         for name, value in values.items():
             self._terms[f"{group}/{name}"].append(value.detach().to(self.device, torch.float64))
-        # A discriminator before its start step has nothing to learn from.
+        # No gradient before a discriminator's start step.
         if total.requires_grad:
             with torch.autocast(self.device.type, enabled=False):
                 (total / self.accumulation).backward()

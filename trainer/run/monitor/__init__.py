@@ -1,1 +1,1 @@
-"""What a run measures of itself, and how it is shown."""
+"""Speed, FLOPs, profiles and TensorBoard output of a run."""

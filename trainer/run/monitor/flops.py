@@ -1,4 +1,4 @@
-"""The floating-point operations of one image in training: what MFU is a fraction of."""
+"""FLOPs of training per image, as used for MFU."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ logger = logging.getLogger("titanrepa")
 
 
 def flops_per_image(config: Config, parts: Parts, cached: Collection[str] | None = None, world_size: int = 1) -> int:
-    """Operations of a training step's forward and backward passes per image, nothing recomputed.
+    """FLOPs of a training step's forward and backward passes per image, without recomputation.
 
-    The recipe's own step runs on tensors without data, on this process alone whatever the process group: the same
-    count as that of ``python -m trainer check`` without activation checkpointing. Every loss takes part, also one that
-    starts late or stops early.
+    Runs the recipe's step on fake tensors, without communication. The count equals that of ``python -m trainer check``
+    without activation checkpointing. All losses are included, even those that start late or stop early.
 
     Args:
-        parts: on the meta device, as :func:`trainer.run.assemble.check` makes them; they get fake weights.
-        cached: the run reads its latents from a cache, and the features of these encoders; None: it reads images.
-        world_size: ranks of the run; sharded weights keep their layout, which decides how some attention is computed.
+        parts: on the meta device, as made by :func:`trainer.run.assemble.check`; they are given fake weights.
+        cached: labels of the encoders whose features are cached, if the run reads cached latents; None: it reads
+            images.
+        world_size: ranks of the run; sharded weights keep their memory format, which affects how some attention is
+            computed.
 
     Raises:
-        Exception: of whatever kind, where a plugin cannot run on tensors without data.
+        Exception: of any type, if a plugin cannot run on fake tensors.
     """
     t, m = config.training, parts.modules
-    size = 2  # of the batch; a batch norm needs more than one value per channel
+    size = 2  # batch size; a batch norm needs more than one value per channel
     counter = FlopCounter()
     learns = trained_modules(parts.recipe)
     layout = image_format(config)["memory_format"]
@@ -68,17 +69,17 @@ def flops_per_image(config: Config, parts: Parts, cached: Collection[str] | None
 
 
 def never_stop(parts: Parts) -> None:
-    """Leaves an alignment loss that stops early at full strength."""
+    """Keep an alignment loss that stops early at full strength."""
     if hasattr(parts.modules.alignment, "strength"):
         parts.modules.alignment.strength = lambda step: 1.0
 
 
 def try_flops_per_image(config: Config, meta: Parts, parts: Parts, world: World) -> int | None:
-    """The same for a run, which goes on where it cannot be had; logs how long it took, or why. Rank 0 alone counts.
+    """FLOPs per image on rank 0; None on other ranks, and, with a log line, if they cannot be counted.
 
     Args:
-        meta: as above.
-        parts: of the run.
+        meta: on the meta device, as in :func:`flops_per_image`.
+        parts: of the run, to see which encoders are cached.
     """
     if not world.is_main:
         return None
@@ -89,7 +90,7 @@ def try_flops_per_image(config: Config, meta: Parts, parts: Parts, world: World)
     try:
         count = flops_per_image(config, meta, cached, world.size)
     except Exception as error:
-        logger.info(f"no TFLOP/s and no MFU: a part cannot run on tensors without data ({_first_line(error)})")
+        logger.info(f"not reporting TFLOP/s and MFU: a part cannot run on fake tensors ({_first_line(error)})")
         return None
     logger.info(f"{count / 1e9:,.4g} GFLOP per image in training, counted in {time.perf_counter() - start:.1f} s")
     return count

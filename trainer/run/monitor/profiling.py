@@ -1,4 +1,4 @@
-"""A profiler's trace of a few steps, and a snapshot of the GPU's memory: ``train --profile``, or [profile] steps."""
+"""PyTorch profiler trace and GPU memory snapshot of a few steps, for ``train --profile`` or ``profile.steps``."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from components.monitor.phases import PhaseClock
 
 logger = logging.getLogger("titanrepa")
 
-ENTRIES = 200_000  # allocations that a memory snapshot keeps, the latest; some 100 bytes each, more with their stacks
+ENTRIES = 200_000  # latest allocations kept in a memory snapshot; about 100 bytes each, more with their stacks
 ROWS = 60  # operators in the table
 
 
 class Profiler:
-    """Records some steps of this start of a run, and writes what it found on every rank; then it is out of the way.
+    """Records some steps after a start of a run, once, and writes the results on every rank.
 
-    The step before the recorded ones runs with the profiler on, since its first step is slow. A run that has fewer
-    steps left records earlier, and fewer if need be.
+    The profiler is on one step earlier than the recorded ones, since its first step is slow. If fewer steps are left,
+    recording begins earlier and, if necessary, covers fewer steps.
 
     Args:
-        steps: to record.
-        first: steps of this start that run before them.
-        memory: record allocations, too, for a snapshot; on a GPU only.
-        folder: where the files go, made if need be.
-        left: steps that this start has before it.
+        steps: number of steps to record.
+        first: number of steps to run before them.
+        memory: also record allocations for a snapshot; on GPUs only.
+        folder: output folder, created if missing.
+        left: number of steps left in the run.
         world: this process.
-        clock: whose phases shall be ranges of the trace.
-        outside: a context for the time of writing, which is no training.
+        clock: its phases become named ranges in the trace.
+        outside: context manager for the time spent on writing, which is not training time.
     """
 
     def __init__(
@@ -55,26 +55,26 @@ class Profiler:
         self.first = min(first, left - self.steps)
         self.folder, self.world, self.clock, self.outside = folder, world, clock, outside
         self.memory = memory and world.device.type == "cuda"
-        self._count = 0  # steps of this start that began
+        self._count = 0  # steps begun since the start
         self._profile: profile | None = None
         self._done = self.steps < 1
 
     def before(self, step: int) -> None:
-        """Called before each step, counted from 0."""
+        """To be called before each step; ``step`` counts from 0."""
         if self._profile is not None:
-            # Here, not after a step: what follows the step that warms up, as pictures, is not of interest.
+            # Here rather than after a step, to exclude what follows the warmup step, such as drawing.
             self._profile.step()
         elif not self._done and self._count >= self.first - 1:
             self._start(step, warmup=min(self.first, 1))
         self._count += 1
 
     def after(self) -> None:
-        """Called after each step; writes the files after the last."""
+        """To be called after each step; writes the files after the last recorded one."""
         if self._count >= self.first + self.steps:
             self.close()
 
     def close(self) -> None:
-        """Ends the recording, and writes what there is; also where a run ends earlier."""
+        """End the recording and write the files, also if the run ends before the last step to record."""
         if self._profile is None:
             return
         found, self._profile, self._done = self._profile, None, True
@@ -89,7 +89,7 @@ class Profiler:
             try:
                 self._write(found, name, f"steps {begin} to {end}")
             except OSError as error:
-                logger.warning(f"the profile could not be written: {error}. The run goes on")
+                logger.warning(f"the profile could not be written: {error}. Training continues")
 
     def _write(self, found: profile, name: Path, what: str) -> None:
         start = time.perf_counter()
@@ -105,21 +105,21 @@ class Profiler:
         if not self.world.is_main:
             return
         lines = [
-            f"profiled {what}, files written in {time.perf_counter() - start:.1f} s:",
+            f"profiled {what}, wrote files in {time.perf_counter() - start:.1f} s:",
             f"  {trace}: open it at https://ui.perfetto.dev, or in TensorBoard with the plugin torch-tb-profiler",
-            f"  {table}: the operators that took longest",
+            f"  {table}: the most expensive operators",
         ]
         if self.memory:
-            lines.append(f"  {snapshot}: drop it on https://pytorch.org/memory_viz")
+            lines.append(f"  {snapshot}: open it at https://pytorch.org/memory_viz")
         logger.info("\n".join(lines))
 
     def _start(self, step: int, warmup: int) -> None:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it reports the lack of a GPU as an error
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # silence the error it reports without a GPU
         self._begin = step + warmup
         on_gpu = self.world.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a run of one step has none to warm up with
+            warnings.simplefilter("ignore")  # about a missing warmup step, if the run has one step
             plan = schedule(wait=0, warmup=warmup, active=self.steps, repeat=1)
         self._profile = profile(activities=activities, schedule=plan, record_shapes=True, acc_events=True)
         self.clock.ranges = True

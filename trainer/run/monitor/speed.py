@@ -1,4 +1,4 @@
-"""How fast a run trains: the time of training alone, apart from pictures, evaluation, saving and logging."""
+"""Training speed and memory; the time of drawing, evaluation, saving and logging is measured separately."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ GIB = 2**30
 
 
 class Stopwatch:
-    """Divides the host's time into training and what interrupts it.
+    """Divides wall time into training and interruptions.
 
-    What interrupts must begin when the device has nothing left to do, and on a GPU it is over when the device is done
-    with it; then the host's clock tells the device's time.
+    An interruption must begin when the device is idle, and ends with a synchronization, so that host time equals
+    device time.
 
     Args:
-        device: whose work is waited for at the end of an interruption.
+        device: to synchronize with at the end of an interruption.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,13 +33,13 @@ class Stopwatch:
         self.begin()
 
     def begin(self) -> None:
-        """Starts over."""
+        """Reset all times."""
         self._since = time.perf_counter()
         self._outside: dict[str, float] = {}
 
     @contextlib.contextmanager
     def outside(self, name: str) -> Iterator[None]:
-        """The time inside is not training."""
+        """Context manager whose time counts as interruption ``name`` instead of training."""
         start = time.perf_counter()
         try:
             yield
@@ -49,7 +49,7 @@ class Stopwatch:
             self._outside[name] = self._outside.get(name, 0.0) + time.perf_counter() - start
 
     def read(self) -> tuple[float, dict[str, float]]:
-        """Seconds of training since the last reading, and seconds of each interruption; a new start."""
+        """Return seconds of training and of each interruption since the last call, and reset them."""
         now = time.perf_counter()
         outside, since = self._outside, self._since
         self._outside, self._since = {}, now
@@ -59,14 +59,14 @@ class Stopwatch:
 def speeds(
     images: int, seconds: float, ranks: int, flops_per_image: int | None, peak: float | None
 ) -> dict[str, float]:
-    """Scalars of an interval of training.
+    """Speed scalars of an interval of training.
 
     Args:
         images: over all ranks.
         seconds: of training.
-        ranks: that share them.
-        flops_per_image: that the model needs; None: not known.
-        peak: TFLOP/s of a GPU; None: not known, or no GPU.
+        ranks: number of ranks.
+        flops_per_image: FLOPs of the model per image; None: unknown.
+        peak: TFLOP/s of one GPU; None: unknown, or no GPU.
     """
     found = {"speed/images_per_s": images / seconds, "speed/images_per_s_per_gpu": images / seconds / ranks}
     if flops_per_image is not None:
@@ -77,7 +77,7 @@ def speeds(
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """Scalars: of a GPU what PyTorch holds there, else the process's resident memory."""
+    """Memory scalars in GiB: memory held by PyTorch on a GPU, or resident memory of the process on a CPU."""
     if device.type == "cuda":
         return {
             "memory/allocated_gib": torch.cuda.memory_allocated(device) / GIB,
@@ -88,7 +88,7 @@ def memory(device: torch.device) -> dict[str, float]:
 
 
 def resident_bytes() -> int:
-    """Of this process, now; where the system does not tell, at most so far."""
+    """Resident memory of this process in bytes; without /proc, its peak so far."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -97,16 +97,16 @@ def resident_bytes() -> int:
 
 
 def clock_time(seconds: float) -> str:
-    """As "1:02:03" or "2 days, 1:02:03"."""
+    """Format seconds as "1:02:03" or "2 days, 1:02:03"."""
     return str(timedelta(seconds=round(seconds)))
 
 
 class Eta:
-    """Estimates when a run is done from the whole time since it started, interruptions included.
+    """Estimates the remaining time of a run from the time since its start, including interruptions.
 
     Args:
-        step: finished when it started.
-        total: of the run.
+        step: last finished step at the start.
+        total: steps of the run.
     """
 
     def __init__(self, step: int, total: int) -> None:
@@ -114,7 +114,7 @@ class Eta:
         self._start, self._first = time.perf_counter(), step
 
     def __call__(self, step: int) -> str:
-        """What is left after ``step`` steps; empty before the second."""
+        """Remaining time after ``step`` steps, as text; empty until two steps have finished since the start."""
         done = step - self._first
         if done < 2:
             return ""
@@ -122,6 +122,6 @@ class Eta:
 
 
 def device_peak(device: torch.device) -> tuple[str, float | None]:
-    """A GPU's name, and its dense bf16 peak in TFLOP/s; None: not known."""
+    """Name of a GPU, and its dense bf16 peak in TFLOP/s or None if unknown."""
     name = torch.cuda.get_device_name(device)
     return name, peak_tflops(name)
