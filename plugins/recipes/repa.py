@@ -9,7 +9,7 @@ from components.registry import recipes
 
 @recipes.register("repa")
 class Repa:
-    """Train denoiser and alignment heads on a frozen tokenizer (REPA); also the second stage of REPA-E's best runs."""
+    """Train denoiser and alignment heads on a frozen tokenizer (REPA); also second stage of REPA-E's best result."""
 
     uses = frozenset({"tokenizer", "denoiser", "heads", "latent_norm", "encoders", "alignment"})
     trains = {"denoiser": ("denoiser", "heads")}
