@@ -109,7 +109,7 @@ def saves_and_loads(form: Form) -> None:
     with named("its state dict contains more than plain tensors (torch.load with weights_only=True fails)"):
         state = torch.load(file, weights_only=True)
     other = form.prepared(1)
-    with named("its own state dict does not load into another instance"):
+    with named("its state dict does not load into another instance"):
         other.load_state_dict(state)
     found = detached(form.call(other, form.inputs(2)))
     changed = [name for name, value in form.expected.items() if not torch.equal(found[name], value)]

@@ -307,8 +307,7 @@ RECIPE = '''\
 
 from __future__ import annotations
 
-from components.contracts import Batch, Modules, Update
-from components.contracts import Draws
+from components.contracts import Batch, Draws, Modules, Update
 from components.diffusion.losses import denoising, drop_labels, frozen_posterior
 from components.registry import recipes
 
