@@ -30,7 +30,7 @@ def broken(kind: str, check: str, says: str) -> Callable[[type], type]:
 # Options
 
 
-@broken("encoder", "is_made_as_its_kind", "is made with (resolution, grid), but __init__ takes (resolution)")
+@broken("encoder", "is_made_as_its_kind", "is constructed with (resolution, grid), but __init__ takes (resolution)")
 class NoGrid(toys.ToyEncoder):
     """Ignores the grid."""
 
@@ -46,7 +46,7 @@ class Undocumented(toys.ToyL1):
         pass
 
 
-@broken("loss", "refuses_bad_options", "option power takes a value of any type")
+@broken("loss", "refuses_bad_options", "option power accepts values of any type")
 class Untyped(toys.ToyL1):
     """Has an option without a type.
 
@@ -70,7 +70,7 @@ class DefaultOfAnotherType(toys.ToyL1):
         pass
 
 
-@broken("loss", "refuses_bad_options", "a type that TOML cannot write")
+@broken("loss", "refuses_bad_options", "a type that TOML cannot express")
 class TensorOption(toys.ToyL1):
     """Has an option of type tensor, which TOML cannot express.
 
@@ -110,7 +110,7 @@ class OneResolution(toys.ToyEncoder):
         return F.unfold(images, 8, stride=8).transpose(1, 2)[..., :12] @ self.matrix[:12].to(images.dtype)
 
 
-@broken("encoder", "gives_rows_first", "column by column")
+@broken("encoder", "gives_rows_first", "column-major")
 class ColumnsFirst(toys.ToyEncoder):
     """Transposes the grid."""
 
@@ -130,7 +130,7 @@ class Trainable(toys.ToyEncoder):
         return self.layer(super().forward(images))
 
 
-@broken("encoder", "repeats_itself", "draws random numbers of its own (dropout?)")
+@broken("encoder", "repeats_itself", "draws random numbers (dropout?)")
 class Noisy(toys.ToyEncoder):
     """Adds random noise."""
 
@@ -139,7 +139,7 @@ class Noisy(toys.ToyEncoder):
         return tokens + 0.01 * torch.randn_like(tokens)
 
 
-@broken("encoder", "treats_images_one_by_one", "changes with the other images of the batch")
+@broken("encoder", "treats_images_one_by_one", "depends on the other images of the batch")
 class BatchNormed(toys.ToyEncoder):
     """Subtracts the batch mean."""
 
@@ -221,7 +221,7 @@ class NoNullLabel(toys.ToyDenoiser):
         del self.null_label
 
 
-@broken("denoiser", "tokens_are_those_of_the_whole", "tokens() differs from the tokens of a whole call")
+@broken("denoiser", "tokens_are_those_of_the_whole", "tokens() differs from the tokens of a full forward pass")
 class OtherTokens(toys.ToyDenoiser):
     """Returns other tokens from ``forward`` than from ``tokens``."""
 
@@ -255,7 +255,7 @@ class IdleWeights(toys.ToyDenoiser):
         self.idle = nn.Linear(3, 3)
 
 
-@broken("denoiser", "repeats_itself", "draws random numbers of its own (dropout?)")
+@broken("denoiser", "repeats_itself", "draws random numbers (dropout?)")
 class Dropout(toys.ToyDenoiser):
     """Drops tokens in training."""
 
@@ -293,7 +293,7 @@ class ForgetsABuffer(_Initialised):
         self.positions.copy_(kept)
 
 
-@broken("denoiser", "can_be_made_without_memory", "init_weights() leaves order unlike __init__ does")
+@broken("denoiser", "can_be_made_without_memory", "init_weights() sets order to other values than __init__")
 class ForgetsIndices(_Initialised):
     """Leaves an integer buffer uninitialized."""
 
@@ -302,7 +302,7 @@ class ForgetsIndices(_Initialised):
         self.order.zero_()
 
 
-@broken("denoiser", "has_sound_units", "units() names blocks.0, whose weights are used, but not through its forward")
+@broken("denoiser", "has_sound_units", "units() contains blocks.0, whose weights are used, but not through its forward")
 class LyingUnits(toys.ToyDenoiser):
     """Uses a unit's weights without calling the unit."""
 
@@ -315,7 +315,7 @@ class LyingUnits(toys.ToyDenoiser):
         return F.linear(tokens, block.weight, block.bias)
 
 
-@broken("denoiser", "has_sound_units", "units()[0] (Linear) is no sub-module of it")
+@broken("denoiser", "has_sound_units", "units()[0] (Linear) is not a sub-module")
 class ForeignUnits(toys.ToyDenoiser):
     """Lists a unit that is not its submodule."""
 
@@ -323,7 +323,7 @@ class ForeignUnits(toys.ToyDenoiser):
         return [nn.Linear(2, 2)]
 
 
-@broken("denoiser", "has_sound_units", "or something within it as well")
+@broken("denoiser", "has_sound_units", "or also contains one of its sub-modules")
 class NestedUnits(toys.ToyDenoiser):
     """Lists a module list together with its items."""
 
@@ -359,7 +359,7 @@ class Unbounded(toys.ToyTokenizer):
         return Posterior(*self.encoder(x).chunk(2, dim=1))
 
 
-@broken("tokenizer", "passes_gradients", "decode passes no finite gradient on to the latents")
+@broken("tokenizer", "passes_gradients", "decode passes no finite, nonzero gradient to the latents")
 class NoGradientThroughDecode(toys.ToyTokenizer):
     """Decodes without gradients."""
 
@@ -368,7 +368,7 @@ class NoGradientThroughDecode(toys.ToyTokenizer):
         return super().decode(z)
 
 
-@broken("tokenizer", "freezes_on_request", "say trainable = False")
+@broken("tokenizer", "freezes_on_request", "set trainable = False")
 class SecretlyFrozen(toys.ToyTokenizer):
     """Is frozen without declaring it."""
 
@@ -385,7 +385,7 @@ class RoundedPosterior(toys.ToyTokenizer):
 # Losses
 
 
-@broken("loss", "is_a_scalar", "must be a scalar tensor, and is (1, 3, 32, 32)")
+@broken("loss", "is_a_scalar", "must be a scalar tensor, but is (1, 3, 32, 32)")
 class PerPixel(toys.ToyL1):
     """Returns a value per pixel instead of a mean."""
 
@@ -409,7 +409,7 @@ class RoundedLoss(toys.ToyL1):
         return (x.to(x_hat.dtype) - x_hat).abs().mean()
 
 
-@broken("loss", "pulls_at_the_reconstruction", "not finite where image and reconstruction are equal")
+@broken("loss", "pulls_at_the_reconstruction", "not finite if image and reconstruction are equal")
 class RootOfZero(toys.ToyL1):
     """Takes the square root of a sum of squares that can be zero."""
 
@@ -417,7 +417,7 @@ class RootOfZero(toys.ToyL1):
         return (x - x_hat.to(x.dtype)).square().sum().sqrt()
 
 
-@broken("loss", "has_no_weights", "network.weight is trainable, and nothing trains it")
+@broken("loss", "has_no_weights", "network.weight is trainable, but has no optimizer")
 class LearnedLoss(nn.Module):
     """Has weights."""
 
@@ -439,14 +439,14 @@ class NoUnits(toys.ToyAdversary):
         return []
 
 
-@broken("loss", "has_a_weight", "weight = '0.1' is a str; expected float or int: factor in the tokenizer's loss")
+@broken("loss", "has_a_weight", "weight = '0.1' is a str; expected float or int: weight in the tokenizer's loss")
 class WordForAWeight(toys.ToyAdversary):
     """Has a string as its weight."""
 
     weight = "0.1"
 
 
-@broken("loss", "has_both_sides", "has no discriminator, which an AdversarialLoss")
+@broken("loss", "has_both_sides", "has no discriminator, required by components.contracts.AdversarialLoss")
 class OneSided(nn.Module):
     """Has only the generator's loss."""
 
@@ -483,7 +483,7 @@ class OneWeight:
     make_heads, align = toys.ToyAlignment.make_heads, toys.ToyAlignment.align
 
 
-@broken("loss", "prefers_the_target", "it must fall with likeness")
+@broken("loss", "prefers_the_target", "is not below that of random tokens")
 class Repels(toys.ToyAlignment):
     """Has the wrong sign."""
 
@@ -539,7 +539,7 @@ class ChannelsLast(_Grey):
         return item if self.resolution == 32 else Sample(item.image.permute(1, 2, 0), item.label)
 
 
-@broken("dataset", "is_a_function_of_the_index", "item 0 differs between two readings")
+@broken("dataset", "is_a_function_of_the_index", "item 0 differs between two reads")
 class RandomCrops(_Grey):
     """Draws from the global generator."""
 
@@ -594,14 +594,14 @@ class _Sound:
         return (m.denoiser(path.x_t, t, batch.labels).velocity.to(z.dtype) - path.velocity).square().mean()
 
 
-@broken("recipe", "states_its_parts", "['vae'] are none")
+@broken("recipe", "states_its_parts", "not fields: ['vae']")
 class UnknownPart(_Sound):
     """Refers to the tokenizer by another name."""
 
     uses = frozenset({"vae"})
 
 
-@broken("recipe", "takes_a_step", "step updates the groups ['denoiser', 'tokenizer']; trains names ['denoiser']")
+@broken("recipe", "takes_a_step", "step updates the groups ['denoiser', 'tokenizer'], but trains lists ['denoiser']")
 class UnknownGroup(_Sound):
     """Updates a group that it does not train."""
 
@@ -620,7 +620,7 @@ class NoStopGradient(_Sound):
         update("denoiser", {"velocity": Weighted(1.0, self.velocity(m, z, batch, draws))})
 
 
-@broken("recipe", "leaves_everything_as_it_found_it", "leaves requires_grad of denoiser.")
+@broken("recipe", "leaves_everything_as_it_found_it", "does not restore requires_grad of denoiser.")
 class LeavesFrozen(_Sound):
     """Freezes a module and does not unfreeze it."""
 
@@ -639,7 +639,7 @@ class StepsItself(_Sound):
             m.denoiser.out.weight.mul_(0.9)
 
 
-@broken("recipe", "repeats_itself", "they would differ between ranks: use draws")
+@broken("recipe", "repeats_itself", "which would differ between ranks; use draws")
 class OwnNoise(_Sound):
     """Draws its own times."""
 

@@ -234,7 +234,7 @@ def test_pytest_runs_the_kit_from_any_folder(tmp_path):
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
-    assert "loss must be a scalar tensor, and is (1,); take the mean" in done.stdout
+    assert "loss must be a scalar tensor, but is (1,); take the mean" in done.stdout
     assert "test_plugin[is_a_scalar]" in done.stdout and "passed" in done.stdout
 
 

@@ -305,7 +305,7 @@ def test_an_empty_class_keeps_its_label_and_is_reported(tmp_path, caplog):
     folder(tmp_path, {}, "a")
     dataset = ImageFolder(8, path=folder(tmp_path, {"1.png": FILES["rgb.png"]}, "b"))
     assert dataset.num_classes == 2 and dataset[0].label == 1
-    assert "1 of 2 classes" in caplog.text and caplog.text.rstrip().endswith("kept: a")
+    assert "1 of 2 classes" in caplog.text and caplog.text.rstrip().endswith("labels: a")
 
 
 def test_a_missing_folder_says_how_to_get_imagenet(tmp_path):

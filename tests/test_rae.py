@@ -242,7 +242,7 @@ def test_training_raises_psnr_and_leaves_the_encoder(toml, tmp_path):
         (["--recipe.name=tokenizer"], ["recipe.name = 'tokenizer'", "'rae'", "rae_decoder"]),
         (["--recipe.name=rae_decoder", "--training.resolution=64"],
          ["tokenizer.resolution = 32, but training.resolution = 64"]),
-        (["--recipe.name=rae_decoder", "--tokenizer.patch_size=5"], ["tokenizer.resolution = 32 is no multiple of"]),
+        (["--recipe.name=rae_decoder", "--tokenizer.patch_size=5"], ["tokenizer.resolution = 32 is not a multiple of"]),
         (["--recipe.name=rae_decoder", "--tokenizer.encoder=tiny_vt"],
          ["tokenizer.encoder: no encoder is called 'tiny_vt'", "did you mean 'tiny_vit'"]),
         (["--recipe.name=rae_decoder", "--tokenizer.encoder_options={sise = 3}"],

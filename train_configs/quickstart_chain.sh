@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Usage: quickstart_chain.sh [FOLDER [--section.key=value ...]]      (default: outputs/chain)
-# From nothing to a measured model and back, on a CPU: joint training, export of the tuned tokenizer, cached latents, a second
-# stage on them, samples, numbers, export in the published layout, import, and samples again, which must be identical.
-# Values go to both trainings, which take 300 steps unless one says otherwise. IMAGES=200 samples are drawn.
+# Whole pipeline on a CPU: joint training, export of the tuned tokenizer, latent caching, second stage on the cache,
+# sampling, evaluation, export in the published layout, import, and sampling again, which must produce identical images.
+# Overrides apply to both trainings (default: 300 steps). IMAGES (default: 200) sets the number of samples.
 set -euo pipefail
 
 root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
@@ -21,7 +21,7 @@ titanrepa() {
 }
 
 first=$root/train_configs/quickstart.toml second=$root/train_configs/quickstart_second_stage.toml
-# What the second stage needs of the first, in the config's own words.
+# Overrides that point the second stage to outputs of the first.
 stage=(--tokenizer.checkpoint="$out/tokenizer/tokenizer.safetensors"
   --latent_norm.statistics="$out/tokenizer/latent_norm.safetensors" --dataset.size="$((20 * images))")
 
@@ -44,4 +44,4 @@ titanrepa sample "$out/imported" --num-samples="$images" --out="$out/samples_aga
 for file in "$out"/samples/0*.png; do
   cmp "$file" "$out/samples_again/$(basename "$file")"
 done
-printf '\nThe %s images of the re-imported model are identical to those of the run. All of it is in %s/\n' "$images" "$out"
+printf '\nThe %s images of the re-imported model are identical to those of the run. All outputs are in %s/\n' "$images" "$out"

@@ -1,8 +1,8 @@
-"""Checks that a plugin keeps the contract of its kind: what `python -m trainer conform` and plugins.conformance run.
+"""Conformance checks of plugins, run by ``python -m trainer conform`` and ``plugins.conformance``.
 
-A check is a function of a :class:`~components.conformance.subject.Subject` that raises :class:`Fault`, whose message
-says what is wrong and what to do. The first line of its docstring is the promise. Weights stay random: no check reads a
-file or a network.
+A check is a function that takes a :class:`~components.conformance.subject.Subject` and raises :class:`Fault` with a
+message that says what is wrong and how to fix it. The first line of its docstring states the requirement. Weights stay
+random: no check reads weights files or accesses the network.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Check", "Fault", "Result", "Subject", "check", "checks", "examine", 
 
 
 class Result(NamedTuple):
-    """How one check ended: its name, its promise, the fault ("" if there is none), and how long it took."""
+    """Result of one check: name, requirement, failure message ("" if passed) and duration."""
 
     name: str
     promise: str
@@ -29,7 +29,7 @@ class Result(NamedTuple):
 
 
 def checks(subject: Subject) -> dict[str, Check]:
-    """The checks of a plugin by name, cheap ones first. It is made once, to see what it is."""
+    """Return the checks of a plugin by name, cheap ones first. Constructs the plugin once, to inspect it."""
     from components.conformance import dataset, denoiser, encoder, loss, options, recipe, tokenizer
 
     kinds = {
@@ -44,7 +44,7 @@ def checks(subject: Subject) -> dict[str, Check]:
 
 
 def check(subject: Subject, function: Check) -> None:
-    """Runs one check; whatever a plugin raises in it becomes a :class:`Fault` that says where."""
+    """Run one check; convert any exception of the plugin to a :class:`Fault` that names its file and line."""
     try:
         function(subject)
     except Fault:
@@ -57,10 +57,11 @@ def check(subject: Subject, function: Check) -> None:
 
 
 def examine(subject: Subject, leave_out: Collection[str] = ()) -> Iterator[Result]:
-    """Runs every check, one after the other; one that cannot even be made is not examined further.
+    """Run all checks in order; stop early if the options are wrong or the plugin cannot be constructed.
 
     Args:
-        leave_out: names of checks.
+        subject: plugin to check.
+        leave_out: names of checks to skip.
     """
     from components.conformance import options
 
@@ -71,7 +72,7 @@ def examine(subject: Subject, leave_out: Collection[str] = ()) -> Iterator[Resul
     found: dict[str, Check] = {}
 
     def can_be_made(subject: Subject) -> None:
-        """It can be made with its options."""
+        """The plugin can be constructed with its options."""
         found.update(checks(subject))
 
     yield _timed(subject, can_be_made)

@@ -12,7 +12,7 @@ from components.conformance.subject import Fault, Subject
 from components.contracts import Sample
 
 SIDE = 32
-LOOKED_AT = 64  # items, evenly over the whole
+LOOKED_AT = 64  # number of items, spread evenly over the dataset
 
 
 def checks(subject: Subject) -> list:
@@ -28,18 +28,18 @@ def checks(subject: Subject) -> list:
 
 
 def has_its_attributes(subject: Subject) -> None:
-    """It states num_classes, class_names, flip and its length."""
+    """The dataset has num_classes, class_names, flip and a length."""
     data = subject.make(SIDE)
     classes = attribute(data, "num_classes", int, "labels are in [0, num_classes)")
     if not hasattr(data, "class_names") or len(data.class_names) != classes:
-        raise Fault(f"class_names must hold one name for each of its {classes} classes")
-    attribute(data, "flip", bool, "whether training may mirror the images left-right")
+        raise Fault(f"class_names must contain one name for each of its {classes} classes")
+    attribute(data, "flip", bool, "whether training may flip the images horizontally")
     if len(data) < 1:
-        raise Fault("is empty: len() is 0")
+        raise Fault("the dataset is empty: len() is 0")
 
 
 def gives_images_at_every_resolution(subject: Subject) -> None:
-    """An item is a Sample whose image is uint8 (3, R, R), for every resolution R."""
+    """Each item is a Sample with a uint8 image (3, R, R), at every resolution R."""
     for side in (SIDE, 48, 64):
         data = subject.make(side)
         for index in _indices(data)[:4]:
@@ -50,7 +50,7 @@ def gives_images_at_every_resolution(subject: Subject) -> None:
                 found = tuple(item.image.shape)
                 raise Fault(f"image {index} has shape {found} at resolution {side}; expected {(3, side, side)}")
             if item.image.dtype != torch.uint8:
-                raise Fault(f"image {index} is {item.image.dtype}; expected torch.uint8: the trainer scales to [-1, 1]")
+                raise Fault(f"image {index} is {item.image.dtype}; expected torch.uint8, which the trainer scales")
 
 
 def labels_lie_in_range(subject: Subject) -> None:
@@ -59,13 +59,13 @@ def labels_lie_in_range(subject: Subject) -> None:
     for index in _indices(data):
         label = data[index].label
         if not isinstance(label, int) or isinstance(label, bool):
-            raise Fault(f"the label of item {index} is a {type(label).__name__}; expected an int")
+            raise Fault(f"the label of item {index} has type {type(label).__name__}; expected int")
         if not 0 <= label < data.num_classes:
             raise Fault(f"the label of item {index} is {label}, outside [0, num_classes = {data.num_classes})")
 
 
 def is_a_function_of_the_index(subject: Subject) -> None:
-    """An item depends on its index alone: not on what was read before, nor on random generators."""
+    """An item depends only on its index, not on earlier reads or on global random generators."""
     data, again = subject.make(SIDE), subject.make(SIDE, seed=1)
     with torch.random.fork_rng(devices=[]):
         for index in _indices(data)[:8]:
@@ -74,13 +74,13 @@ def is_a_function_of_the_index(subject: Subject) -> None:
             torch.manual_seed(index + 1)
             if not _same(first, data[index]) or not _same(first, again[index]):
                 raise Fault(
-                    f"item {index} differs between two readings; draw its random numbers from "
+                    f"item {index} differs between two reads; draw its random numbers from "
                     "torch.Generator().manual_seed(index), so that a resumed run sees the same images"
                 )
 
 
 def ends(subject: Subject) -> None:
-    """An index of its length raises IndexError."""
+    """Indexing with the dataset's length raises IndexError."""
     data = subject.make(SIDE)
     try:
         data[len(data)]
@@ -90,12 +90,12 @@ def ends(subject: Subject) -> None:
 
 
 def travels_to_workers(subject: Subject) -> None:
-    """It can be pickled, as data-loading workers need it, and gives the same items behind that."""
+    """The dataset can be pickled for data-loading workers and then returns the same items."""
     data = subject.make(SIDE)
-    with named("cannot be pickled, which data-loading workers need; open files when they are read"):
+    with named("cannot be pickled, as data-loading workers require; open files when reading items, not before"):
         copy = pickle.loads(pickle.dumps(data))
     if len(copy) != len(data) or not all(_same(copy[i], data[i]) for i in _indices(data)[:4]):
-        raise Fault("gives other items when it has been pickled")
+        raise Fault("returns different items after pickling")
 
 
 def _indices(data: Any) -> list[int]:

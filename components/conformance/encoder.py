@@ -27,17 +27,17 @@ def checks(subject: Subject) -> list:
 
 
 def has_its_attributes(subject: Subject) -> None:
-    """It is an nn.Module with embed_dim, load_weights() and a call."""
+    """The encoder is an nn.Module with embed_dim, load_weights() and forward()."""
     part = subject.make(SIDE, GRID)
     if not isinstance(part, nn.Module):
-        raise Fault(f"{type(part).__name__} is no nn.Module")
+        raise Fault(f"{type(part).__name__} is not an nn.Module")
     attribute(part, "embed_dim", int, "features D of a token")
     if not isinstance(part, Encoder):
-        raise Fault("has no load_weights(); it reads the weights, or does nothing where there are none to read")
+        raise Fault("has no load_weights(); it must load the weights, or do nothing if there are none")
 
 
 def gives_tokens_at_every_resolution(subject: Subject) -> None:
-    """(B, 3, R, R) becomes (B, grid * grid, embed_dim) for any R and grid."""
+    """Images (B, 3, R, R) become tokens (B, grid * grid, embed_dim) for any R and grid."""
     for side, grid, count in CASES:
         encoder = subject.make(side, grid).eval()
         wanted = (count, grid**2, encoder.embed_dim)
@@ -52,18 +52,18 @@ def gives_tokens_at_every_resolution(subject: Subject) -> None:
 
 
 def gives_rows_first(subject: Subject) -> None:
-    """Tokens come row by row: another upper right corner changes token grid - 1 most, not grid * (grid - 1)."""
+    """Tokens are in row-major order: the upper right image corner affects token grid - 1 most."""
     encoder = subject.make(SIDE, GRID).eval()
     x = images(1, SIDE)
     y, patch = x.clone(), SIDE // GRID
     y[..., :patch, -patch:] *= -1
     change = (encoder(x) - encoder(y)).detach().float().norm(dim=-1)[0]
     if change[GRID * (GRID - 1)] > 2 * change[GRID - 1]:
-        raise Fault("tokens come column by column; the contract is rows first (flatten(2) of (B, D, rows, columns))")
+        raise Fault("tokens are in column-major order; expected row-major, flatten(2) of (B, D, rows, columns)")
 
 
 def is_frozen(form: Form) -> None:
-    """No weight is trainable, and its tokens carry no gradient."""
+    """No weight is trainable, and the tokens carry no gradient."""
     part = form.part()
     trainable = [name for name, p in part.named_parameters() if p.requires_grad]
     if trainable:
@@ -76,4 +76,4 @@ def is_frozen(form: Form) -> None:
         raise Fault("its tokens carry a gradient; decorate forward with @torch.no_grad()")
     changed = [name for name, b in part.named_buffers() if not torch.equal(b, before[name])]
     if changed:
-        raise Fault(f"a forward pass changes {changed[0]} in evaluation mode: a frozen encoder keeps no statistics")
+        raise Fault(f"a forward pass changes the buffer {changed[0]}; a frozen encoder must not update statistics")

@@ -1,4 +1,4 @@
-"""A plugin that computes, in the one form that the checks of all kinds share."""
+"""Adapter that lets generic checks construct, feed and call plugins of any kind."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Inputs = tuple[Tensor, ...]
 
 @dataclass(eq=False)
 class Form:
-    """How a part is made, fed and called.
+    """How to construct, feed and call a plugin.
 
     Attributes:
-        make: a new part with random weights from a seed.
-        inputs: of so many images, fp32, always the same.
-        call: every output by name; those whose first dimension is the batch are compared image by image.
+        make: constructs an instance with random weights from a seed.
+        inputs: returns fp32 inputs for a number of images, the same at every call.
+        call: returns all outputs by name; tensors whose first dimension is the batch are compared image by image.
         methods: methods besides ``forward`` that the trainer calls.
         learns: whether a recipe may train it.
-        at_least_fp32: outputs that must not be rounded to bf16 under autocast.
-        per_image: outputs of one image do not depend on the others.
+        at_least_fp32: names of outputs that must not be bf16 under autocast.
+        per_image: whether outputs of an image must not depend on the other images of the batch.
     """
 
     make: Callable[[int], Any]
@@ -46,7 +46,7 @@ class Form:
         return self.prepared(0)
 
     def prepared(self, seed: int) -> Any:
-        """A part as training has it; zero weights made random, so that everything behind them matters."""
+        """Return an instance in training's mode, with all-zero weights randomized so that no path is inactive."""
         part = self.make(seed)
         if isinstance(part, nn.Module):
             part.train(self.learns)
@@ -54,12 +54,12 @@ class Form:
         return part
 
     def part(self) -> Any:
-        """A copy of the first part, to change at will."""
+        """Return a copy of the first instance, which the caller may change."""
         return copy.deepcopy(self.made)
 
     @functools.cached_property
     def expected(self) -> Outputs:
-        """What the first part makes of two images."""
+        """Outputs of the first instance for two images."""
         return detached(self.call(self.part(), self.inputs(2)))
 
 
@@ -71,7 +71,7 @@ def stir(module: nn.Module) -> None:
 
 
 def images(count: int, side: int) -> Tensor:
-    """(count, 3, side, side) in [-1, 1]; the first images are the same whatever the count."""
+    """Return images (count, 3, side, side) in [-1, 1]; image i does not depend on ``count``."""
     return torch.stack([torch.rand(3, side, side, generator=generator("image", i)) * 2 - 1 for i in range(count)])
 
 
@@ -84,11 +84,11 @@ def detached(outputs: Outputs) -> Outputs:
 
 
 def shapes(outputs: Outputs, expected: dict[str, tuple[int, ...]], case: str) -> None:
-    """Compares shapes and asks for finite floating-point numbers; raises :class:`Fault` that names the case."""
+    """Raise :class:`Fault`, naming the case, unless outputs are finite tensors of the expected shapes."""
     for name, shape in expected.items():
         value = outputs[name]
         if not isinstance(value, Tensor):
-            raise Fault(f"{name} is a {type(value).__name__} for {case}; expected a tensor of shape {shape}")
+            raise Fault(f"{name} is a {type(value).__name__} for {case}; expected a tensor with shape {shape}")
         if tuple(value.shape) != shape:
             raise Fault(f"{name} has shape {tuple(value.shape)} for {case}; expected {shape}")
         if not value.isfinite().all():
@@ -96,14 +96,14 @@ def shapes(outputs: Outputs, expected: dict[str, tuple[int, ...]], case: str) ->
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Relative to the size of ``b``; for a scalar, to 1 if that is more."""
+    """Return |a - b| / |b| (2-norms), with a denominator of at least 1 for scalars and 1e-12 otherwise."""
     difference = (a.double() - b.double()).norm().item()
     size = b.double().norm().item()
     return difference / max(size, 1.0 if b.dim() == 0 else 1e-12)
 
 
 def reaches(value: Tensor, source: Tensor) -> bool:
-    """Whether a gradient of ``value`` reaches ``source``, finite and not zero."""
+    """Return whether the gradient of ``value`` with respect to ``source`` exists, is finite and is not all zero."""
     if not value.requires_grad:
         return False
     (gradient,) = torch.autograd.grad(value, source, allow_unused=True, retain_graph=True)
@@ -111,7 +111,7 @@ def reaches(value: Tensor, source: Tensor) -> bool:
 
 
 def attribute(part: Any, name: str, kind: type | tuple[type, ...], meaning: str) -> Any:
-    """An attribute that the contract names."""
+    """Return an attribute required by the contract; raise :class:`Fault` if it is missing or has another type."""
     if not hasattr(part, name):
         raise Fault(f"has no attribute {name}: {meaning}")
     value = getattr(part, name)
@@ -123,7 +123,7 @@ def attribute(part: Any, name: str, kind: type | tuple[type, ...], meaning: str)
 
 @contextlib.contextmanager
 def named(what: str) -> Iterator[None]:
-    """Errors inside become a :class:`Fault` that begins with ``what``."""
+    """Context manager that converts exceptions to a :class:`Fault` whose message starts with ``what``."""
     try:
         yield
     except Fault:

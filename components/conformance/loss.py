@@ -1,4 +1,4 @@
-"""Checks of losses; which of the three kinds one is follows from its methods."""
+"""Checks of losses; a loss's methods determine whether it is a reconstruction, adversarial or alignment loss."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from components.conformance.subject import Fault, Subject
 from components.contracts import AdversarialLoss, AlignmentLoss, Posterior
 
 SIDE, WIDTH, GRID, DIMENSIONS = 32, 48, 4, (24, 32)
-LATE = 10**9  # a step behind any warm-up
+LATE = 10**9  # a step after any start step
 
 
 def checks(subject: Subject) -> list:
     part = subject.make()
-    # By one method, where the trainer asks for all: what is missing is then named.
+    # One method suffices here, unlike in the trainer, so that the checks can name the missing ones.
     if hasattr(part, "make_heads") or hasattr(part, "align"):
         return _alignment(subject)
     if hasattr(part, "generator") or hasattr(part, "discriminator"):
@@ -70,44 +70,44 @@ def _alignment(subject: Subject) -> list:
 
 
 def has_weight_and_call(subject: Subject) -> None:
-    """It has a weight, and is called with image, reconstruction and posterior."""
+    """The loss has a weight and is callable with image, reconstruction and posterior."""
     has_a_weight(subject)
     if not callable(subject.make()):
         raise Fault(
-            "is none of the three losses: a term of the tokenizer's loss has __call__(x, x_hat, posterior), an "
-            "adversarial one generator and discriminator, an alignment loss make_heads and align"
+            "is none of the three kinds of losses: a reconstruction loss has __call__(x, x_hat, posterior), an "
+            "adversarial loss has generator and discriminator, an alignment loss has make_heads and align"
         )
 
 
 def has_a_weight(subject: Subject) -> None:
-    """It has a weight in the tokenizer's loss."""
-    attribute(subject.make(), "weight", (float, int), "factor in the tokenizer's loss")
+    """The loss has a weight in the tokenizer's loss."""
+    attribute(subject.make(), "weight", (float, int), "weight in the tokenizer's loss")
 
 
 def has_both_sides(subject: Subject) -> None:
-    """It has a generator's and a discriminator's loss, and parameters()."""
+    """The loss has generator(), discriminator() and parameters()."""
     _has_all(subject.make(), AdversarialLoss, ("generator", "discriminator", "parameters"))
 
 
 def has_its_weights(subject: Subject) -> None:
-    """It has a weight in the tokenizer's loss and one in the denoiser's."""
+    """The loss has a weight in the tokenizer's loss and one in the denoiser's."""
     for name in ("tokenizer_weight", "denoiser_weight"):
         attribute(subject.make(), name, (float, int), f"weight in the {name.split('_')[0]}'s loss")
     _has_all(subject.make(), AlignmentLoss, ("make_heads", "align"))
 
 
 def is_a_scalar(form: Form) -> None:
-    """Every loss is one finite number, for one image as for several."""
+    """Every loss is a finite scalar, for one and for several images."""
     for count in (1, 2, 3):
         for name, value in form.call(form.part(), form.inputs(count)).items():
             scalar(value, name)
 
 
 def pulls_at_the_reconstruction(form: Form) -> None:
-    """The gradient reaches the reconstruction or the posterior, and is finite where both images are equal."""
+    """The gradient reaches the reconstruction or the posterior, and is finite if both images are equal."""
     part = form.part()
     x, x_hat, mean, logvar = form.inputs(2)
-    for case, reconstruction in (("", x_hat), (" where image and reconstruction are equal", x.clone())):
+    for case, reconstruction in (("", x_hat), (" if image and reconstruction are equal", x.clone())):
         sources = [t.clone().requires_grad_() for t in (reconstruction, mean, logvar)]
         loss = part(x, sources[0], Posterior(*sources[1:]))
         if not loss.requires_grad:
@@ -116,18 +116,18 @@ def pulls_at_the_reconstruction(form: Form) -> None:
         if not all(g.isfinite().all() for g in found):
             raise Fault(f"the gradient is not finite{case}")
         if not case and not any(g.any() for g in found):
-            raise Fault("the gradient is zero: the tokenizer would learn nothing from it")
+            raise Fault("the gradient is zero, so the tokenizer cannot learn from this loss")
 
 
 def has_no_weights(form: Form) -> None:
-    """Nothing in it is trainable: a term of the tokenizer's loss has no optimizer."""
+    """No weight is trainable, because a reconstruction loss has no optimizer."""
     part = form.part()
     if isinstance(part, nn.Module) and (names := [n for n, p in part.named_parameters() if p.requires_grad]):
-        raise Fault(f"{names[0]} is trainable, and nothing trains it; end __init__ with self.requires_grad_(False)")
+        raise Fault(f"{names[0]} is trainable, but has no optimizer; end __init__ with self.requires_grad_(False)")
 
 
 def judges_images(form: Form) -> None:
-    """The generator's loss reaches the reconstruction; the discriminator's are named scalars, behind the start step."""
+    """The generator's loss has a gradient for the reconstruction; discriminator() returns two dicts of scalars."""
     part = form.part()
     x, x_hat, *_ = form.inputs(2)
     x_hat.requires_grad_()
@@ -136,31 +136,31 @@ def judges_images(form: Form) -> None:
         raise Fault("generator(x_hat, step): no gradient reaches the reconstruction")
     found = part.discriminator(x, x_hat.detach(), LATE)
     if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(part, dict) for part in found)):
-        raise Fault("discriminator(x, x_hat, step) must return two dicts: scalars to minimise, and scalars to report")
+        raise Fault("discriminator(x, x_hat, step) must return two dicts: scalars to minimize, and scalars to report")
     for name, value in found[1].items():
         scalar(value, name)
         if value.requires_grad:
-            raise Fault(f"{name}, which is only reported, carries a gradient; detach it")
+            raise Fault(f"{name} is only reported, but carries a gradient; detach it")
 
 
 def has_all_weights_in_units(form: Form) -> None:
-    """Every weight of the discriminator is within units()."""
+    """units() contain every weight of the discriminator."""
     part = form.part()
     units = list(part.units()) if hasattr(part, "units") else []
     inside = {p for unit in units for p in unit.parameters()}
     if outside := [name for name, p in part.named_parameters() if p not in inside]:
-        raise Fault(f"{outside[0]} is in none of units(): generator and discriminator are no forward, so it would not "
-                    "be gathered from the other ranks")  # fmt: skip
+        raise Fault(f"{outside[0]} is in none of units(): generator() and discriminator() are not forward(), so FSDP2 "
+                    "would not gather it")  # fmt: skip
 
 
 def _has_all(part: Any, protocol: type, names: tuple[str, ...]) -> None:
     lacking = [name for name in names if not hasattr(part, name)]
     if lacking or not isinstance(part, protocol):
-        raise Fault(f"has no {', '.join(lacking)}, which an {protocol.__name__} of components.contracts has")
+        raise Fault(f"has no {', '.join(lacking)}, required by components.contracts.{protocol.__name__}")
 
 
 def makes_heads(subject: Subject) -> None:
-    """make_heads gives an nn.ModuleList of one head per encoder, (B, N, width) -> (B, N, D_k)."""
+    """make_heads returns an nn.ModuleList with one head per encoder: (B, N, width) -> (B, N, D_k)."""
     for grid, count in ((GRID, 2), (8, 1)):
         heads = subject.make().make_heads(WIDTH, DIMENSIONS, grid)
         if not isinstance(heads, nn.ModuleList) or len(heads) != len(DIMENSIONS):
@@ -170,23 +170,25 @@ def makes_heads(subject: Subject) -> None:
             case = f"{count} x {grid**2} tokens of {WIDTH} features and an encoder of {dimension}"
             shapes(found, dict.fromkeys(found, (count, grid**2, dimension)), case)
         if not any(p.requires_grad for p in heads.parameters()):
-            raise Fault("the heads have nothing to train")
+            raise Fault("the heads have no trainable weights")
 
 
 def prefers_the_target(form: Form) -> None:
-    """Tokens that are the target lose less than random ones; gradients reach the tokens."""
+    """The loss is lower for tokens equal to the target than for random ones, and gradients reach the tokens."""
     part = form.part()
     tokens, target = form.inputs(3)
     tokens.requires_grad_()
     far, near = part.align([tokens], [target]), part.align([target], [target])
     if not near < far:
-        raise Fault(f"aligned tokens lose {near.item():.3g}, random ones {far.item():.3g}: it must fall with likeness")
+        raise Fault(
+            f"the loss of the target itself ({near.item():.3g}) is not below that of random tokens ({far.item():.3g})"
+        )
     if not reaches(far, tokens):
         raise Fault("align: no gradient reaches the projected tokens")
 
 
 class _Heads(nn.Module):
-    """The heads of an alignment loss as one module; each is a unit, as training has them."""
+    """Heads of an alignment loss as one module with each head as a unit, as in training."""
 
     def __init__(self, subject: Subject, seed: int) -> None:
         super().__init__()
@@ -214,7 +216,7 @@ def _renamed(functions: list) -> list:
 
 
 def _pictures(count: int) -> Inputs:
-    """Image, reconstruction, mean and log-variance."""
+    """Return image, reconstruction, posterior mean and log-variance."""
     x = images(count, SIDE)
     x_hat = (x + 0.3 * normal("error", count, 3, SIDE, SIDE)).clamp(-1, 1)
     return x, x_hat, normal("mean", count, 4, 8, 8), 0.1 * normal("logvar", count, 4, 8, 8) - 1
@@ -225,5 +227,5 @@ def _tokens(count: int) -> Inputs:
 
 
 def _low(x: Tensor) -> Tensor:
-    """What a network's output is under autocast."""
+    """Cast to bf16 under autocast, like the output of a network."""
     return x.bfloat16() if torch.is_autocast_enabled("cpu") else x

@@ -1,4 +1,4 @@
-"""What holds for a plugin of any kind: its options and what it says about itself."""
+"""Checks of options and docstrings, for plugins of any kind."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ HANDED_IN = {"encoder": ("resolution", "grid"), "denoiser": ("latent", "num_clas
 
 
 class Nothing:
-    """A value of a type that no option has."""
+    """A type that no option accepts."""
 
 
 def is_made_as_its_kind(subject: Subject) -> None:
-    """It is made with what its kind is handed; the rest are keyword-only options."""
+    """The constructor takes the arguments of its kind, followed by keyword-only options."""
     plugin = subject.plugin
     given = HANDED_IN.get(plugin.kind, ())
     if plugin.cls.__init__ is object.__init__:
@@ -28,39 +28,39 @@ def is_made_as_its_kind(subject: Subject) -> None:
     places = [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
     if len(places) != len(given):
         raise Fault(
-            f"a {plugin.kind} is made with ({', '.join(given)}), but __init__ takes ({', '.join(places)}) before the "
-            "options; name every option after a bare *"
+            f"a {plugin.kind} is constructed with ({', '.join(given)}), but __init__ takes ({', '.join(places)}) as "
+            "positional parameters; put every option after a bare *"
         )
 
 
 def says_what_it_is(subject: Subject) -> None:
-    """Its docstring begins with one line, and explains every option under Args."""
+    """The docstring has a summary line and documents every option under Args."""
     plugin = subject.plugin
     if not plugin.summary:
-        raise Fault(f"class {plugin.cls.__name__} has no docstring; its first line is what listings show")
+        raise Fault(f"class {plugin.cls.__name__} has no docstring; listings show its first line")
     silent = [option.name for option in plugin.options.values() if not option.doc]
     if silent:
         raise Fault(f"the docstring's Args section has no line for: {', '.join(silent)}")
 
 
 def refuses_bad_options(subject: Subject) -> None:
-    """Unknown keys and wrong types are refused; defaults are of the types that they say."""
+    """Unknown keys and wrong types are refused; defaults match their annotated types."""
     plugin = subject.plugin
     schema = plugin.schema()
     try:
         schema.model_validate(subject.options)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise Fault(f"is examined with options that it does not take: {first['loc'][0]}: {first['msg']}") from error
+        raise Fault(f"does not accept the options it is checked with: {first['loc'][0]}: {first['msg']}") from error
     try:
         schema.model_json_schema()
     except PydanticInvalidForJsonSchema as error:
-        raise Fault(f"an option has a type that TOML cannot write ({error}); use plain types and Literal") from error
+        raise Fault(f"an option has a type that TOML cannot express ({error}); use plain types and Literal") from error
     if _accepts(schema, subject.options | {"no_such_option_": 1}):
-        raise Fault("an unknown key is accepted; name every option after a bare *, without **kwargs")
+        raise Fault("an unknown key is accepted; put every option after a bare *, without **kwargs")
     for option in plugin.options.values():
         if _accepts(schema, subject.options | {option.name: Nothing()}):
-            raise Fault(f"option {option.name} takes a value of any type; annotate it, as {option.name}: int = 3")
+            raise Fault(f"option {option.name} accepts values of any type; annotate it, as in {option.name}: int = 3")
         if not option.required and not _accepts(schema, subject.options | {option.name: option.default}):
             raise Fault(f"option {option.name}: its default {option.default!r} is not of its type {option.type_name}")
 

@@ -1,4 +1,4 @@
-"""Checks of recipes, on small parts: the kit's own, or those that the subject names."""
+"""Checks of recipes, with small toy parts or those in ``Subject.parts``."""
 
 from __future__ import annotations
 
@@ -39,33 +39,33 @@ def checks(subject: Subject) -> list:
 
 
 def states_its_parts(subject: Subject) -> None:
-    """uses names fields of Modules; trains maps groups to modules among them."""
+    """uses lists fields of Modules, and trains maps each group to some of them."""
     recipe = subject.make()
     for name in ("uses", "trains"):
         if not hasattr(recipe, name):
             raise Fault(f"has no attribute {name}")
     if not isinstance(recipe.uses, frozenset) or not recipe.uses <= FIELDS:
         wrong = sorted(set(recipe.uses) - FIELDS)
-        raise Fault(f"uses must be a frozenset of fields of components.contracts.Modules; {wrong} are none")
+        raise Fault(f"uses must be a frozenset of fields of components.contracts.Modules; not fields: {wrong}")
     if not isinstance(recipe.trains, dict) or not recipe.trains:
-        raise Fault("trains must be a dict: group -> names of the modules that it updates")
+        raise Fault("trains must be a dict: group -> names of the modules that the group updates")
     for group, members in recipe.trains.items():
         if isinstance(members, str) or not members or not set(members) <= recipe.uses:
-            raise Fault(f"trains['{group}'] = {members!r}: expected a tuple of names that are in uses")
+            raise Fault(f"trains['{group}'] = {members!r}: expected a tuple of names in uses")
     twice = [name for members in recipe.trains.values() for name in members]
     if again := {name for name in twice if twice.count(name) > 1}:
-        raise Fault(f"{sorted(again)} learn in two groups; a module belongs to one optimizer")
+        raise Fault(f"{sorted(again)} are in several groups; a module belongs to exactly one optimizer")
 
 
 def takes_a_step(subject: Subject) -> None:
-    """A step hands every group's terms to update, named, weighted, finite, and reports scalars without a graph."""
+    """A step calls update for every group with named, weighted, finite terms; reported scalars carry no graph."""
     recipe, m = _made(subject)
     seen, reported = _step(recipe, m, *_batch(m))
     if seen.keys() != recipe.trains.keys():
-        raise Fault(f"step updates the groups {sorted(seen)}; trains names {sorted(recipe.trains)}")
+        raise Fault(f"step updates the groups {sorted(seen)}, but trains lists {sorted(recipe.trains)}")
     for group, terms in seen.items():
         if not terms:
-            raise Fault(f"update('{group}', ...) gets no term")
+            raise Fault(f"update('{group}', ...) is called without terms")
         for name, term in terms.items():
             if not isinstance(term, Weighted):
                 raise Fault(f"term {name} of '{group}' is a {type(term).__name__}; expected contracts.Weighted")
@@ -74,11 +74,11 @@ def takes_a_step(subject: Subject) -> None:
                 raise Fault(f"the weight of term {name} of '{group}' is a {type(term.weight).__name__}, not a number")
     for name, value in reported.items():
         if isinstance(value, Tensor) and value.requires_grad:
-            raise Fault(f"{name}, which is only reported, carries a gradient; detach it")
+            raise Fault(f"{name} is only reported, but carries a gradient; detach it")
 
 
 def teaches_each_group_from_its_own_losses(subject: Subject) -> None:
-    """The update of a group reaches the modules of that group, and no other."""
+    """The update of a group sends gradients into all modules of that group and no others."""
     groups = subject.make().trains
     for group, members in groups.items():
         recipe, m = _made(subject)
@@ -91,15 +91,15 @@ def teaches_each_group_from_its_own_losses(subject: Subject) -> None:
         named = {name.split(".")[0] for name in reached}
         if leaked := named - set(members):
             raise Fault(
-                f"the update of '{group}' sends gradients into {', '.join(sorted(leaked))} (a detach() or "
-                "components.distributed.freeze.frozen(...) is missing)"
+                f"the update of '{group}' sends gradients into {', '.join(sorted(leaked))} (missing detach() or "
+                "components.distributed.freeze.frozen(...)?)"
             )
         if missed := set(members) - named:
             raise Fault(f"the update of '{group}' sends no gradient into {', '.join(sorted(missed))}")
 
 
 def leaves_everything_as_it_found_it(subject: Subject) -> None:
-    """A step changes no weight, no mode and no requires_grad flag: optimizers step later, or not at all."""
+    """A step changes no weight, no train/eval mode and no requires_grad flag; optimizers step later, if at all."""
     recipe, m = _made(subject)
     before = {name: p.detach().clone() for name, p in _weights(m)}
     flags = {name: p.requires_grad for name, p in _weights(m)}
@@ -107,18 +107,16 @@ def leaves_everything_as_it_found_it(subject: Subject) -> None:
     _step(recipe, m, *_batch(m))
     for name, p in _weights(m):
         if not torch.equal(p, before[name]):
-            raise Fault(f"step changes the weight {name}; it hands losses to update, and optimizers step later")
+            raise Fault(f"step changes the weight {name}; pass losses to update instead, optimizers step later")
         if p.requires_grad != flags[name]:
-            raise Fault(
-                f"step leaves requires_grad of {name} changed; components.distributed.freeze.frozen restores it"
-            )
+            raise Fault(f"step does not restore requires_grad of {name}; use components.distributed.freeze.frozen")
     for name, module in m.named().items():
         if module.training != modes[name]:
-            raise Fault(f"step leaves {name} in another mode (train or eval) than it found it in")
+            raise Fault(f"step changes the mode (train or eval) of {name}")
 
 
 def repeats_itself(subject: Subject) -> None:
-    """The same weights, images and draws give the same losses, and no other random number is drawn."""
+    """The same weights, images and draws produce the same losses, and no other random numbers are drawn."""
     found = []
     with torch.random.fork_rng(devices=[]):
         for seed in (1, 2):
@@ -128,7 +126,7 @@ def repeats_itself(subject: Subject) -> None:
             before = torch.random.get_rng_state()
             found.append(_values(_step(recipe, m, *batch)[0]))
             if not torch.equal(before, torch.random.get_rng_state()):
-                raise Fault("step draws random numbers of its own; they would differ between ranks: use draws")
+                raise Fault("step draws random numbers, which would differ between ranks; use draws instead")
     if changed := [name for name in found[0] if found[0][name] != found[1][name]]:
         raise Fault(f"two steps with the same weights, images and draws differ in {', '.join(changed)}")
 
@@ -143,18 +141,18 @@ def keeps_losses_in_fp32(subject: Subject) -> None:
             scalar(term.value, f"under bf16 autocast, term {name} of '{group}'")
             if term.value.dtype != torch.float32:
                 raise Fault(
-                    f"term {name} of '{group}' is {term.value.dtype} under bf16 autocast; compute it behind "
-                    "components.nn.precision.at_least_fp32"
+                    f"term {name} of '{group}' is {term.value.dtype} under bf16 autocast; compute it from "
+                    "components.nn.precision.at_least_fp32(input)"
                 )
 
 
 def trains_on_cached_latents(subject: Subject) -> None:
-    """Where it says cached_latents = True, a step without images has the losses of one with them."""
+    """With cached_latents = True, a step on cached latents has the same losses as one on images."""
     recipe, m = _made(subject)
     if not getattr(recipe, "cached_latents", False):
         return
     if "tokenizer" in {name for members in recipe.trains.values() for name in members}:
-        raise Fault("says cached_latents = True, and trains the tokenizer")
+        raise Fault("sets cached_latents = True, but trains the tokenizer")
     batch, draws = _batch(m)
     with torch.no_grad():
         posterior = m.tokenizer.encode(batch.images)
@@ -164,13 +162,13 @@ def trains_on_cached_latents(subject: Subject) -> None:
     try:
         cached = _values(_step(recipe, m, Batch(None, batch.labels, posterior, features), draws)[0])
     except (AttributeError, TypeError) as error:
-        raise Fault(f"says cached_latents = True, but fails on a batch without images: {error}") from error
+        raise Fault(f"sets cached_latents = True, but fails on a batch without images: {error}") from error
     if changed := [name for name in usual if abs(usual[name] - cached.get(name, float("nan"))) > 1e-9]:
-        raise Fault(f"says cached_latents = True, but cached latents give another {', '.join(changed)}")
+        raise Fault(f"sets cached_latents = True, but cached latents change {', '.join(changed)}")
 
 
 def _made(subject: Subject, dtype: torch.dtype = torch.float64) -> tuple[Any, Modules]:
-    """The recipe, and its parts in the state that training hands them over in."""
+    """Construct the recipe, and its parts with modes and requires_grad flags as in training."""
     recipe = subject.make()
     m = Modules(**_parts(subject.parts, recipe.uses), flow=Flow())
     trained = {name for members in recipe.trains.values() for name in members}
@@ -182,7 +180,7 @@ def _made(subject: Subject, dtype: torch.dtype = torch.float64) -> tuple[Any, Mo
         try:
             recipe.check(m)
         except ValueError as error:
-            raise Fault(f"refuses the parts that it is examined with; name others (--parts): {error}") from error
+            raise Fault(f"refuses the parts it is checked with; choose others with --parts: {error}") from error
     return recipe, m
 
 
@@ -235,7 +233,11 @@ def _batch(m: Modules, dtype: torch.dtype = torch.float64) -> tuple[Batch, Draws
 def _step(
     recipe: Any, m: Modules, batch: Batch, draws: Draws, only: str | None = None
 ) -> tuple[Seen, dict[str, Tensor]]:
-    """Terms by group, and what was only reported; back-propagates the update of one group, or of all."""
+    """Run a step and backpropagate the updates of group ``only`` (None: all groups).
+
+    Returns:
+        Terms by group, and values that were only reported.
+    """
     seen: Seen = {}
     reported: dict[str, Tensor] = {}
 

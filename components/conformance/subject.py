@@ -1,4 +1,4 @@
-"""The plugin under examination: how it is named on a command line, and how it is made."""
+"""Plugin under test: lookup from the command line, and construction."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ else:
 
 
 class Fault(AssertionError):
-    """A plugin breaks the contract of its kind; the message says how, and what to do."""
+    """A plugin violates the contract of its kind; the message says how, and how to fix it."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A plugin with the options that it is examined with.
+    """A plugin with the options to check it with.
 
     Attributes:
-        plugin: as registered.
-        options: of its table; small ones make the checks fast.
-        parts: for a recipe: tables of a run's other parts (tokenizer, denoiser, encoders, losses); small ones of
-            the kit's own stand for those that are missing.
+        plugin: registered plugin.
+        options: options as in its TOML table; small networks make the checks fast.
+        parts: for a recipe: tables of the run's other parts (tokenizer, denoiser, encoders, losses); toy parts replace
+            missing ones.
     """
 
     plugin: Plugin
@@ -40,24 +40,24 @@ class Subject:
     parts: dict[str, Any] = field(default_factory=dict)
 
     def make(self, *given: Any, seed: int = 0) -> Any:
-        """One instance, its random weights drawn from ``seed``; torch's global generator is left as it was."""
+        """Construct an instance with random weights from ``seed``; restores torch's global generator afterwards."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.plugin.cls(*given, **self.options)
 
 
 def resolve(package: str, spec: str, options: Sequence[str] = (), parts: str | None = None) -> Subject:
-    """The plugin that ``spec`` names.
+    """Find the plugin named by ``spec``.
 
     Args:
-        package: whose modules are all plugins; they are imported, too.
-        spec: "MODULE:NAME" or "FILE.py:NAME", NAME as it is registered or the class's own; without ":NAME" where the
-            module registers one plugin only.
-        options: "key=value" each, the value in TOML or else a plain string.
-        parts: TOML file with the tables of a run, for a recipe.
+        package: package of plugins; all of its modules are imported as well.
+        spec: "MODULE:NAME" or "FILE.py:NAME", where NAME is the registered name or the class name; ":NAME" may be
+            omitted if the module registers a single plugin.
+        options: "key=value" strings; a value that is not valid TOML is taken as a string.
+        parts: for a recipe: TOML file with the tables of a run.
 
     Raises:
-        PluginError: no such module or plugin, or options that it does not take.
+        PluginError: the module or plugin does not exist, or the plugin does not accept the options.
     """
     module, colon, name = spec.rpartition(":")
     if not colon or name.endswith(".py"):
@@ -72,7 +72,7 @@ def resolve(package: str, spec: str, options: Sequence[str] = (), parts: str | N
         raise PluginError(f"'{module}' has no plugin '{name}'{valid}" if name else f"'{module}' registers no plugin")
     if len(found) > 1:
         listed = ", ".join(f"{p.name} ({p.kind})" for p in found)
-        raise PluginError(f"'{spec}' may be any of {listed}; say which, as {module}:{found[0].cls.__name__}")
+        raise PluginError(f"'{spec}' may be any of {listed}; choose one, as in {module}:{found[0].cls.__name__}")
     subject = Subject(found[0], _options(options), _parts(parts))
     try:
         found[0].schema().model_validate(subject.options)
@@ -80,7 +80,7 @@ def resolve(package: str, spec: str, options: Sequence[str] = (), parts: str | N
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
         raise PluginError(
-            f"{found[0].kind} {found[0].name}: option {key}: {first['msg']}; give it as --option {key}=VALUE"
+            f"{found[0].kind} {found[0].name}: option {key}: {first['msg']}; set it with --option {key}=VALUE"
             f"{nearest(key, found[0].options)}"
         ) from error
     return subject
@@ -91,7 +91,7 @@ def _options(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
-            raise PluginError(f"'{word}' is not an option; expected key=value, as --option width=64")
+            raise PluginError(f"'{word}' is not an option; expected key=value, as in --option width=64")
         try:
             found[key] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

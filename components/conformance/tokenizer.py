@@ -36,10 +36,10 @@ def round_trip(tokenizer: Any, inputs: Inputs) -> Outputs:
 
 
 def has_its_attributes(subject: Subject) -> None:
-    """It is an nn.Module with factor, channels, encode, decode, load_weights and units."""
+    """The tokenizer is an nn.Module with factor, channels, encode, decode, load_weights and units."""
     part = subject.make()
     if not isinstance(part, nn.Module):
-        raise Fault(f"{type(part).__name__} is no nn.Module")
+        raise Fault(f"{type(part).__name__} is not an nn.Module")
     if attribute(part, "factor", int, "pixels per latent position along a side") < 1:
         raise Fault(f"factor = {part.factor}: expected at least 1 pixel per latent position")
     attribute(part, "channels", int, "latent channels C")
@@ -49,7 +49,7 @@ def has_its_attributes(subject: Subject) -> None:
 
 
 def keeps_shapes(subject: Subject) -> None:
-    """(B, 3, R, R) becomes a posterior over (B, C, R / factor, R / factor), and that an image again."""
+    """Images (B, 3, R, R) become a posterior over (B, C, R / factor, R / factor), which decodes to images."""
     part = subject.make()
     for side, count in ((_side(part, 2), 1), (_side(part, 4), 2), (_side(part, 8), 3)):
         positions = side // part.factor
@@ -65,38 +65,38 @@ def keeps_shapes(subject: Subject) -> None:
 
 
 def bounds_its_variance(subject: Subject) -> None:
-    """The log-variance stays within [-30, 20] whatever the image."""
+    """The log-variance stays in [-30, 20] for any image."""
     part = subject.make()
     logvar = part.encode(1e6 * images(2, _side(part))).logvar
     low, high = logvar.min().item(), logvar.max().item()
     if not -30 <= low <= high <= 20:
-        raise Fault(f"logvar reaches from {low:.3g} to {high:.3g} for a large input; end with .clamp(-30.0, 20.0)")
+        raise Fault(f"logvar ranges from {low:.3g} to {high:.3g} for a large input; end with .clamp(-30.0, 20.0)")
 
 
 def passes_gradients(subject: Subject) -> None:
-    """Gradients pass through frozen weights: from latents to images, and back to the image where encode learns."""
+    """Through frozen weights, gradients of decode reach the latents, and those of encode, if it learns, the image."""
     part = subject.make()
     x = images(2, _side(part))
     if part.encode(x).mean.requires_grad:
         part.requires_grad_(False)
         x.requires_grad_()
-        # Squared: behind a last norm, a plain mean has no gradient.
+        # Squared, because after a final norm the gradient of a plain mean is zero.
         if not reaches(part.encode(x).mean.square().mean(), x):
-            raise Fault("encode passes no finite gradient on to the image")
+            raise Fault("encode passes no finite, nonzero gradient to the image")
     z = normal("latent", 2, part.channels, *[_side(part) // part.factor] * 2).requires_grad_()
     if getattr(part, "trainable", True) and not reaches(part.requires_grad_(False).decode(z).square().mean(), z):
-        raise Fault("decode passes no finite gradient on to the latents (torch.no_grad() or detach()?)")
+        raise Fault("decode passes no finite, nonzero gradient to the latents (torch.no_grad() or detach()?)")
 
 
 def freezes_on_request(subject: Subject) -> None:
-    """Where it says trainable = False no weight is trainable; where it says True, or nothing, some are."""
+    """If all weights are frozen, the tokenizer sets trainable = False."""
     part = subject.make()
     trainable = getattr(part, "trainable", True)
     learning = [name for name, p in part.named_parameters() if p.requires_grad]
     if trainable and not learning and any(True for _ in part.parameters()):
-        raise Fault("every weight is frozen; say trainable = False, so that recipes that train it can refuse it")
+        raise Fault("every weight is frozen; set trainable = False, so that recipes that train it can refuse it")
 
 
 def _side(part: Any, positions: int = POSITIONS) -> int:
-    """Pixels per side: so many latent positions, unless the tokenizer states the one resolution that it takes."""
+    """Return the image side in pixels for ``positions`` latent positions, or the tokenizer's fixed resolution."""
     return getattr(part, "resolution", None) or positions * part.factor

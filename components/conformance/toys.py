@@ -1,4 +1,4 @@
-"""The least parts that keep the contracts: what a recipe under examination works with, unless it is given others."""
+"""Minimal parts that satisfy the contracts; recipes are checked with them unless other parts are named."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH = 16
 
 
 class ToyTokenizer(nn.Module):
-    """One convolution each way: factor 4, 4 channels."""
+    """One convolution each for encoding and decoding: factor 4, 4 channels."""
 
     factor, channels = 4, 4
 
@@ -33,14 +33,14 @@ class ToyTokenizer(nn.Module):
         return self.decoder(z)
 
     def load_weights(self) -> None:
-        """There are none."""
+        """Do nothing: there are no weights."""
 
     def units(self) -> Sequence[nn.Module]:
         return []
 
 
 class ToyDenoiser(nn.Module):
-    """A token per latent position, and two layers; tokens are aligned behind the first."""
+    """Two layers with one token per latent position; tokens are aligned after the first."""
 
     width, align_depth, label_dropout = WIDTH, 1, 0.1
 
@@ -85,11 +85,11 @@ class ToyEncoder(nn.Module):
         return self(images).mean(1)
 
     def load_weights(self) -> None:
-        """There are none."""
+        """Do nothing: there are no weights."""
 
 
 class ToyL1:
-    """Mean absolute error, and a little of the divergence, so that every weight of the tokenizer learns."""
+    """Mean absolute error plus 1e-3 of the KL divergence, so that every weight of the tokenizer gets a gradient."""
 
     weight = 1.0
 
@@ -98,7 +98,7 @@ class ToyL1:
 
 
 class ToyAdversary(nn.Module):
-    """One convolution that tells images from reconstructions."""
+    """Discriminator with one convolution."""
 
     weight = 0.1
 
@@ -120,7 +120,7 @@ class ToyAdversary(nn.Module):
 
 
 class ToyAlignment:
-    """Mean squared distance behind a linear head."""
+    """Mean squared error after a linear head."""
 
     tokenizer_weight, denoiser_weight = 1.5, 0.5
 

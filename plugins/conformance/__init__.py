@@ -1,7 +1,7 @@
-"""The contract of a plugin's kind as pytest tests: for a test suite of your own.
+"""Conformance checks of a plugin as pytest tests, for use in another project's test suite.
 
     pytest -p plugins.conformance.pytest_options --pyargs plugins.conformance --plugin my_lab.encoders:my_encoder
 
-What is checked is in :mod:`components.conformance`, which ``python -m trainer conform`` runs without pytest. Nothing
-here imports pytest or registers a plugin, so that looking for plugins may import it.
+The checks are in :mod:`components.conformance`; ``python -m trainer conform`` runs them without pytest. Nothing here
+imports pytest or registers a plugin, because plugin discovery imports this package.
 """

@@ -1,4 +1,4 @@
-"""One test for each check of the plugin that ``--plugin`` names."""
+"""One test per check of the plugin named with ``--plugin``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def pytest_generate_tests(metafunc: Any) -> None:
     config = metafunc.config
     if not (spec := config.getoption("--plugin", default=None)):
         raise SystemExit(
-            "which plugin? pytest -p plugins.conformance.pytest_options --pyargs plugins.conformance "
+            "no plugin named; use pytest -p plugins.conformance.pytest_options --pyargs plugins.conformance "
             "--plugin my_lab.encoders:my_encoder"
         )
     subject = resolve("plugins", spec, config.getoption("--option"), config.getoption("--parts"))

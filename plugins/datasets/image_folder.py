@@ -1,4 +1,4 @@
-"""Images in one sub-folder per class, as ImageNet comes."""
+"""Image-folder dataset with one sub-folder per class, such as ImageNet."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ logger = logging.getLogger(__name__)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 PATIENCE = 100
-"""Unreadable files in a row after which the folder, and not a file, is at fault."""
+"""Number of consecutive unreadable files after which reading stops: the folder, not a file, is then the problem."""
 
 HELP = """\
-Set [dataset] path to a folder with one sub-folder per class, for ImageNet PATH/n01440764/*.JPEG to
-PATH/n15075141/*.JPEG (1000 folders). ImageNet is free for research after registration: the training images of
-ILSVRC2012 (task 1 and 2) from https://image-net.org/download-images, where each class is a .tar to extract into a
-folder of its name, or the data set ILSVRC/imagenet-1k on Hugging Face."""
+Set [dataset] path to a folder with one sub-folder per class; for ImageNet, PATH/n01440764/*.JPEG to
+PATH/n15075141/*.JPEG (1000 folders). ImageNet is free for research after registration: download the ILSVRC2012
+training images (task 1 and 2) from https://image-net.org/download-images and extract each class's .tar into a folder
+of the same name, or use the dataset ILSVRC/imagenet-1k on Hugging Face."""
 
 
 @registry.datasets.register("image_folder")
 class ImageFolder:
-    """Image files in one sub-folder per class (ImageNet's layout), centre-cropped.
+    """Center-cropped image files in one sub-folder per class (ImageNet layout).
 
-    Classes are the sub-folders in sorted order; their files may be nested. JPEG, PNG, WebP, BMP and GIF (first
-    frame) of every mode become 8-bit RGB: grey is repeated, a palette looked up, CMYK converted, 16 bits are
-    scaled, transparency is dropped as in ADM (the colour stored below it shows). EXIF rotation is applied. The crop
-    is ADM's (arXiv 2105.05233): halved by box filters while the shorter side is at least 2R, then resized by a
-    bicubic filter to make it R, then cut from the centre.
+    Classes are the sub-folders in sorted order; files may be nested inside them. JPEG, PNG, WebP, BMP and GIF (first
+    frame) files of any mode are converted to 8-bit RGB: gray is repeated, palettes are looked up, CMYK is converted,
+    16 bits are scaled to 8, and alpha is dropped as in ADM (the stored color shows). EXIF rotation is applied. The crop
+    is ADM's (arXiv 2105.05233): halve with a box filter while the shorter side is at least 2R, resize it to R with a
+    bicubic filter, crop the center.
 
-    A file that cannot be read is replaced by the next one that can, which the sample says.
+    An unreadable file is replaced by the next readable one, and the sample's ``unreadable`` field names it.
 
     Args:
         path: folder with one sub-folder per class.
-        flip: whether training may mirror the images left-right.
+        flip: allow horizontal flips in training.
 
     Raises:
-        DataError: the folder is missing, or holds no class folders or no images.
+        DataError: the folder is missing or contains no class folders or no images.
     """
 
     def __init__(self, resolution: int, *, path: str, flip: bool = True) -> None:
@@ -59,8 +59,8 @@ class ImageFolder:
         self.flip = flip
         self.class_names = _class_folders(path, self.path)
         self.num_classes = len(self.class_names)
-        # One string and two arrays: a list of a million names would be copied into every worker, page by page, as
-        # reference counts change.
+        # One bytes object and two arrays: a list of a million strings would be copied into every worker, because
+        # updating reference counts triggers copy-on-write.
         names, lengths, counts = [], [], []
         for folder in self.class_names:
             found = [os.fsencode(name) for name in _images(self.path, folder)]
@@ -80,7 +80,7 @@ class ImageFolder:
         if empty:
             more = ", ..." if len(empty) > 5 else ""
             logger.warning(
-                "dataset image_folder: %d of %d classes in %s have no images and are kept: %s%s",
+                "dataset image_folder: %d of %d classes in %s have no images; they keep their labels: %s%s",
                 *(len(empty), self.num_classes, path, ", ".join(empty[:5]), more),
             )
         _silence_pil()
@@ -93,16 +93,16 @@ class ImageFolder:
         return len(self._ends)
 
     def file(self, index: int) -> str:
-        """Path of image ``index`` in [0, len)."""
+        """Return the path of image ``index`` in [0, len)."""
         start = self._ends[index - 1] if index else 0
         return os.path.join(self.path, os.fsdecode(self._names[start : self._ends[index]]))
 
     def __getitem__(self, index: int) -> Sample:
-        """The image (uint8, (3, R, R)), its class, and the path of ``index`` if another image had to replace it.
+        """Return the image (uint8, (3, R, R)), its class and, if another image replaced it, the path of ``index``.
 
         Raises:
-            IndexError: outside [0, len).
-            DataError: none of the next 100 files can be read.
+            IndexError: ``index`` is outside [0, len).
+            DataError: none of the 100 files from ``index`` on can be read.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"dataset image_folder: index {index} is outside its {len(self)} images")
@@ -112,22 +112,22 @@ class ImageFolder:
             try:
                 image = _read(self.file(other), self.resolution)
             except Exception as error:
-                # Whatever a decoder throws at a broken file: one file must not end a run.
+                # Decoders raise many types of exceptions for broken files; one file must not end a run.
                 unreadable = unreadable or self.file(index)
                 reason = f"{self.file(other)}: {type(error).__name__}: {error}"
                 continue
             return Sample(image, int(self._labels[other]), unreadable)
         raise DataError(
-            f"dataset image_folder: {min(PATIENCE, len(self))} images in a row cannot be read, beginning with "
-            f"{unreadable}; the last: {reason}. Is {self.path} still there and readable?"
+            f"dataset image_folder: {min(PATIENCE, len(self))} images in a row cannot be read, starting with "
+            f"{unreadable}; the last: {reason}. Check that {self.path} still exists and is readable."
         )
 
 
 def adm_crop(image: Image, resolution: int) -> Image:
-    """The central square, scaled to ``resolution`` (R) pixels per side, as ADM prepares ImageNet."""
+    """Crop the central square and scale it to ``resolution`` (R) pixels per side, as ADM does for ImageNet."""
     from PIL.Image import Resampling
 
-    # The only departure: a strip is cut to 16 : 1 first, else one of 1 x 60000 would take 16 GB at R = 256.
+    # Unlike ADM, first crop to an aspect ratio of 16:1: a 1 x 60000 image would need 16 GB at R = 256.
     width, height = image.size
     longest = 16 * min(image.size)
     if max(image.size) > longest:
@@ -143,13 +143,13 @@ def adm_crop(image: Image, resolution: int) -> Image:
 
 
 def _read(file: str, resolution: int) -> torch.Tensor:
-    """(3, R, R) uint8; raises whatever the decoder raises."""
+    """Read and crop an image: uint8 (3, R, R). Raises any exception of the decoder."""
     import PIL.Image
     from PIL.ImageOps import exif_transpose
 
     with PIL.Image.open(file) as image:
         image.load()
-        with contextlib.suppress(Exception):  # broken EXIF beside sound pixels
+        with contextlib.suppress(Exception):  # the pixels are valid even if EXIF is broken
             exif_transpose(image, in_place=True)
         square = adm_crop(_to_rgb(image), resolution)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
@@ -159,19 +159,19 @@ def _to_rgb(image: Image) -> Image:
     import PIL.Image
 
     if image.mode.startswith("I"):
-        # 16-bit grey, which convert() would clip at 255. The high byte, as PIL itself reads 16-bit RGB.
+        # 16-bit gray: convert() would clip at 255. Keep the high byte, as PIL does for 16-bit RGB.
         grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
         image = PIL.Image.fromarray(grey.astype(np.uint8))
     return image.convert("RGB")
 
 
 def _silence_pil() -> None:
-    # Remarks on palettes, EXIF and large files, in each worker anew; what is unreadable is reported by the sample.
+    # PIL warns about palettes, EXIF and large files in every worker; unreadable files are reported by the sample.
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _class_folders(path: str, root: str) -> list[str]:
-    """Names of the sub-folders of ``root``, sorted; messages show ``path``, as the user wrote it."""
+    """List the sub-folders of ``root``, sorted; messages show ``path`` as the user wrote it."""
     if not path or not os.path.isdir(root):
         raise DataError(f"dataset image_folder: '{path}' is not a folder (looked at {root}).\n{HELP}")
     folders = _subfolders(root)
@@ -194,7 +194,7 @@ def _subfolders(folder: str) -> list[str]:
 
 
 def _images(root: str, folder: str) -> list[str]:
-    """Image files below ``root``/``folder``, relative to ``root``, sorted. One directory read each, no stat."""
+    """List image files in ``root``/``folder`` and below, relative to ``root``, sorted. Needs no stat per file."""
     found, pending = [], [folder]
     while pending:
         here = pending.pop()
@@ -210,7 +210,7 @@ def _images(root: str, folder: str) -> list[str]:
 
 
 def _contents(root: str) -> str:
-    """'; it holds 1000 .tar, 3 .txt', or nothing."""
+    """Describe what a folder contains, as in '; it holds 1000 .tar, 3 .txt'; '' for no files."""
     kinds = collections.Counter(
         os.path.splitext(name)[1].lower() or "files without extension"
         for _, _, files in os.walk(root)

@@ -1,4 +1,4 @@
-"""Ten coloured shapes, drawn rather than stored: a labelled dataset that needs no download."""
+"""Procedurally drawn dataset of ten colored shapes, labeled, that needs no download."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ LUMA = (0.299, 0.587, 0.114)
 
 @registry.datasets.register("shapes")
 class Shapes:
-    """Ten coloured shapes on gradients, drawn on the fly: deterministic, any resolution, no download.
+    """Ten colored shapes on gradients, drawn on the fly: deterministic, any resolution, no download.
 
-    An image is a pure function of (seed, split, index); ``resolution`` only chooses how finely the same scene
-    is sampled, and ``size`` only how many indices there are. Index i has class i mod 10, so every class is
-    equally frequent. Colour, position, size and a small rotation vary; the shape's luma differs from that of
-    every background pixel by at least 0.2 (of 1), so it is always visible. All classes survive mirroring.
+    An image is a pure function of (seed, split, index): ``resolution`` only sets how finely the scene is sampled, and
+    ``size`` only the number of images. Index i has class i mod 10, so classes are balanced. Color, position, size and a
+    small rotation vary. The shape's luma differs from that of every background pixel by at least 0.2 (on a scale of 0
+    to 1), so it is always visible. Mirroring preserves all classes.
 
     Args:
         size: number of images, at least 10.
-        split: which of three streams of images, which share none; the judge was trained on "judge" alone.
-        seed: chooses another stream of images, at least 0.
-        flip: whether training may mirror the images left-right.
-        variety: how much position, size and rotation vary: 1 is all of it, 0 large, centred and upright.
+        split: one of three disjoint streams of images; the judge was trained on "judge" only.
+        seed: seed of the stream of images, at least 0.
+        flip: allow horizontal flips in training.
+        variety: how much position, size and rotation vary: 1: fully; 0: all shapes are large, centered and upright.
 
     Raises:
         ValueError: the resolution is below 16, ``size`` below 10, ``seed`` negative, ``split`` unknown, or
@@ -66,7 +66,7 @@ class Shapes:
         variety: float = 1.0,
     ) -> None:
         for allowed, key, value, bound in (
-            (resolution >= 16, "resolution", resolution, "at least 16, or the shapes cannot be told apart"),
+            (resolution >= 16, "resolution", resolution, "at least 16, so that the shapes are distinguishable"),
             (size >= self.num_classes, "size", size, f"at least {self.num_classes}, one image per class"),
             (0 <= seed < 2**64, "seed", seed, "at least 0 and below 2**64"),
             (split in SPLITS, "split", repr(split), f"one of {', '.join(SPLITS)}"),
@@ -87,7 +87,11 @@ class Shapes:
         return self.size
 
     def __getitem__(self, index: int) -> Sample:
-        """The image (uint8, (3, R, R)) and its class; raises IndexError outside [-size, size)."""
+        """Return the image (uint8, (3, R, R)) and its class.
+
+        Raises:
+            IndexError: ``index`` is outside [-size, size).
+        """
         if not -self.size <= index < self.size:
             raise IndexError(f"dataset shapes: index {index} is outside its {self.size} images")
         index %= self.size
@@ -96,19 +100,19 @@ class Shapes:
         return Sample(torch.from_numpy(self._paint(u, self._coverage(u, label))), label)
 
     def mask(self, index: int) -> Tensor:
-        """How much of each pixel of image ``index`` in [0, size) the shape covers: float (R, R) in [0, 1]."""
+        """Return the fraction of each pixel of image ``index`` that the shape covers: float (R, R) in [0, 1]."""
         return torch.from_numpy(self._coverage(self._uniform(index), index % self.num_classes))
 
     @torch.no_grad()
     def judge(self, images: Tensor) -> Tensor:
-        """Names the shapes in generated images: the class that a held-out classifier sees in each.
+        """Classify generated images with a classifier trained on separate data.
 
-        The classifier saw split "judge" alone, which is reserved for it, blurred and noisy copies included; a
-        training run sees none of that. It names all of the first 5000 images of split "heldout" rightly:
-        ``python -m plugins.datasets.train_shapes_nets accuracy``.
+        The classifier was trained only on split "judge", which is reserved for it, including blurred and noisy copies.
+        Its accuracy on the first 5000 images of split "heldout" is 100 %
+        (``python -m plugins.datasets.train_shapes_nets accuracy``).
 
         Args:
-            images: (B, 3, R, R) float in [-1, 1] of any R (judged at 32), on any device.
+            images: (B, 3, R, R) float in [-1, 1] with any R (resized to 32), on any device.
 
         Returns:
             (B,) int64 labels in [0, 10).
@@ -120,10 +124,10 @@ class Shapes:
 
     @staticmethod
     def untrained_judge() -> nn.Module:
-        """The judge's network with random weights: (B, 3, R, R) in [-1, 1] -> (B, 10) logits."""
+        """Create the judge with random weights: (B, 3, R, R) in [-1, 1] -> (B, 10) logits."""
         return Judge()
 
-    # Both draw with + - * / sqrt and comparisons alone, which IEEE 754 rounds alike on every machine.
+    # Both use only + - * / sqrt and comparisons, which IEEE 754 rounds identically on every machine.
 
     def _coverage(self, u: list[float], label: int) -> np.ndarray:
         radius = 0.5 + 0.27 * (u[0] + (1 - self.variety) * (1 - u[0]))
@@ -157,17 +161,17 @@ class Shapes:
         image += start
         image += (shape - image) * coverage
         image += np.float32(0.5)
-        return image.astype(np.uint8)  # truncates: with the half above, rounds
+        return image.astype(np.uint8)  # truncation; with the 0.5 added above, rounding
 
     def _uniform(self, index: int) -> list[float]:
-        """14 draws from U[0, 1) that belong to this index: a Philox counter of its own."""
+        """Return 14 samples from U[0, 1), a function of (seed, split, index) via the Philox key and counter."""
         key = np.array([self.seed, SPLITS.index(self.split)], dtype=np.uint64)
         counter = np.array([0, 0, 0, index], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(14).tolist()
 
 
 def _colour(luma: float, hue: float, chroma: float) -> tuple[float, float, float]:
-    """RGB in [0, 1] of exactly this luma; hue in turns; chroma 1 is the most saturated such colour."""
+    """RGB color in [0, 1] with exactly the given luma; hue in turns; chroma 1 is the most saturated such color."""
     red, green, blue = (min(max(abs((hue + turn) % 1.0 * 6 - 3) - 1, 0.0), 1.0) for turn in (0, 2 / 3, 1 / 3))
     grey = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
     low, high = grey - min(red, green, blue), max(red, green, blue) - grey
@@ -175,7 +179,7 @@ def _colour(luma: float, hue: float, chroma: float) -> tuple[float, float, float
     return luma + reach * (red - grey), luma + reach * (green - grey), luma + reach * (blue - grey)
 
 
-# Signed distances, negative inside, in units of the shape's radius; x to the right, y up.
+# Signed distance functions: negative inside, in units of the shape's radius; x to the right, y up.
 
 
 def _disc(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -209,7 +213,7 @@ def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # Mirrored into the 36 degrees between an outer vertex (up) and the next inner one.
+    # Fold into the 36-degree sector between an outer vertex (up) and the next inner one.
     x = np.abs(x)
     x, y = _mirror(x, y, math.radians(72))
     x, y = _mirror(np.abs(x), y, math.radians(36))
@@ -220,14 +224,14 @@ def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _mirror(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
-    """Folds what lies clockwise of the line at ``angle`` from "up" onto the other side."""
+    """Reflect points that lie clockwise of the line at ``angle`` from "up" to the other side."""
     normal_x, normal_y = math.cos(angle), -math.sin(angle)
     excess = np.maximum(x * np.float32(normal_x) + y * np.float32(normal_y), 0)
     return x - excess * np.float32(2 * normal_x), y - excess * np.float32(2 * normal_y)
 
 
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # A square on its corner, and a disc on each of its upper sides.
+    # A square standing on its corner, with a disc on each of its upper sides.
     half = 0.56
     x, y = np.abs(x), y + np.float32(0.1)
     square = (x + np.abs(y)) * np.float32(math.sqrt(0.5)) - np.float32(half)
@@ -237,7 +241,7 @@ def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _moon(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # A disc less a smaller one to its right.
+    # A disc minus a smaller disc to its right.
     x = x - np.float32(0.1)
     square = y * y
     shifted = x - np.float32(0.48)
@@ -246,7 +250,7 @@ def _moon(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _arrow(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # Head: apex at y = 1, base at y = 0 of half-width 0.85; shaft down to y = -0.95.
+    # Head: apex at y = 1, base at y = 0 with half-width 0.85; shaft down to y = -0.95.
     x = np.abs(x)
     norm = math.hypot(1, 0.85)
     head = np.maximum(x * np.float32(1 / norm) + (y - 1) * np.float32(0.85 / norm), -y)
@@ -279,7 +283,7 @@ class Judge(nn.Module):
 @functools.cache
 def _load_judge(device: torch.device) -> Judge:
     what, file = "judge of dataset shapes", Path(__file__).with_name("shapes_judge.safetensors")
-    with torch.device("meta"):  # draws no random numbers: a first call in mid-training changes nothing
+    with torch.device("meta"):  # draws no random numbers, so a first call during training does not change the run
         judge = Judge()
     judge.to_empty(device="cpu").requires_grad_(False).eval()
     load_strict(judge, read_state(file, what), what, file)

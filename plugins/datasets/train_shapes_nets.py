@@ -1,8 +1,8 @@
-"""Trains the two networks that ship with dataset ``shapes``, and measures them.
+"""Train or evaluate the two networks that ship with dataset ``shapes``.
 
-python -m plugins.datasets.train_shapes_nets judge     # the classifier that scores generated images
-python -m plugins.datasets.train_shapes_nets tiny_vit  # the encoder tiny_vit
-python -m plugins.datasets.train_shapes_nets accuracy  # both, as shipped, on split "heldout"
+python -m plugins.datasets.train_shapes_nets judge     # train the classifier that scores generated images
+python -m plugins.datasets.train_shapes_nets tiny_vit  # train the encoder tiny_vit
+python -m plugins.datasets.train_shapes_nets accuracy  # evaluate both, as shipped, on split "heldout"
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ SHIPPED = {
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m plugins.datasets.train_shapes_nets",
-        description="Trains or measures the networks that ship with dataset shapes.",
+        description="Train or evaluate the networks that ship with dataset shapes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("what", choices=(*SHIPPED, "accuracy"), help="train one network, or measure both")
+    parser.add_argument("what", choices=(*SHIPPED, "accuracy"), help="train one network, or evaluate both")
     parser.add_argument("--steps", type=int, default=1500, help="training steps")
-    parser.add_argument("--batch", type=int, default=64, help="images per step, each seen once")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
-    parser.add_argument("--seed", type=int, default=0, help="seed of initial weights and augmentation")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; with the seed, what makes runs equal")
-    parser.add_argument("--heldout", type=int, default=5000, help="images of split heldout to measure on")
-    parser.add_argument("--out", type=Path, help="weights file to write; the shipped one unless given")
+    parser.add_argument("--batch", type=int, default=64, help="batch size; each image is used once")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (AdamW)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for initial weights and augmentation")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; runs repeat with equal seed and threads")
+    parser.add_argument("--heldout", type=int, default=5000, help="evaluation images of split heldout")
+    parser.add_argument("--out", type=Path, help="weights file to write; default: the shipped one")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     registry.discover("plugins")
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def shapes(resolution: int = 32, **options):
-    """Dataset ``shapes``, through the registry: a plugin does not import its neighbours."""
+    """Create dataset ``shapes`` through the registry: plugins do not import each other."""
     return registry.datasets.get("shapes").cls(resolution, **options)
 
 
@@ -66,7 +66,7 @@ def tiny_vit():
 
 
 def train_judge(steps: int, batch: int, lr: float):
-    """The judge on split "judge", on images mirrored, blurred and noisy; returns it and its predictor."""
+    """Train the judge on flipped, blurred and noisy images of split "judge"; return it and its predictor."""
     module = shapes().untrained_judge()
     data = shapes(split="judge", size=steps * batch)
 
@@ -79,11 +79,11 @@ def train_judge(steps: int, batch: int, lr: float):
 
 
 def train_tiny_vit(steps: int, batch: int, lr: float):
-    """The encoder on split "train": cross-entropy of the image's class, and of each token's content.
+    """Train the encoder on split "train" with cross-entropy on the image's class and on each token's content.
 
-    A token's content is a distribution over background and the ten classes: the share of its 4 x 4 pixels that
-    the shape covers belongs to the shape's class. Every fourth step takes a quarter of the batch at 64 pixels
-    (16 x 16 tokens, the same cost), or tokens of finer grids than 8 x 8 would know little.
+    A token's content is a distribution over background and the ten classes: the fraction of its 4 x 4 pixels that the
+    shape covers is assigned to the shape's class. Every fourth step uses a quarter of the batch at 64 pixels (16 x 16
+    tokens, same cost); without it, tokens of grids finer than 8 x 8 would carry little information.
     """
     encoder = tiny_vit().requires_grad_(True)
     coarse, fine = (shapes(resolution, split="train", size=steps * batch) for resolution in (32, 64))
@@ -105,7 +105,7 @@ def train_tiny_vit(steps: int, batch: int, lr: float):
 
 
 def fit(module: nn.Module, loss, steps: int, lr: float) -> None:
-    """AdamW under a one-cycle schedule; ``loss(step)`` is a scalar. Leaves the module in eval mode."""
+    """Minimize ``loss(step)``, a scalar, with AdamW and a one-cycle schedule; leave the module in eval mode."""
     optimizer = torch.optim.AdamW(module.parameters(), lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     module.train()
@@ -123,14 +123,14 @@ def fit(module: nn.Module, loss, steps: int, lr: float) -> None:
 
 
 def load(data, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Images ``first`` .. ``first + count - 1`` as float in [-1, 1], and their labels."""
+    """Return images ``first`` to ``first + count - 1`` as float in [-1, 1], and their labels."""
     samples = [data[index] for index in range(first, first + count)]
     images = torch.stack([sample.image for sample in samples]).float() / 127.5 - 1
     return images, torch.tensor([sample.label for sample in samples])
 
 
 def degrade(images: Tensor) -> Tensor:
-    """What a generator does wrong: a random blur, noise and contrast an image. Mirrors half of them."""
+    """Imitate generator errors: random blur, noise and contrast per image; flip half of the images."""
     count = len(images)
     images = torch.where(torch.rand(count, 1, 1, 1) < 0.5, images.flip(3), images)
     sigma = 0.05 + 1.2 * torch.rand(count, 1)
@@ -145,7 +145,7 @@ def degrade(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(name: str, predict, count: int) -> None:
-    """Prints how often ``predict`` names an image of split "heldout" rightly: clean, and degraded."""
+    """Print the accuracy of ``predict`` on split "heldout", for clean and for degraded images."""
     data = shapes(split="heldout", size=count)
     torch.manual_seed(0)
     right = torch.zeros(2)
@@ -153,11 +153,11 @@ def measure(name: str, predict, count: int) -> None:
         images, labels = load(data, first, min(250, count - first))
         right += torch.stack([(predict(x) == labels).sum() for x in (images, degrade(images))])
     clean, degraded = (100 * right / count).tolist()
-    print(f"{name}: {clean:.2f} % of {count} held-out images right; blurred and noisy: {degraded:.2f} %")
+    print(f"{name}: accuracy {clean:.2f} % on {count} held-out images; blurred and noisy: {degraded:.2f} %")
 
 
 def save(module: nn.Module, path: Path) -> None:
-    """Writes the weights as fp16: half the size, and read back as fp32."""
+    """Save the weights as fp16, half the size; they are loaded as fp32."""
     from safetensors.torch import save_file
 
     save_file({k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}, path)

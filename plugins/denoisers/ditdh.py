@@ -1,4 +1,4 @@
-"""DiT-DH (arXiv 2510.11690): a DiT whose tokens condition a shallow, wide head that denoises."""
+"""DiT-DH (arXiv 2510.11690): a DiT whose tokens condition a shallow, wide denoising head."""
 
 from __future__ import annotations
 
@@ -30,38 +30,38 @@ from components.nn.transformer import (
 )
 from components.registry import denoisers
 
-# (width, depth, heads) of the base; the head is the same for all.
+# (width, depth, heads) of the base; all sizes have the same head.
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
 
 @denoisers.register("ditdh")
 class DiTDH(nn.Module):
-    """DiT-DH: a base DiT and a wide, shallow diffusion head, for latents of many channels; sizes S, B, L, XL.
+    """DiT-DH: a base DiT with a wide, shallow diffusion head, for latents with many channels; sizes S, B, L, XL.
 
-    The base turns x_t, time and label into tokens; the head embeds x_t anew, at a width that no channel is lost in,
-    and each of its tokens is modulated by the base's token at its place and by the time. What is aligned are the
-    base's tokens. Blocks are LightningDiT's.
+    The base maps x_t, t and the label to tokens, which are the ones aligned. The head embeds x_t again, with a width
+    large enough to keep all channels; the base token at the same position, together with t, modulates each head token.
+    Both use LightningDiT blocks.
 
-    State-dict keys are those of the published checkpoints (bytetriper/RAE), and so are times and velocities.
+    State-dict keys, time and velocity follow the published checkpoints (bytetriper/RAE).
 
     Args:
-        size: preset of the base's width, depth and heads.
-        patch_size: latent positions per token side; the latent's side must be a multiple. 1 as published.
-        align_depth: block of the base whose tokens are aligned, counted from 1; a list aligns those of several.
-        label_dropout: probability of replacing a label by the null label in training; 0 leaves no null label.
-        qk_norm: RMS norm on queries and keys; published without.
+        size: preset for the width, depth and heads of the base.
+        patch_size: latent positions per token side, a divisor of the latent's side. Published: 1.
+        align_depth: block of the base whose tokens are aligned, counted from 1; a list selects several.
+        label_dropout: probability of replacing a label with the null label in training; 0: no null label.
+        qk_norm: apply RMS norm to queries and keys. Published: false.
         width: features per token of the base; overrides the preset.
         depth: number of blocks of the base; overrides the preset.
         heads: attention heads of the base; overrides the preset.
-        head_width: features per token of the head; at least the features of a patch, or it cannot pass them on.
+        head_width: features per token of the head; should be at least the features of a patch, so that none are lost.
         head_depth: number of blocks of the head.
         head_heads: attention heads of the head.
-        label_std: standard deviation of new label embeddings.
-        mlp_ratio: hidden features of a plain MLP of as many weights per feature of a token; SwiGLU has 2 / 3 of them.
+        label_std: standard deviation for initializing label embeddings.
+        mlp_ratio: MLP width / token width of a plain MLP; SwiGLU uses 2 / 3 of it, for the same number of weights.
 
     Raises:
-        ValueError: a latent that is not square or does not divide into patches; align_depth beyond the base's depth;
-            a width that the heads do not divide into multiples of 4.
+        ValueError: the latent is not square or not divisible into patches; ``align_depth`` exceeds the base's depth;
+            or a width divided by its heads is not a multiple of 4.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class DiTDH(nn.Module):
         self.t_embedder = FourierEmbedding(width)
         self.y_embedder = nn.Module()
         self.y_embedder.embedding_table = nn.Embedding(num_classes + (label_dropout > 0), width)
-        # A buffer: unfreezing all parameters must not make it trainable.
+        # A buffer, so that unfreezing all parameters does not make it trainable.
         self.register_buffer("pos_embed", torch.empty(1, self.grid**2, width))
         self.enc_feat_rope = Rotary(width // heads, self.grid)
         self.dec_feat_rope = Rotary(head_width // head_heads, self.grid)
@@ -118,7 +118,7 @@ class DiTDH(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """PyTorch's own linear layers; zero modulation and output, so that a new block is the identity."""
+        """Initialize linear layers with PyTorch's default, modulation and output with zeros (identity blocks)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
@@ -130,7 +130,13 @@ class DiTDH(nn.Module):
             self.pos_embed.copy_(sincos_positions(self.width, self.grid))
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> DenoiserOutput:
-        """x_t (B, C, h, w), t (B,) in [0, 1], labels (B,) in [0, num_classes]; see ``contracts.Denoiser``."""
+        """Predict the velocity; see ``contracts.Denoiser``.
+
+        Args:
+            x_t: noisy latents (B, C, h, w).
+            t: times (B,) in [0, 1].
+            labels: classes (B,) in [0, num_classes].
+        """
         s, c, time = self._embed(x_t, t, labels)
         base, head = self.blocks[: self.depth], self.blocks[self.depth :]
         s, tokens = run_blocks(base, s, c, *self.enc_feat_rope(), align_depth=self.align_depth)
@@ -141,25 +147,25 @@ class DiTDH(nn.Module):
         return DenoiserOutput(unpatchify(self.final_layer(x, s), self.channels), tokens)
 
     def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tokens:
-        """The base's tokens (B, N, width) after each block of ``align_depth``; nothing behind the last runs."""
+        """Return the base's tokens (B, N, width) after each block in ``align_depth``; later blocks do not run."""
         s, c, _ = self._embed(x_t, t, labels)
         blocks = self.blocks[: last_depth(self.align_depth)]
         return run_blocks(blocks, s, c, *self.enc_feat_rope(), align_depth=self.align_depth)[1]
 
     def units(self) -> Sequence[nn.Module]:
-        """The transformer blocks, the head's last."""
+        """Return the transformer blocks of the base, then those of the head."""
         return list(self.blocks)
 
     def _embed(self, x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         s = self.s_embedder(x_t) + self.pos_embed  # an fp32 residual stream under autocast
         time = self.t_embedder(t, s.dtype)
-        # The blocks' modulation applies another SiLU.
+        # The blocks' modulation applies a second SiLU.
         c = F.silu(time + self.y_embedder.embedding_table(labels).to(s.dtype))
         return s, c[:, None], time[:, None]
 
 
 class FourierEmbedding(nn.Module):
-    """Sines and cosines of t at 256 random, fixed frequencies ~ N(0, 1), then an MLP to (B, width)."""
+    """Fourier features of t at 256 fixed random frequencies ~ N(0, 1), then an MLP: (B,) -> (B, width)."""
 
     FREQUENCIES = 256
 
@@ -169,12 +175,12 @@ class FourierEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * self.FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def init_weights(self) -> None:
-        """Draws the frequencies and the MLP's weights; its biases stay."""
+        """Sample the frequencies and the MLP's weights; the biases keep their values."""
         nn.init.normal_(self.W)
         nn.init.normal_(self.mlp[0].weight, std=0.02)
         nn.init.normal_(self.mlp[2].weight, std=0.02)
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        # At least float32 whatever the network's dtype: bf16 cannot tell t = 0.999 from 1.
+        # At least fp32 for any network dtype: bf16 rounds t = 0.999 to 1.
         angles = 2 * math.pi * at_least_fp32(t)[:, None] * at_least_fp32(self.W)
         return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1).to(dtype))

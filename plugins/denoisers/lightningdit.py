@@ -1,4 +1,4 @@
-"""LightningDiT (arXiv 2501.01423): a SiT with RMS norms, SwiGLU and rotary positions."""
+"""LightningDiT (arXiv 2501.01423): SiT with RMS norm, SwiGLU and rotary position embedding."""
 
 from __future__ import annotations
 
@@ -40,29 +40,28 @@ SIZES = {
 
 @denoisers.register("lightningdit")
 class LightningDiT(nn.Module):
-    """LightningDiT: RMS norms, SwiGLU, rotary positions; sizes B, L, XL, 1p0B, 1p6B or any width, depth and heads.
+    """LightningDiT: RMS norm, SwiGLU, rotary positions; sizes B, L, XL, 1p0B, 1p6B or any width, depth and heads.
 
-    State-dict keys are those of the published checkpoints (hustvl/LightningDiT). Those were trained on a time that
-    runs the other way, 0 for noise and 1 for data, so their velocity is the opposite of ours: load them with
-    ``reversed_time``.
+    State-dict keys are those of the published checkpoints (hustvl/LightningDiT). These were trained with the opposite
+    time direction (0 is noise, 1 is data), so their velocity has the opposite sign: load them with ``reversed_time``.
 
     Args:
-        size: preset of width, depth and heads as published; XL is the paper's.
-        patch_size: latent positions per token side; the latent's side must be a multiple. 1 as published for f16.
-        align_depth: block whose tokens are aligned, counted from 1; a list aligns those of several.
-        label_dropout: probability of replacing a label by the null label in training; 0 leaves no null label.
-        qk_norm: RMS norm on queries and keys; the published XL has none.
+        size: published preset for width, depth and heads; the paper uses XL.
+        patch_size: latent positions per token side, a divisor of the latent's side. Published for f16: 1.
+        align_depth: block whose tokens are aligned, counted from 1; a list selects several.
+        label_dropout: probability of replacing a label with the null label in training; 0: no null label.
+        qk_norm: apply RMS norm to queries and keys. Published XL: false.
         width: features per token; overrides the preset.
         depth: number of blocks; overrides the preset.
         heads: attention heads; overrides the preset.
-        label_std: standard deviation of new label embeddings.
-        mlp_ratio: hidden features of a plain MLP of as many weights per feature of a token; SwiGLU has 2 / 3 of them.
-        reversed_time: the weights know time as 0 for noise and 1 for data, as the published ones do: the network is
-            given 1 - t, and its output's sign is changed.
+        label_std: standard deviation for initializing label embeddings.
+        mlp_ratio: MLP width / token width of a plain MLP; SwiGLU uses 2 / 3 of it, for the same number of weights.
+        reversed_time: for weights trained with 0 for noise and 1 for data, as published: pass 1 - t to the network and
+            negate its output.
 
     Raises:
-        ValueError: a latent that is not square or does not divide into patches; align_depth beyond the depth;
-            a width that the heads do not divide into multiples of 4.
+        ValueError: the latent is not square or not divisible into patches; ``align_depth`` exceeds the depth; or the
+            width divided by the heads is not a multiple of 4.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class LightningDiT(nn.Module):
         self.t_embedder = TimeEmbedding(width)
         self.y_embedder = nn.Module()
         self.y_embedder.embedding_table = nn.Embedding(num_classes + (label_dropout > 0), width)
-        # A buffer: unfreezing all parameters must not make it trainable.
+        # A buffer, so that unfreezing all parameters does not make it trainable.
         self.register_buffer("pos_embed", torch.empty(1, self.grid**2, width))
         self.feat_rope = Rotary(width // heads, self.grid)
         self.blocks = nn.ModuleList(LightningBlock(width, heads, mlp_ratio, qk_norm) for _ in range(depth))
@@ -109,7 +108,7 @@ class LightningDiT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Xavier-uniform linear layers; zero modulation and output, so that a new block is the identity."""
+        """Initialize linear layers with Xavier uniform, modulation and output with zeros (identity blocks)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -124,20 +123,26 @@ class LightningDiT(nn.Module):
             self.pos_embed.copy_(sincos_positions(self.width, self.grid))
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> DenoiserOutput:
-        """x_t (B, C, h, w), t (B,) in [0, 1], labels (B,) in [0, num_classes]; see ``contracts.Denoiser``."""
+        """Predict the velocity; see ``contracts.Denoiser``.
+
+        Args:
+            x_t: noisy latents (B, C, h, w).
+            t: times (B,) in [0, 1].
+            labels: classes (B,) in [0, num_classes].
+        """
         x, c = self._embed(x_t, t, labels)
         x, tokens = run_blocks(self.blocks, x, c, *self.feat_rope(), align_depth=self.align_depth)
         velocity = unpatchify(self.final_layer(x, c), self.channels)
         return DenoiserOutput(-velocity if self.reversed_time else velocity, tokens)
 
     def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tokens:
-        """Hidden tokens (B, N, width) after each block of ``align_depth``; those behind the last do not run."""
+        """Return hidden tokens (B, N, width) after each block in ``align_depth``; later blocks do not run."""
         x, c = self._embed(x_t, t, labels)
         blocks = self.blocks[: last_depth(self.align_depth)]
         return run_blocks(blocks, x, c, *self.feat_rope(), align_depth=self.align_depth)[1]
 
     def units(self) -> Sequence[nn.Module]:
-        """The transformer blocks."""
+        """Return the transformer blocks."""
         return list(self.blocks)
 
     def _embed(self, x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

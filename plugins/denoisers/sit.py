@@ -1,4 +1,4 @@
-"""SiT: the scalable interpolant transformer (arXiv 2401.08740), a DiT (arXiv 2212.09748) trained on velocities."""
+"""SiT: scalable interpolant transformer (arXiv 2401.08740), a DiT (arXiv 2212.09748) that predicts velocity."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152
 
 @denoisers.register("sit")
 class SiT(nn.Module):
-    """SiT transformer with adaLN-Zero conditioning; sizes S, B, L, XL or any width, depth and heads.
+    """SiT with adaLN-Zero conditioning; sizes S, B, L, XL or any width, depth and heads.
 
     State-dict keys are those of the published SiT and REPA-E checkpoints.
 
     Args:
-        size: preset of width, depth and heads as published.
-        patch_size: latent positions per token side; the latent's side must be a multiple.
-        align_depth: block whose tokens are aligned, counted from 1; a list aligns those of several.
-        label_dropout: probability of replacing a label by the null label in training; 0 leaves no null label.
-        qk_norm: layer norm on queries and keys.
+        size: published preset for width, depth and heads.
+        patch_size: latent positions per token side, a divisor of the latent's side.
+        align_depth: block whose tokens are aligned, counted from 1; a list selects several.
+        label_dropout: probability of replacing a label with the null label in training; 0: no null label.
+        qk_norm: apply layer norm to queries and keys.
         width: features per token; overrides the preset.
         depth: number of blocks; overrides the preset.
         heads: attention heads; overrides the preset.
-        label_std: standard deviation of new label embeddings; 0.02 as published, more lets short runs learn the
-            classes sooner.
-        mlp_ratio: hidden features of a block's MLP per feature of a token.
+        label_std: standard deviation for initializing label embeddings. Published: 0.02; larger values help short
+            runs learn the classes sooner.
+        mlp_ratio: MLP width / token width.
         class_token_dim: features of an encoder's class token that is denoised with the latent (REG, arXiv
             2507.01467); 0: none.
 
     Raises:
-        ValueError: a latent that is not square or does not divide into patches; align_depth beyond the depth;
-            a width that the heads do not divide, or that is not a multiple of 4 (position embedding).
+        ValueError: the latent is not square or not divisible into patches; ``align_depth`` exceeds the depth; or the
+            width is not a multiple of the heads and of 4 (position embedding).
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class SiT(nn.Module):
         self.t_embedder = TimeEmbedding(width)
         self.y_embedder = nn.Module()
         self.y_embedder.embedding_table = nn.Embedding(num_classes + (label_dropout > 0), width)
-        # A buffer: unfreezing all parameters must not make it trainable. Persistent: released weights carry theirs.
+        # A buffer, so that unfreezing all parameters does not make it trainable. Persistent, as in released weights.
         self.register_buffer("pos_embed", torch.empty(1, self.grid**2 + (class_token_dim > 0), width))
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch_size**2 * latent.channels, class_token_dim)
@@ -101,7 +101,7 @@ class SiT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Xavier-uniform linear layers; zero modulation and output, so that a new block is the identity."""
+        """Initialize linear layers with Xavier uniform, modulation and output with zeros (identity blocks)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -120,14 +120,20 @@ class SiT(nn.Module):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
         if not self.pos_embed.is_meta:
-            # A class token has no position.
+            # The class token's position embedding is zero.
             self.pos_embed.zero_()[:, -(self.grid**2) :] = sincos_positions(self.width, self.grid)
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, extra: Tensor | None = None) -> DenoiserOutput:
-        """x_t (B, C, h, w), t (B,) in [0, 1], labels (B,) in [0, num_classes]; see ``contracts.Denoiser``.
+        """Predict the velocity; see ``contracts.Denoiser``.
 
         Args:
-            extra: noised class token (B, class_token_dim), where the network has one.
+            x_t: noisy latents (B, C, h, w).
+            t: times (B,) in [0, 1].
+            labels: classes (B,) in [0, num_classes].
+            extra: noisy class token (B, class_token_dim); required if and only if ``class_token_dim`` is not 0.
+
+        Raises:
+            ValueError: ``extra`` is missing or unexpected.
         """
         x, c = self._embed(x_t, t, labels, extra)
         x, tokens = run_blocks(self.blocks, x, c, align_depth=self.align_depth)
@@ -135,31 +141,31 @@ class SiT(nn.Module):
         return DenoiserOutput(unpatchify(patches, self.channels), tokens, extra_velocity)
 
     def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor, extra: Tensor | None = None) -> Tokens:
-        """Hidden tokens (B, N, width) after each block of ``align_depth``; those behind the last do not run."""
+        """Return hidden tokens (B, N, width) after each block in ``align_depth``; later blocks do not run."""
         x, c = self._embed(x_t, t, labels, extra)
         return run_blocks(self.blocks[: last_depth(self.align_depth)], x, c, align_depth=self.align_depth)[1]
 
     def units(self) -> Sequence[nn.Module]:
-        """The transformer blocks."""
+        """Return the transformer blocks."""
         return list(self.blocks)
 
     def _embed(self, x_t: Tensor, t: Tensor, labels: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor]:
         x = self.x_embedder(x_t)
         if (extra is not None) != (self.extra_dim > 0):
             raise ValueError(
-                f"denoiser.class_token_dim = {self.extra_dim}, but the recipe gives the denoiser "
-                f"{'no' if extra is None else 'a'} class token; expected 0, or a recipe as 'reg'"
+                f"denoiser.class_token_dim = {self.extra_dim}, but the recipe passes the denoiser "
+                f"{'no' if extra is None else 'a'} class token; set it to 0, or use a recipe such as 'reg'"
             )
         if extra is not None:
             token = self.wg_norm(self.cls_projectors2(extra.to(x.dtype)))
             x = torch.cat([token[:, None].to(x.dtype), x], dim=1)
-        # fp32 under autocast, as in the published code: bf16 would round small updates of the residual stream away.
+        # fp32 under autocast, as in the published code: bf16 would round off small updates of the residual stream.
         x = x + self.pos_embed
         return x, self.t_embedder(t, x.dtype) + self.y_embedder.embedding_table(labels).to(x.dtype)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero)."""
+    """Pre-norm attention and MLP, each shifted, scaled and gated by the conditioning vector (adaLN-Zero)."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool) -> None:
         super().__init__()
@@ -202,7 +208,7 @@ class MLP(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens to the pixels of their patches, and the first of them to a class token's features, if there is one."""
+    """Output layer: patch tokens to latent patches and, if the model has one, the class token to its velocity."""
 
     def __init__(self, width: int, out_features: int, class_token_dim: int = 0) -> None:
         super().__init__()
@@ -223,5 +229,5 @@ def _check_width(width: int, heads: int) -> None:
     if width < 4 or width % 4 or heads < 1 or width % heads:
         raise ValueError(
             f"denoiser.width = {width} with denoiser.heads = {heads}: the width must be a multiple of 4 "
-            "(position embedding) and of the heads"
+            "(position embedding) and of the number of heads"
         )

@@ -8,28 +8,29 @@ from components.nn.timm_encoder import TimmEncoder
 from components.registry import encoders
 
 ARCHITECTURES = {"s": "vit_small", "b": "vit_base"}
-IMAGE_PATCH = 16  # pixels per token of the denoiser, whatever the transformer's patch
+IMAGE_PATCH = 16  # pixels per denoiser token, for both patch sizes
 
 
 @encoders.register("dino")
 class DINO(TimmEncoder):
-    """DINO ViT-S or B patch tokens behind the final norm, with patches of 16 or 8 pixels (D = 384 or 768).
+    """DINO ViT-S or B patch tokens after the final norm, with a patch size of 16 or 8 pixels (D = 384 or 768).
 
-    As "dinov1" of REPA (arXiv 2410.06940) and REPA-E (arXiv 2504.10483), and "dino" of iREPA (arXiv 2512.10794):
+    Follows "dinov1" in REPA (arXiv 2410.06940) and REPA-E (arXiv 2504.10483), and "dino" in iREPA (arXiv 2512.10794):
 
-    - tokens: the patch tokens of the last block after the final LayerNorm (``get_intermediate_layers`` in the authors'
-      code, which their own evaluations read); the class token is dropped;
-    - images: [0, 1], ImageNet's mean and deviation, then bicubic to 16 pixels per token: 256-pixel images with
-      16 x 16 tokens stay as they are. Patches of 8 see the same image, and each token is the mean of 2 x 2 of theirs:
-      at 8 pixels per token the image would lose half its resolution;
-    - position embedding: the 14 x 14 (28 x 28) of the 224-pixel training, resampled to the transformer's grid;
-    - one vector per image: the class token behind the final norm, on which DINO's nearest neighbours are defined.
+    - tokens: patch tokens of the last block after the final LayerNorm, as the authors' evaluations use them
+      (``get_intermediate_layers`` in their code); the class token is dropped;
+    - images: scaled to [0, 1], normalized with ImageNet's mean and std, resized (bicubic) to 16 pixels per token;
+      256-pixel images with 16 x 16 tokens are not resized. Patch size 8 uses the same image size and averages 2 x 2
+      tokens into one, because 8 pixels per token would halve the image's resolution;
+    - position embedding: trained at 224 pixels on a 14 x 14 grid (patch size 8: 28 x 28), resampled to the model's
+      grid;
+    - image embedding: the class token after the final norm, which DINO's k-NN evaluation uses.
 
     Args:
         size: ViT-S or B.
-        patch: pixels per side of a patch.
-        pretrained: read the published weights from the Hugging Face cache, or download them; false: random.
-        checkpoint: file of weights to read instead, in timm's or the authors' layout (the backbone's file).
+        patch: patch size in pixels.
+        pretrained: load published weights from the Hugging Face cache, downloading if needed; false: random weights.
+        checkpoint: weights file to load instead, in timm's or the authors' layout (their backbone-only file).
     """
 
     def __init__(

@@ -12,23 +12,23 @@ ARCHITECTURES = {"s": "vit_small", "b": "vit_base", "l": "vit_large", "g": "vit_
 
 @encoders.register("dinov2")
 class DINOv2(TimmEncoder):
-    """DINOv2 ViT/14 patch tokens behind the final norm: the alignment target of the published REPA-E runs.
+    """DINOv2 ViT/14 patch tokens after the final norm: the alignment target of the published REPA-E runs.
 
-    As in REPA (arXiv 2410.06940) and REPA-E (arXiv 2504.10483):
+    Follows REPA (arXiv 2410.06940) and REPA-E (arXiv 2504.10483):
 
-    - tokens: the patch tokens of the last block after the final LayerNorm (``x_norm_patchtokens`` in the authors'
-      code), which is where DINOv2's own dense tasks read them; class and register tokens are dropped;
-    - images: [0, 1], ImageNet's mean and deviation, then bicubic to 14 pixels per token (256 -> 224 for 16 x 16
-      tokens, 512 -> 448 for 32 x 32);
-    - position embedding: the 37 x 37 of the 518-pixel training, resampled to the denoiser's grid.
+    - tokens: patch tokens of the last block after the final LayerNorm (``x_norm_patchtokens`` in the authors' code),
+      which DINOv2's dense tasks also use; class and register tokens are dropped;
+    - images: scaled to [0, 1], normalized with ImageNet's mean and std, resized (bicubic) to 14 pixels per token
+      (256 -> 224 for 16 x 16 tokens, 512 -> 448 for 32 x 32);
+    - position embedding: trained at 518 pixels on a 37 x 37 grid, resampled to the denoiser's grid.
 
     D is 384, 768, 1024 or 1536 for sizes s, b, l and g.
 
     Args:
         size: ViT-S, B, L or g.
-        registers: the variant with four register tokens.
-        pretrained: read the published weights from the Hugging Face cache, or download them; false: random.
-        checkpoint: file of weights to read instead, in timm's or the authors' layout.
+        registers: use the variant with four register tokens.
+        pretrained: load published weights from the Hugging Face cache, downloading if needed; false: random weights.
+        checkpoint: weights file to load instead, in timm's or the authors' layout.
     """
 
     def __init__(

@@ -13,33 +13,34 @@ MODELS = {
     "b": "vit_base_patch16_dinov3_qkvb",
     "l": "vit_large_patch16_dinov3_qkvb",
     "h+": "vit_huge_plus_patch16_dinov3_qkvb",
-    "7b": "vit_7b_patch16_dinov3",  # made without biases of queries, keys and values
+    "7b": "vit_7b_patch16_dinov3",  # trained without query, key and value biases
 }
 SATELLITE = ("l", "7b")
 
 
 @encoders.register("dinov3")
 class DINOv3(TimmEncoder):
-    """DINOv3 ViT/16 patch tokens behind the final norm (D = 384, 384, 768, 1024, 1280 or 4096).
+    """DINOv3 ViT/16 patch tokens after the final norm (D = 384, 384, 768, 1024, 1280 or 4096).
 
-    As in iREPA (arXiv 2512.10794); REPA and REPA-E predate it:
+    Follows iREPA (arXiv 2512.10794); DINOv3 is newer than REPA and REPA-E:
 
-    - tokens: the patch tokens of the last block after the final LayerNorm (``x_norm_patchtokens`` in the authors'
-      code); the class token and the four register tokens are dropped;
-    - images: [0, 1], bilinear with antialiasing to 16 pixels per token (the authors' transform; 256-pixel images with
-      16 x 16 tokens stay as they are), then ImageNet's mean and deviation, or those of the satellite images;
-    - position: rotary, computed for the denoiser's grid; nothing is resampled;
-    - biases of queries and values are kept, as the authors' files have them (timm's "qkvb" variants; those without
-      drop them where they are zero);
-    - one vector per image: the class token behind the final norm.
+    - tokens: patch tokens of the last block after the final LayerNorm (``x_norm_patchtokens`` in the authors' code);
+      the class token and the four register tokens are dropped;
+    - images: scaled to [0, 1], resized (bilinear, antialiased) to 16 pixels per token as in the authors' transform,
+      then normalized with the mean and std of ImageNet or of the satellite data; 256-pixel images with 16 x 16 tokens
+      are not resized;
+    - positions: rotary, computed for the denoiser's grid without resampling;
+    - query and value biases: kept as in the authors' files (timm's "qkvb" variants; timm's other variants drop biases
+      that are zero);
+    - image embedding: the class token after the final norm.
 
-    The authors' repositories want their licence accepted; timm's copies are under the same licence.
+    The authors' repositories require accepting a license; timm's copies are distributed under the same license.
 
     Args:
         size: ViT-S, S+, B, L, H+ or 7B.
-        data: what it was trained on: web images, or satellite images (sizes l and 7b).
-        pretrained: read the published weights from the Hugging Face cache, or download them; false: random.
-        checkpoint: file of weights to read instead, in timm's or the authors' layout.
+        data: training data: web images (lvd1689m) or satellite images (sat493m; sizes l and 7b only).
+        pretrained: load published weights from the Hugging Face cache, downloading if needed; false: random weights.
+        checkpoint: weights file to load instead, in timm's or the authors' layout.
     """
 
     def __init__(

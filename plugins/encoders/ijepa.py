@@ -16,31 +16,32 @@ MODELS = {
     "h16_448": "vit_huge_patch16_gap_448.in1k_ijepa",
     "g16": "vit_giant_patch16_gap_224.in22k_ijepa",
 }
-PREFIX = "module."  # of DistributedDataParallel
+PREFIX = "module."  # added by DistributedDataParallel
 BRANCHES = ("encoder", "target_encoder")
 
 
 @encoders.register("ijepa")
 class IJEPA(TimmEncoder):
-    """I-JEPA patch tokens behind the final norm (D = 1280, g: 1408).
+    """I-JEPA patch tokens after the final norm (D = 1280; size g: 1408).
 
-    As in the encoder ablations of REPA (arXiv 2410.06940) and REPA-E (arXiv 2504.10483), which take ViT-H/14 trained
+    Follows the encoder ablations of REPA (arXiv 2410.06940) and REPA-E (arXiv 2504.10483), which use ViT-H/14 trained
     on ImageNet-1K:
 
-    - tokens: all tokens of the last block after the final norm; nothing is masked, and there is no class token;
-    - images: [0, 1], ImageNet's mean and deviation, then bicubic to one patch per token (H/14: 256 -> 224 for 16 x 16
-      tokens, 512 -> 448 for 32 x 32);
-    - position embedding: the file's sines and cosines of its own grid (H/14: 16 x 16), resampled where the denoiser's
-      differs. The authors' code resamples as if the first position were a class token's; this does not;
-    - one vector per image: the mean of the tokens, as its linear probes read them.
+    - tokens: all tokens of the last block after the final norm, without masking; I-JEPA has no class token;
+    - images: scaled to [0, 1], normalized with ImageNet's mean and std, resized (bicubic) to one patch per token
+      (H/14: 256 -> 224 for 16 x 16 tokens, 512 -> 448 for 32 x 32);
+    - position embedding: sine-cosine, stored in the file for its training grid (H/14: 16 x 16), resampled if the
+      denoiser's grid differs. The authors' code resamples as if the first position belonged to a class token; this
+      plugin does not;
+    - image embedding: the mean of the tokens, as in the authors' linear probes.
 
-    timm has no copy of the weights, so ``checkpoint`` names the authors' file.
+    timm has no copy of the weights, so ``checkpoint`` must name the authors' file.
 
     Args:
         size: ViT-H/14, H/16 at 448 pixels, or g/16 (trained on ImageNet-22K).
-        branch: network of the authors' file: the context encoder, as in REPA, or the target encoder, its moving
-            average, which the authors evaluate.
-        pretrained: read published weights; false: random, if there is no checkpoint either.
+        branch: network to load from the authors' file: the context encoder, as in REPA, or the target encoder, its
+            moving average, which the authors evaluate.
+        pretrained: load published weights; false: random weights, unless there is a checkpoint.
         checkpoint: the authors' file ("encoder" and "target_encoder", each with "module.*"), or one in timm's layout.
     """
 

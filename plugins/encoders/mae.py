@@ -1,4 +1,4 @@
-"""The encoder of masked autoencoders (He et al. 2021, arXiv 2111.06377)."""
+"""Encoder of masked autoencoders (MAE; He et al. 2021, arXiv 2111.06377)."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ DECODER = ("decoder_", "mask_token")
 class MAE(TimmEncoder):
     """MAE ViT patch tokens of the last block, without the final norm (D = 768, 1024 or 1280).
 
-    As in REPA (arXiv 2410.06940) and REPA-E (arXiv 2504.10483), which take ViT-L:
+    Follows REPA (arXiv 2410.06940) and REPA-E (arXiv 2504.10483), which use ViT-L:
 
-    - tokens: the patch tokens as they leave the last block; nothing is masked. REPA's code stops before the final
-      norm; the class token is dropped;
-    - images: [0, 1], ImageNet's mean and deviation, then bicubic to one patch per token: B and L stay at 256 pixels
-      for 16 x 16 tokens, H/14 sees 224;
-    - position embedding: the file's sines and cosines of the 14 x 14 (H: 16 x 16) grid, resampled to the denoiser's;
-    - one vector per image: the class token behind the final norm, as MAE's linear probes read it.
+    - tokens: patch tokens of the last block, without masking and, as in REPA's code, without the final norm; the class
+      token is dropped;
+    - images: scaled to [0, 1], normalized with ImageNet's mean and std, resized (bicubic) to one patch per token; for
+      256-pixel images and 16 x 16 tokens, B and L take 256 pixels and H/14 takes 224;
+    - position embedding: sine-cosine, stored in the file for a 14 x 14 grid (H: 16 x 16), resampled to the denoiser's;
+    - image embedding: the class token after the final norm, as in MAE's linear probes.
 
     Args:
         size: ViT-B/16, L/16 or H/14.
-        pretrained: read the published weights from the Hugging Face cache, or download them; false: random.
-        checkpoint: file of weights to read instead, in timm's or the authors' layout ("model"), with or without the
-            decoder, which is left out.
+        pretrained: load published weights from the Hugging Face cache, downloading if needed; false: random weights.
+        checkpoint: weights file to load instead, in timm's or the authors' layout ("model"); decoder weights, if any,
+            are ignored.
     """
 
     def __init__(

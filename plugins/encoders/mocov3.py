@@ -11,14 +11,14 @@ from components.nn.timm_encoder import TimmEncoder
 from components.registry import encoders
 
 MODELS = {"s": "vit_small_patch16_224", "b": "vit_base_patch16_224", "l": "vit_large_patch16_224"}
-HEADS = 12  # of ViT-S, where everybody else has 6
+HEADS = 12  # of MoCo v3's ViT-S; the standard ViT-S has 6
 URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-{size}-300ep/vit-{size}-300ep.pth.tar"
 URLS = {
     "s": URL.format(size="s"),
     "b": URL.format(size="b"),
     "l": "https://drive.google.com/file/d/1Foa2-FqhwIFYjcAAbY9sXyO-1Vwwx-_9 (of https://github.com/LTH14/rcg)",
 }
-# ViT-L's published file names four modules of blocks 13 and 14 after their block.
+# Four modules of the published ViT-L file are misnamed: the block's number (13 or 14) replaced their own.
 SLIPS = {
     "blocks.13.norm13.": "blocks.13.norm1.",
     "blocks.13.mlp.fc13.": "blocks.13.mlp.fc1.",
@@ -30,24 +30,24 @@ PROJECTOR = ("head.", "fc.")
 
 @encoders.register("mocov3")
 class MoCoV3(TimmEncoder):
-    """MoCo v3 ViT/16 patch tokens behind the final norm (D = 384, 768 or 1024).
+    """MoCo v3 ViT/16 patch tokens after the final norm (D = 384, 768 or 1024).
 
-    As in REPA (arXiv 2410.06940) and REPA-E (arXiv 2504.10483), which take ViT-B and L:
+    Follows REPA (arXiv 2410.06940) and REPA-E (arXiv 2504.10483), which use ViT-B and L:
 
-    - tokens: the patch tokens of the last block after the final LayerNorm; the class token is dropped;
-    - images: [0, 1], ImageNet's mean and deviation, then bicubic to 16 pixels per token: 256-pixel images with
-      16 x 16 tokens stay as they are;
-    - position embedding: the file's sines and cosines of the 14 x 14 grid, resampled to the denoiser's as REPA does
-      (not computed anew for it);
-    - one vector per image: the class token behind the final norm, as its linear probes read it.
+    - tokens: patch tokens of the last block after the final LayerNorm; the class token is dropped;
+    - images: scaled to [0, 1], normalized with ImageNet's mean and std, resized (bicubic) to 16 pixels per token;
+      256-pixel images with 16 x 16 tokens are not resized;
+    - position embedding: sine-cosine, stored in the file for a 14 x 14 grid; as in REPA, resampled to the denoiser's
+      grid instead of recomputed for it;
+    - image embedding: the class token after the final norm, as in the authors' linear probes.
 
-    timm has no weights of it, so ``checkpoint`` names the published file: S and B of the authors, L of RCG (Li et al.
-    2023, arXiv 2312.03701), whose misnamed modules are put right.
+    timm has no copy of the weights, so ``checkpoint`` must name the published file: S and B by the authors, L by RCG
+    (Li et al. 2023, arXiv 2312.03701), whose misnamed modules are renamed on loading.
 
     Args:
         size: ViT-S (with 12 heads), B or L.
-        branch: network of the published file: the one that learnt, as in REPA, or its moving average.
-        pretrained: read published weights; false: random, if there is no checkpoint either.
+        branch: network to load from the published file: the trained encoder, as in REPA, or its moving average.
+        pretrained: load published weights; false: random weights, unless there is a checkpoint.
         checkpoint: the published file ("state_dict" with "module.base_encoder.*"), or one in timm's or DeiT's layout.
     """
 
@@ -76,7 +76,7 @@ class MoCoV3(TimmEncoder):
 
 
 def published(url: str) -> dict[str, Any]:
-    """What timm is told of weights that it does not have: ImageNet's constants, and where they are."""
+    """timm ``pretrained_cfg`` for weights that timm does not distribute: their URL, with ImageNet's mean and std."""
     return {
         "url": url,
         "input_size": (3, 224, 224),
@@ -89,7 +89,7 @@ def published(url: str) -> dict[str, Any]:
 
 
 def mended(key: str) -> str:
-    """A key of the published ViT-L as it is meant; any other as it is."""
+    """Correct a misnamed key of the published ViT-L; return any other key unchanged."""
     for slip, meant in SLIPS.items():
         if key.startswith(slip):
             return meant + key.removeprefix(slip)

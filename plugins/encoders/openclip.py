@@ -22,21 +22,21 @@ SIZES = {"laion2b": tuple(ARCHITECTURES), "datacompxl": ("b32", "b16", "l14")}
 class OpenCLIP(TimmEncoder):
     """OpenCLIP patch tokens of the last block, without the final norm (D = 768, 1024, 1280, 1408 or 1664).
 
-    No paper of this family aligns with it; it follows what REPA (arXiv 2410.06940) does with OpenAI's CLIP:
+    REPA and its successors do not use OpenCLIP; this follows REPA's use of OpenAI's CLIP (arXiv 2410.06940):
 
-    - tokens: the patch tokens as they leave the last block. The final norm and projection were trained on the class
-      token alone, so neither is applied; the class token is dropped;
-    - images: [0, 1], bicubic to one patch per token (L/14: 256 -> 224 for 16 x 16 tokens), then the mean and deviation
-      of these weights: CLIP's, except LAION's L/14, which was trained with 0.5 for both;
-    - activation: GELU, with which OpenCLIP trains (OpenAI's own weights need ``clip``);
-    - position embedding: that of the 224-pixel training, resampled to the denoiser's grid;
-    - one vector per image: the class token behind the final norm, before the projection.
+    - tokens: patch tokens of the last block; the class token is dropped. The final norm and projection were trained on
+      the class token only, so neither is applied;
+    - images: scaled to [0, 1], resized (bicubic) to one patch per token (L/14: 256 -> 224 for 16 x 16 tokens), then
+      normalized with CLIP's mean and std, except LAION's L/14, which was trained with 0.5 for both;
+    - activation: GELU, as OpenCLIP trains (for OpenAI's weights, use the encoder ``clip``);
+    - position embedding: trained at 224 pixels, resampled to the denoiser's grid;
+    - image embedding: the class token after the final norm, before the projection.
 
     Args:
         size: ViT-B/32, B/16, L/14, H/14, g/14 or bigG/14.
-        data: LAION-2B (all sizes) or DataComp-XL (b32, b16 and l14).
-        pretrained: read the published weights from the Hugging Face cache, or download them; false: random.
-        checkpoint: file of weights to read instead, in timm's or OpenCLIP's layout ("visual.*").
+        data: training data: LAION-2B (all sizes) or DataComp-XL (b32, b16 and l14).
+        pretrained: load published weights from the Hugging Face cache, downloading if needed; false: random weights.
+        checkpoint: weights file to load instead, in timm's or OpenCLIP's layout ("visual.*").
     """
 
     def __init__(

@@ -32,25 +32,25 @@ MODELS = {
 class PerceptionEncoder(TimmEncoder):
     """Perception Encoder (PE) patch tokens, without the final norm (D = 192, 384, 768, 1024 or 1536).
 
-    As in iREPA (arXiv 2512.10794); REPA and REPA-E predate it:
+    Follows iREPA (arXiv 2512.10794); the Perception Encoder is newer than REPA and REPA-E:
 
-    - tokens: the patch tokens as they leave the last block; "spatial" and "lang" have no final norm, and iREPA leaves
-      out the one of "core". The class token, where there is one, is dropped. PE's best features for a task may lie in
-      an inner block of "core", which is the paper's finding: ``layer`` takes it;
-    - images: [0, 1], bilinear without antialiasing to one patch per token (L and G: 256 -> 224 for 16 x 16 tokens;
-      T, S and B stay at 256), then mean and deviation 0.5; bilinear is what PE was trained with;
-    - position: rotary, by the row and column of the denoiser's grid (timm stretches them to the training's grid), and
-      an absolute embedding of the training's grid, resampled to the denoiser's: bilinear without antialiasing. Both
-      as in the authors' code;
-    - one vector per image: "core": that of its attention pool; else the mean of the patch tokens.
+    - tokens: patch tokens of the last block; the class token, if any, is dropped. "spatial" and "lang" have no final
+      norm, and iREPA does not apply that of "core". The paper finds that the best features of "core" for a task may be
+      in an intermediate block, which ``layer`` selects;
+    - images: scaled to [0, 1], resized (bilinear, not antialiased, as PE was trained) to one patch per token (L and G:
+      256 -> 224 for 16 x 16 tokens; T, S and B stay at 256), then normalized with mean and std 0.5;
+    - positions, as in the authors' code: rotary, from row and column in the denoiser's grid (timm scales them to the
+      training grid), plus an absolute embedding of the training grid, resampled to the denoiser's (bilinear, not
+      antialiased);
+    - image embedding: the output of the attention pool for "core", the mean of the patch tokens for the others.
 
     Args:
         variant: "core" (contrastive), "spatial" (tuned for dense features) or "lang" (for language models; L and G).
         size: T/16, S/16, B/16, L/14 or G/14.
-        layer: block whose tokens are taken; negative ones count from the last.
-        norm: apply the final norm of "core", too.
-        pretrained: read the published weights from the Hugging Face cache, or download them; false: random.
-        checkpoint: file of weights to read instead, in timm's or the authors' layout.
+        layer: block whose output tokens are used, counted from 0; negative values count from the end.
+        norm: apply the final norm of "core".
+        pretrained: load published weights from the Hugging Face cache, downloading if needed; false: random weights.
+        checkpoint: weights file to load instead, in timm's or the authors' layout.
     """
 
     position_resize = {"interpolation": "bilinear", "antialias": False}
@@ -81,10 +81,10 @@ class PerceptionEncoder(TimmEncoder):
             resize_first=True,
             resize="bilinear",
             layer=layer,
-            # timm would stretch the rotary positions to the grid of the training.
+            # Without this, timm scales the rotary positions to the training grid.
             options={"ref_feat_shape": (grid, grid)},
         )
 
     def _converted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        # timm's conversion of the authors' keys leaves the position embedding as it is; on its own keys it resamples.
+        # Twice: timm's first pass renames the authors' keys, and only a pass on timm's keys resamples the positions.
         return super()._converted(super()._converted(state))

@@ -1,4 +1,4 @@
-"""The image tower of SigLIP (Zhai et al. 2023, arXiv 2303.15343)."""
+"""Image tower of SigLIP (Zhai et al. 2023, arXiv 2303.15343)."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ MODELS = {
 
 @encoders.register("siglip")
 class SigLIP(TimmEncoder):
-    """SigLIP patch tokens behind the final norm (D = 768, 1024 or 1152).
+    """SigLIP patch tokens after the final norm (D = 768, 1024 or 1152).
 
-    As in iREPA (arXiv 2512.10794), except for the normalisation; REPA and REPA-E do not use it:
+    Follows iREPA (arXiv 2512.10794), except for the image normalization; REPA and REPA-E do not use SigLIP:
 
-    - tokens: all tokens of the last block after the final norm, which is what SigLIP's attention pool reads; it has
-      no class token;
-    - images: [0, 1], mean and deviation 0.5, with which SigLIP was trained (iREPA's code takes ImageNet's), then
-      bicubic to one patch per token: B and L stay at 256 pixels for 16 x 16 tokens, so400m sees 224;
-    - activation: GELU in its tanh form, as in the authors' code (timm computes the exact one);
-    - position embedding: that of the 16 x 16 grid, resampled where the denoiser's differs;
-    - one vector per image: that of the attention pool.
+    - tokens: all tokens of the last block after the final norm, the input of SigLIP's attention pool; SigLIP has no
+      class token;
+    - images: scaled to [0, 1], normalized with mean and std 0.5 as SigLIP was trained (iREPA's code uses ImageNet's),
+      resized (bicubic) to one patch per token; for 256-pixel images and 16 x 16 tokens, B and L take 256 pixels and
+      so400m takes 224;
+    - activation: tanh-approximated GELU, as in the authors' code (timm's default is exact GELU);
+    - position embedding: trained on a 16 x 16 grid, resampled if the denoiser's grid differs;
+    - image embedding: the output of the attention pool.
 
     Args:
         size: ViT-B/16, L/16 or So400m/14.
-        pretrained: read the published weights from the Hugging Face cache, or download them; false: random.
-        checkpoint: file of weights to read instead, in timm's layout or OpenCLIP's of a timm model ("visual.trunk.*").
+        pretrained: load published weights from the Hugging Face cache, downloading if needed; false: random weights.
+        checkpoint: weights file to load instead, in timm's layout or OpenCLIP's for timm models ("visual.trunk.*").
     """
 
     def __init__(

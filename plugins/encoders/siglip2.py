@@ -1,4 +1,4 @@
-"""The image tower of SigLIP 2 (Tschannen et al. 2025, arXiv 2502.14786)."""
+"""Image tower of SigLIP 2 (Tschannen et al. 2025, arXiv 2502.14786)."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ MODELS = {
 
 @encoders.register("siglip2")
 class SigLIP2(TimmEncoder):
-    """SigLIP 2 ViT/16 patch tokens behind the final norm (D = 768, 1024, 1152 or 1536).
+    """SigLIP 2 ViT/16 patch tokens after the final norm (D = 768, 1024, 1152 or 1536).
 
-    As in iREPA (arXiv 2512.10794), except for the normalisation; REPA and REPA-E do not use it:
+    Follows iREPA (arXiv 2512.10794), except for the image normalization; REPA and REPA-E do not use SigLIP 2:
 
-    - tokens: all tokens of the last block after the final norm, which is what the attention pool reads; it has no
-      class token;
-    - images: [0, 1], mean and deviation 0.5, with which it was trained (iREPA's code takes ImageNet's), then bicubic
-      to 16 pixels per token: 256-pixel images with 16 x 16 tokens stay as they are;
-    - activation: GELU in its tanh form, as in the authors' code (timm computes the exact one);
-    - position embedding: that of the 16 x 16 grid, resampled where the denoiser's differs;
-    - one vector per image: that of the attention pool.
+    - tokens: all tokens of the last block after the final norm, the input of the attention pool; SigLIP 2 has no class
+      token;
+    - images: scaled to [0, 1], normalized with mean and std 0.5 as SigLIP 2 was trained (iREPA's code uses
+      ImageNet's), resized (bicubic) to 16 pixels per token; 256-pixel images with 16 x 16 tokens are not resized;
+    - activation: tanh-approximated GELU, as in the authors' code (timm's default is exact GELU);
+    - position embedding: trained on a 16 x 16 grid, resampled if the denoiser's grid differs;
+    - image embedding: the output of the attention pool.
 
     Args:
         size: ViT-B, L, So400m or g (giant-opt).
-        pretrained: read the published weights from the Hugging Face cache, or download them; false: random.
-        checkpoint: file of weights to read instead, in timm's layout or OpenCLIP's of a timm model ("visual.trunk.*").
+        pretrained: load published weights from the Hugging Face cache, downloading if needed; false: random weights.
+        checkpoint: weights file to load instead, in timm's layout or OpenCLIP's for timm models ("visual.trunk.*").
     """
 
     def __init__(

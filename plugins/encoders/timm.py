@@ -1,4 +1,4 @@
-"""Any model of timm (Wightman 2019, https://github.com/huggingface/pytorch-image-models), by its name."""
+"""Any timm model by name (Wightman 2019, https://github.com/huggingface/pytorch-image-models)."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from components.registry import encoders
 
 @encoders.register("timm")
 class Timm(TimmEncoder):
-    """Any vision transformer, hierarchical or convolutional model of timm, by its timm name.
+    """Any timm model by name: vision transformers, and hierarchical or convolutional models.
 
-    - tokens: of a transformer of patch tokens, those of block ``layer``; class and register tokens are dropped. Of a
-      model of feature maps (Swin, Hiera, ConvNeXt, ResNet, ...), the map of stage ``layer``, each place a token. The
-      last stage is often coarser than the denoiser's grid: ``layer = -2`` has twice as many per side;
-    - norm: the model's last norm, as timm applies it to the features. Not every model of feature maps allows it;
-    - images: [0, 1], the mean and deviation of the model's weights, then bicubic (no antialiasing) to one patch per
-      token, or for feature maps to the pretraining's size. Features of another size than the grid are averaged over
-      blocks where the grid divides it, else resized (bilinear, antialiased);
-    - one vector per image: what timm pools to (class token, mean or attention pool) after a transformer's last block,
-      else the mean of the features.
+    - tokens: for a vision transformer, the patch tokens of block ``layer``, without class and register tokens. For a
+      model with feature maps (Swin, Hiera, ConvNeXt, ResNet, ...), one token per position of stage ``layer``; the last
+      stage is often coarser than the denoiser's grid, and ``layer = -2`` usually has twice its resolution;
+    - norm: the model's final norm, as timm applies it to the features; some models with feature maps do not allow it;
+    - images: scaled to [0, 1], normalized with the mean and std of the model's weights, resized (bicubic, not
+      antialiased) to one patch per token, or to the pretraining size for models with feature maps. Features whose size
+      differs from the grid are averaged over blocks if it is a multiple of the grid, and otherwise resized (bilinear,
+      antialiased);
+    - image embedding: timm's pooled output (class token, mean or attention pool) after a transformer's last block; in
+      all other cases the mean of the features.
 
-    Encoders with a plugin of their own differ where their papers do: "mae" and "clip" leave out the norm,
-    "perception_encoder" and "dinov3" resize otherwise.
+    Encoders that have their own plugin follow their papers instead: "mae" and "clip" do not apply the final norm,
+    "perception_encoder" and "dinov3" resize differently.
 
     Args:
-        model: timm's name, with the tag of the weights: "vit_base_patch16_224.augreg_in21k".
-        layer: block or stage, from 0; negative ones count from the last.
-        norm: apply the model's last norm to the features.
-        image_size: pixels per side that the model sees; none: as above.
-        pretrained: read the published weights from the Hugging Face cache, or download them; false: random.
-        checkpoint: file of weights to read instead, in timm's layout or one that timm converts.
+        model: timm model name with the tag of the weights, such as "vit_base_patch16_224.augreg_in21k".
+        layer: block or stage, counted from 0; negative values count from the end.
+        norm: apply the model's final norm to the features.
+        image_size: side in pixels of the model's input; none: one patch per token, or the pretraining size.
+        pretrained: load published weights from the Hugging Face cache, downloading if needed; false: random weights.
+        checkpoint: weights file to load instead, in timm's layout or one that timm converts.
     """
 
     def __init__(

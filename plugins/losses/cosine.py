@@ -1,4 +1,4 @@
-"""Alignment by cosine similarity."""
+"""Cosine-similarity alignment loss."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from components.registry import losses
 
 @losses.register("cosine")
 class Cosine:
-    """Negative cosine between projected denoiser tokens and encoder tokens (REPA, iREPA, HASTE).
+    """Negative cosine similarity between projected denoiser tokens and encoder tokens (REPA, iREPA, HASTE).
 
-    As REPA (arXiv 2410.06940) by default. iREPA (arXiv 2512.10794): ``head = "conv"``, ``spatial_norm = true``. HASTE
-    (arXiv 2505.16792) without its attention loss: ``schedule = "stop"``.
+    The defaults are those of REPA (arXiv 2410.06940). For iREPA (arXiv 2512.10794), set ``head = "conv"`` and
+    ``spatial_norm = true``; for HASTE (arXiv 2505.16792) without its attention loss, set ``schedule = "stop"``.
 
     Args:
         tokenizer_weight: weight in the tokenizer's loss.
         denoiser_weight: weight in the denoiser's loss.
-        head: mlp: three layers on each token; conv: one 3 x 3 convolution over the grid of tokens.
-        head_width: features of the two inner layers of an MLP head.
-        spatial_norm: normalise each feature of the targets over the tokens of the image.
-        gamma: part of the tokens' mean that spatial_norm subtracts, in [0, 1].
-        schedule: weights over the steps: constant; stop: full, then none from stop_step on; cosine: down to none at
-            stop_step.
-        stop_step: step, counted from 0, from which there is no alignment, for the schedules stop and cosine.
+        head: mlp: three-layer MLP per token; conv: one 3 x 3 convolution over the token grid.
+        head_width: features of the two hidden layers of an MLP head.
+        spatial_norm: normalize each feature of the targets over the tokens of its image.
+        gamma: fraction of the tokens' mean that spatial_norm subtracts, in [0, 1].
+        schedule: scale of both weights over training: constant; stop: 1, then 0 from stop_step; cosine: decay from 1
+            to 0 at stop_step.
+        stop_step: first step (counted from 0) without alignment; required by the schedules stop and cosine.
 
     Raises:
-        ValueError: no features; gamma out of range; stop_step without such a schedule, or the schedule without it.
+        ValueError: ``head_width`` is below 1, ``gamma`` is out of range, or ``schedule`` and ``stop_step`` do not fit
+            each other.
     """
 
     def __init__(
@@ -52,11 +53,11 @@ class Cosine:
         if head_width < 1:
             raise ValueError(f"head_width = {head_width}: expected at least 1 feature")
         if not 0 <= gamma <= 1:
-            raise ValueError(f"gamma = {gamma}: expected a part of the mean, in [0, 1]")
+            raise ValueError(f"gamma = {gamma}: expected a fraction of the mean, in [0, 1]")
         if (schedule == "constant") != (stop_step == 0) or stop_step < 0:
             raise ValueError(
-                f"schedule = '{schedule}' with stop_step = {stop_step}: the schedules 'stop' and 'cosine' need a "
-                "stop_step of at least 1, 'constant' takes none"
+                f"schedule = '{schedule}' with stop_step = {stop_step}: the schedules 'stop' and 'cosine' require a "
+                "stop_step of at least 1; 'constant' does not use it"
             )
         self.tokenizer_weight = tokenizer_weight
         self.denoiser_weight = denoiser_weight
@@ -68,13 +69,13 @@ class Cosine:
         self.stop_step = stop_step
 
     def make_heads(self, width: int, embed_dims: Sequence[int], grid: int) -> nn.ModuleList:
-        """One head per entry of ``embed_dims``: (B, N, width) -> (B, N, D_k)."""
+        """Create one projection head per entry of ``embed_dims``: (B, N, width) -> (B, N, D_k)."""
         if self.head == "conv":
             return nn.ModuleList(ConvHead(width, embed_dim) for embed_dim in embed_dims)
         return nn.ModuleList(MLPHead(width, self.head_width, embed_dim) for embed_dim in embed_dims)
 
     def strength(self, step: int) -> float:
-        """Factor of both weights at a step, counted from 0: exactly 0 from ``stop_step`` on."""
+        """Return the factor of both weights at ``step`` (counted from 0); exactly 0 from ``stop_step`` on."""
         if self.schedule == "constant":
             return 1.0
         if step >= self.stop_step:
@@ -82,10 +83,10 @@ class Cosine:
         return 1.0 if self.schedule == "stop" else 0.5 * (1 + math.cos(math.pi * step / self.stop_step))
 
     def align(self, projected: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        """Mean of -cos over pairs, batch and tokens: a scalar in [-1, 1].
+        """Return the mean of -cos over pairs, batch and tokens: a scalar in [-1, 1].
 
         Raises:
-            ValueError: another number of projections than targets, or shapes that differ.
+            ValueError: the number or the shapes of projections and targets differ.
         """
         shapes = [tuple(p.shape) for p in projected], [tuple(y.shape) for y in targets]
         if shapes[0] != shapes[1]:
@@ -97,9 +98,9 @@ class Cosine:
 
 
 def spatially_normalised(tokens: Tensor, gamma: float) -> Tensor:
-    """(y - gamma mean(y)) / (std(y) + 1e-6), mean and (unbiased) std over the tokens of an image, for each feature.
+    """Normalize each feature over an image's tokens: (y - gamma mean(y)) / (std(y) + 1e-6), with the unbiased std.
 
-    What all tokens of an image share goes, and with it most of what tells images apart as wholes (iREPA).
+    This removes the component shared by all tokens of an image, and with it most global image information (iREPA).
 
     Args:
         tokens: (B, N, D), N > 1.

@@ -1,4 +1,4 @@
-"""LPIPS: distance between VGG16 features of two images (Zhang et al. 2018, arXiv 1801.03924)."""
+"""LPIPS perceptual distance on VGG16 features (Zhang et al. 2018, arXiv 1801.03924)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from components.files.weights import WeightsError, hub_file, load_strict, read_s
 from components.nn.precision import at_least_fp32, no_autocast
 from components.registry import losses
 
-# ImageNet's mean and deviation for images in [-1, 1] instead of [0, 1].
+# ImageNet mean and std for images in [-1, 1] instead of [0, 1].
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 TAPS = (3, 8, 15, 22, 29)  # relu1_2, 2_2, 3_3, 4_3, 5_3
-MIN_SIDE = 2 ** (len(STAGES) - 1)  # pixels that survive the four poolings
+MIN_SIDE = 2 ** (len(STAGES) - 1)  # pixels; one remains after the four poolings
 EPS = 1e-10
 WHAT = "loss lpips"
 HUB_REPO = "timm/vgg16.tv_in1k"
@@ -29,19 +29,19 @@ HUB_FILE = "model.safetensors"
 
 @losses.register("lpips")
 class LPIPS(nn.Module):
-    """Perceptual distance of the reconstruction: LPIPS on VGG16 features, frozen.
+    """LPIPS perceptual distance between image and reconstruction, on frozen VGG16 features.
 
-    State-dict keys: ``features.N.*`` as in torchvision's VGG16, and ``linear.K.weight`` for the K-th tapped
-    layer. The weights mean nothing before ``load_weights``. Cost: VGG16's convolutions, forward on both
-    images, backward on the reconstruction.
+    State-dict keys: ``features.N.*`` as in torchvision's VGG16, and ``linear.K.weight`` for the K-th feature map.
+    The network is not usable before ``load_weights``. Cost: VGG16's convolutions, forward for both images and
+    backward for the reconstruction.
 
     Args:
-        weight: factor in the tokenizer's loss.
-        input_range: "unit" shows LPIPS images in [-1, 1], as it was made for; "published" shows it 2x - 1 of
-            them, in [-3, 1], as the published REPA-E runs did.
-        vgg_checkpoint: file of VGG16 weights in torchvision's or timm's layout; none: timm's, from the
-            Hugging Face cache or downloaded.
-        linear_checkpoint: file of LPIPS's linear weights; none: those that come with torchmetrics.
+        weight: weight in the tokenizer's loss.
+        input_range: range of VGG16's input for images x in [-1, 1]: "unit": x, which LPIPS was trained with;
+            "published": 2x - 1 in [-3, 1], as in the published REPA-E runs.
+        vgg_checkpoint: VGG16 weights file in torchvision's or timm's layout; none: timm's weights, from the Hugging
+            Face cache or downloaded.
+        linear_checkpoint: file of LPIPS's linear weights; none: those in torchmetrics.
     """
 
     keep_fp32 = True
@@ -67,7 +67,7 @@ class LPIPS(nn.Module):
         self.requires_grad_(False).eval()
 
     def load_weights(self) -> None:
-        """Reads VGG16's and the linear weights.
+        """Load the weights of VGG16 and of the linear layers.
 
         Raises:
             WeightsError: a file is missing or does not fit, or the download fails.
@@ -77,24 +77,24 @@ class LPIPS(nn.Module):
         load_strict(self.features, _only_features(vgg), f"{WHAT} vgg_checkpoint", path)
         path = self.linear_checkpoint or _torchmetrics_linear()
         linear = read_state(path, f"{WHAT} linear_checkpoint")
-        # lin0.model.1.weight (a dropout is model.0) or lin0.weight
+        # Keys are lin0.model.1.weight (model.0 is a dropout) or lin0.weight.
         linear = {re.sub(r"^lin(\d)(\.model\.1)?\.", r"\1.", key): value for key, value in linear.items()}
         load_strict(self.linear, linear, f"{WHAT} linear_checkpoint", path)
         self._fill_buffers()
 
     def forward(self, x: Tensor, x_hat: Tensor, posterior: Posterior) -> Tensor:
-        """LPIPS(x, x_hat), a scalar; gradients reach ``x_hat`` only.
+        """Return LPIPS(x, x_hat), a scalar; gradients flow to ``x_hat`` only.
 
         Args:
             x: images (B, 3, R, R) in [-1, 1], R at least 16.
-            x_hat: reconstructions, likewise.
+            x_hat: reconstructions, same shape and range.
             posterior: unused.
 
         Raises:
-            ValueError: images with a side below 16 pixels.
+            ValueError: a side is below 16 pixels.
         """
         if min(x.shape[-2:]) < MIN_SIDE:
-            raise ValueError(f"{WHAT}: images of {x.shape[-2]} x {x.shape[-1]} px; at least {MIN_SIDE} px per side")
+            raise ValueError(f"{WHAT}: images of {x.shape[-2]} x {x.shape[-1]} px; minimum {MIN_SIDE} px per side")
         with no_autocast(x_hat):
             with torch.no_grad():
                 target = self._unit_features(x)
@@ -102,7 +102,7 @@ class LPIPS(nn.Module):
             return torch.stack([linear((y - y_hat).square()).mean() for linear, y, y_hat in layers]).sum()
 
     def _unit_features(self, images: Tensor) -> list[Tensor]:
-        """Five feature maps, each position's channel vector of length 1."""
+        """Return five feature maps whose channel vectors have unit length."""
         h = at_least_fp32(images)
         if self.input_range == "published":
             h = 2 * h - 1
@@ -111,7 +111,7 @@ class LPIPS(nn.Module):
         for index, layer in enumerate(self.features):
             h = layer(h)
             if index in TAPS:
-                # vector_norm's gradient is zero at zero, where that of a square root is infinite.
+                # At zero, the gradient of vector_norm is zero; that of a square root would be infinite.
                 maps.append(h / (torch.linalg.vector_norm(h, dim=1, keepdim=True) + EPS))
         return maps
 
@@ -122,7 +122,7 @@ class LPIPS(nn.Module):
 
 
 def _vgg16_features() -> nn.Sequential:
-    """VGG16's convolutions up to relu5_3, indexed as in torchvision (the last pooling, 30, is left out)."""
+    """VGG16's layers up to relu5_3, indexed as in torchvision (without the last pooling, index 30)."""
     layers: list[nn.Module] = []
     channels = 3
     for stage in STAGES:
@@ -135,7 +135,7 @@ def _vgg16_features() -> nn.Sequential:
 
 
 def _only_features(vgg: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The convolutions of a VGG16 state dict, named by their index; the classifier's keys are dropped."""
+    """Keep the convolutions of a VGG16 state dict, keyed by layer index; drop the classifier."""
     classifier = ("classifier.", "pre_logits.", "head.")
     return {key.removeprefix("features."): value for key, value in vgg.items() if not key.startswith(classifier)}
 
@@ -146,14 +146,14 @@ def _hub_file() -> Path:
 
 
 def _torchmetrics_linear() -> Path:
-    # Located, not imported: importing torchmetrics takes seconds.
+    # find_spec instead of an import, because importing torchmetrics takes seconds.
     spec = importlib.util.find_spec("torchmetrics")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / "functional" / "image" / "lpips_models" / "vgg.pth"
         if path.is_file():
             return path
     raise WeightsError(
-        f"{WHAT}: no torchmetrics with LPIPS's linear weights is installed. Either install it, or set\n"
+        f"{WHAT}: found no torchmetrics with LPIPS's linear weights. Install torchmetrics, or set\n"
         '  [losses.lpips] linear_checkpoint = "FILE"\n'
-        "where FILE is weights/v0.1/vgg.pth of the LPIPS authors"
+        "where FILE is weights/v0.1/vgg.pth of the LPIPS authors' repository"
     )

@@ -1,4 +1,4 @@
-"""Adversarial loss with a PatchGAN discriminator."""
+"""Adversarial hinge loss with a PatchGAN discriminator."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from components.registry import losses
 
 
 class PatchDiscriminator(nn.Module):
-    """Convolutions that judge overlapping patches (Isola et al. 2017, arXiv 1611.07004, appendix 6.1.2).
+    """PatchGAN discriminator: one logit per overlapping patch (Isola et al. 2017, arXiv 1611.07004, appendix 6.1.2).
 
     State-dict keys are those of the published discriminator: ``main.0.weight``, ...
 
     Args:
-        channels: channels of the first convolution; doubled per layer, up to eight times.
-        layers: convolutions of stride 2.
+        channels: channels of the first convolution; doubled per layer, up to a factor of 8.
+        layers: number of stride-2 convolutions.
     """
 
     keep_fp32 = True
@@ -46,37 +46,37 @@ class PatchDiscriminator(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Convolutions N(0, 0.02), batch norms N(1, 0.02) with zero bias."""
+        """Initialize convolutions with N(0, 0.02), batch-norm weights with N(1, 0.02) and their biases with zeros."""
         for module in self.main:
             if isinstance(module, (nn.Conv2d, SyncBatchNorm2d)):
-                module.reset_parameters()  # the convolutions' biases, and the running statistics
+                module.reset_parameters()  # for convolution biases and running statistics
                 nn.init.normal_(module.weight, float(isinstance(module, SyncBatchNorm2d)), 0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, R, R) -> logits (B, 1, n, n) with n = R // 2**layers - 2, one per patch."""
+        """Images (B, 3, R, R) -> one logit per patch, (B, 1, n, n) with n = R // 2**layers - 2."""
         with no_autocast(x):
             return self.main(at_least_fp32(x))
 
 
 @losses.register("patchgan")
 class PatchGAN(nn.Module):
-    """Hinge GAN loss with a PatchGAN discriminator, and LeCam regularisation on request.
+    """Hinge GAN loss with a PatchGAN discriminator and optional LeCam regularization.
 
-    The discriminator always normalises with the statistics of the batch that it sees, over all ranks.
-    Before ``start_step`` it is not evaluated, and both losses are zeros without a graph.
+    The discriminator's batch norm always uses batch statistics, computed over all ranks. Before ``start_step`` the
+    discriminator does not run, and both losses are zero and carry no graph.
 
     Args:
-        weight: factor of the generator's loss in the tokenizer's loss.
-        start_step: first step at which both losses count.
-        lecam_weight: weight of the LeCam term in the discriminator's loss; 0 leaves it out.
-        lecam_decay: decay per step of the averaged logits that LeCam compares with.
+        weight: weight of the generator's loss in the tokenizer's loss.
+        start_step: first step with adversarial losses, counted from 0.
+        lecam_weight: weight of the LeCam term in the discriminator's loss; 0: off.
+        lecam_decay: per-step decay of LeCam's moving averages of the logits.
         channels: channels of the discriminator's first convolution.
-        layers: stride-2 convolutions of the discriminator; images need 3 * 2**layers px per side.
-        checkpoint: weights to start from: a discriminator's own file, or one of REPA-E, CompVis or ours that holds
-            one, or hf://organisation/name/file[@revision]; none: random.
+        layers: stride-2 convolutions of the discriminator; images need at least 3 * 2**layers px per side.
+        checkpoint: initial weights: a discriminator file, a REPA-E, CompVis or titanrepa file that contains one, or
+            hf://organization/name/file[@revision]; none: random weights.
 
     Raises:
-        ValueError: fewer than one layer or channel, or a negative start_step.
+        ValueError: ``layers`` or ``channels`` is below 1, or ``start_step`` is negative.
     """
 
     def __init__(
@@ -105,13 +105,13 @@ class PatchGAN(nn.Module):
         self.register_buffer("ema_fake", torch.zeros(()))
 
     def init_weights(self) -> None:
-        """Re-initialises the discriminator and forgets the averaged logits."""
+        """Initialize the discriminator and zero LeCam's averages."""
         self.network.init_weights()
         self.ema_real.zero_()
         self.ema_fake.zero_()
 
     def load_weights(self) -> None:
-        """Reads the network's weights from ``checkpoint``, if given; LeCam's averages start anew.
+        """Load the discriminator from ``checkpoint``, if set; LeCam's averages are not loaded.
 
         Raises:
             WeightsError: the file is missing or does not fit.
@@ -124,18 +124,18 @@ class PatchGAN(nn.Module):
             files.note_left_out(file, what)
 
     def units(self) -> Sequence[nn.Module]:
-        """The discriminator, which is called as a whole."""
+        """Return the discriminator as a single unit."""
         return [self.network]
 
     def generator(self, x_hat: Tensor, step: int) -> Tensor:
-        """-mean(D(x_hat)), a scalar; zero before ``start_step``.
+        """Return the generator loss -mean(D(x_hat)), a scalar; zero before ``start_step``.
 
         Args:
             x_hat: reconstructions (B, 3, R, R).
-            step: the current step.
+            step: current step, counted from 0.
 
         Raises:
-            ValueError: images too small for a single patch, at any step.
+            ValueError: images are too small for a single patch; checked at every step.
         """
         self._check_size(x_hat)
         if step < self.start_step:
@@ -143,25 +143,25 @@ class PatchGAN(nn.Module):
         return -self.network(x_hat).mean()
 
     def discriminator(self, x: Tensor, x_hat: Tensor, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Hinge loss (Lim and Ye 2017, arXiv 1705.02894) and LeCam (Tseng et al. 2021, arXiv 2104.03310).
+        """Compute the hinge loss (Lim and Ye 2017, arXiv 1705.02894) and LeCam (Tseng et al. 2021, arXiv 2104.03310).
 
         Args:
             x: images (B, 3, R, R) in [-1, 1].
             x_hat: reconstructions, detached.
-            step: the current step.
+            step: current step, counted from 0.
 
         Returns:
-            Terms: ``hinge`` = 0.5 (mean relu(1 - D(x)) + mean relu(1 + D(x_hat))) and, with a
-            ``lecam_weight``, ``lecam``, times that weight. To report: ``logits_real`` and ``logits_fake``,
-            detached means on this rank; nothing before ``start_step``.
+            Loss terms: ``hinge`` = 0.5 (mean relu(1 - D(x)) + mean relu(1 + D(x_hat))) and, if ``lecam_weight`` is not
+            0, ``lecam``, already weighted. Values to report: ``logits_real`` and ``logits_fake``, detached means on
+            this rank; none before ``start_step``.
 
         Raises:
-            ValueError: images too small for a single patch, at any step.
+            ValueError: images are too small for a single patch; checked at every step.
         """
         self._check_size(x)
         if step < self.start_step:
             return {"hinge": at_least_fp32(x.new_zeros(()))}, {}
-        # Two batches, real first: in one batch, batch norm would show the discriminator the other kind.
+        # Two separate batches, real first: in a joint batch, batch norm would mix statistics of real and fake.
         real = self.network(x)
         fake = self.network(x_hat)
         terms = {"hinge": 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())}
@@ -170,10 +170,10 @@ class PatchGAN(nn.Module):
         return terms, {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
 
     def _lecam(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Squares of what mean logits, over all ranks, are beyond the average logits of the other kind."""
+        """LeCam: relu(real - ema_fake)^2 + relu(ema_real - fake)^2, with logits averaged over all ranks."""
         mean_real, mean_fake = batch_mean(real)[0].squeeze(), batch_mean(fake)[0].squeeze()
         loss = F.relu(mean_real - self.ema_fake).square() + F.relu(self.ema_real - mean_fake).square()
-        with torch.no_grad():  # after the loss: a batch is compared with earlier ones
+        with torch.no_grad():  # after the loss, which compares this batch with earlier ones
             self.ema_real.lerp_(mean_real.to(self.ema_real.dtype), 1 - self.lecam_decay)
             self.ema_fake.lerp_(mean_fake.to(self.ema_fake.dtype), 1 - self.lecam_decay)
         return loss

@@ -1,4 +1,4 @@
-"""Reconstruction terms without state: L1, L2, and the KL divergence of the posterior."""
+"""Stateless terms of the tokenizer's loss: L1, L2 and KL divergence."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class L1:
     """Mean absolute error between image and reconstruction.
 
     Args:
-        weight: factor in the tokenizer's loss.
+        weight: weight in the tokenizer's loss.
     """
 
     def __init__(self, *, weight: float = 1.0) -> None:
         self.weight = weight
 
     def __call__(self, x: Tensor, x_hat: Tensor, posterior: Posterior) -> Tensor:
-        """(B, 3, R, R) twice -> mean over everything."""
+        """Images x and x_hat, both (B, 3, R, R) -> scalar mean over all elements."""
         return (at_least_fp32(x) - at_least_fp32(x_hat)).abs().mean()
 
 
@@ -30,28 +30,28 @@ class L2:
     """Mean squared error between image and reconstruction.
 
     Args:
-        weight: factor in the tokenizer's loss.
+        weight: weight in the tokenizer's loss.
     """
 
     def __init__(self, *, weight: float = 1.0) -> None:
         self.weight = weight
 
     def __call__(self, x: Tensor, x_hat: Tensor, posterior: Posterior) -> Tensor:
-        """(B, 3, R, R) twice -> mean over everything."""
+        """Images x and x_hat, both (B, 3, R, R) -> scalar mean over all elements."""
         return (at_least_fp32(x) - at_least_fp32(x_hat)).square().mean()
 
 
 @losses.register("kl")
 class KL:
-    """KL divergence of the posterior from N(0, I), summed over the latent and averaged over the batch.
+    """KL divergence of the posterior from N(0, I), summed over latent elements and averaged over the batch.
 
     Args:
-        weight: factor in the tokenizer's loss.
+        weight: weight in the tokenizer's loss.
     """
 
     def __init__(self, *, weight: float = 1e-6) -> None:
         self.weight = weight
 
     def __call__(self, x: Tensor, x_hat: Tensor, posterior: Posterior) -> Tensor:
-        """Posterior over (B, C, h, w) -> nats per image."""
+        """Posterior over (B, C, h, w) -> scalar, in nats per image."""
         return Posterior(at_least_fp32(posterior.mean), at_least_fp32(posterior.logvar)).kl()

@@ -1,4 +1,4 @@
-"""Latent diffusion without alignment (SiT, arXiv 2401.08740): the baseline."""
+"""Latent diffusion without alignment (SiT, arXiv 2401.08740), the baseline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from components.registry import recipes
 
 @recipes.register("ldm")
 class Ldm:
-    """Denoiser alone on a frozen tokenizer, velocity matching only (SiT)."""
+    """Train only the denoiser, by velocity matching on the latents of a frozen tokenizer (SiT)."""
 
     uses = frozenset({"tokenizer", "denoiser", "latent_norm"})
     trains = {"denoiser": ("denoiser",)}

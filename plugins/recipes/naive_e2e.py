@@ -1,4 +1,4 @@
-"""The end-to-end training that fails: the diffusion loss sent into the tokenizer (REPA-E, section 3)."""
+"""Naive end-to-end training, which fails: the tokenizer also minimizes the diffusion loss (REPA-E, section 3)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from components.registry import recipes
 
 @recipes.register("naive_e2e")
 class NaiveEndToEnd:
-    """Tokenizer trained by the diffusion loss, to show its failure: latents collapse to what is easy to denoise."""
+    """Train the tokenizer with the diffusion loss, to reproduce its failure: latents become trivial to denoise."""
 
     uses = frozenset({"tokenizer", "denoiser", "latent_norm", "reconstruction", "discriminator"})
     trains = {

@@ -1,4 +1,4 @@
-"""REG (arXiv 2507.01467): the encoder's class token is noised and denoised together with the latent."""
+"""REG (arXiv 2507.01467): REPA that also denoises the encoder's class token."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from components.registry import recipes
 
 @recipes.register("reg")
 class Reg:
-    """REPA whose denoiser denoises the first encoder's class token together with the latent (REG).
+    """Train REPA with a denoiser that denoises the first encoder's class token together with the latent (REG).
 
-    Needs a denoiser that takes the class token (``class_token_dim`` of ``sit``), and encoders that have one.
+    The denoiser must take a class token (``class_token_dim`` of ``sit``), and every encoder must have one.
 
     Args:
-        class_weight: weight of the class token's velocity matching beside the latent's.
+        class_weight: weight of the class token's velocity loss; the latent's weight is 1.
     """
 
     uses = frozenset({"tokenizer", "denoiser", "heads", "latent_norm", "encoders", "alignment"})
@@ -37,15 +37,15 @@ class Reg:
             if not hasattr(encoder, "embed"):
                 raise ValueError(
                     f"recipe.name = 'reg' denoises and aligns the class token, but the encoder [encoders.{label}] "
-                    "gives none (it has no embed()); choose a vision transformer with one, as dinov2"
+                    "has none (no embed() method); use a vision transformer with a class token, such as dinov2"
                 )
         label, encoder = next(iter(m.encoders.items()))
         dim = getattr(m.denoiser, "extra_dim", 0)
         if dim != encoder.embed_dim:
             raise ValueError(
-                f"recipe.name = 'reg' needs a denoiser of class tokens of [encoders.{label}]'s {encoder.embed_dim} "
-                f"features, but this one takes {dim or 'none'}; set denoiser.class_token_dim = {encoder.embed_dim} "
-                "(sit has that option)"
+                f"recipe.name = 'reg' needs a denoiser that takes [encoders.{label}]'s class token of "
+                f"{encoder.embed_dim} features, but this one takes {dim or 'none'}; set denoiser.class_token_dim = "
+                f"{encoder.embed_dim} (sit has that option)"
             )
 
     def step(self, m: Modules, batch: Batch, draws: Draws, update: Update, step: int) -> None:
@@ -60,7 +60,7 @@ class Reg:
             "velocity": Weighted(1.0, velocity_mse(out.velocity, path.velocity)),
             "class_velocity": Weighted(self.class_weight, velocity_mse(out.extra, class_path.velocity)),
         }
-        # The class token is aligned as every other token is, and comes first among them.
+        # The class token comes first and is aligned like any other token.
         patches = encode_targets(m, batch, step)
         targets = [torch.cat([c[:, None], y], dim=1) for c, y in zip(vectors, patches)]
         update("denoiser", terms | alignment(m, out.tokens, targets, m.alignment.denoiser_weight, step))

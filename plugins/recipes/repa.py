@@ -1,4 +1,4 @@
-"""REPA (arXiv 2410.06940): a denoiser on a frozen tokenizer's latents, aligned with a visual encoder."""
+"""REPA (arXiv 2410.06940): latent diffusion aligned with a visual encoder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from components.registry import recipes
 
 @recipes.register("repa")
 class Repa:
-    """Denoiser and alignment heads on a frozen tokenizer (REPA); the second stage of the paper's best result."""
+    """Train denoiser and alignment heads on a frozen tokenizer (REPA); also second stage of REPA-E's best result."""
 
     uses = frozenset({"tokenizer", "denoiser", "heads", "latent_norm", "encoders", "alignment"})
     trains = {"denoiser": ("denoiser", "heads")}

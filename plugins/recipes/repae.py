@@ -1,4 +1,4 @@
-"""REPA-E (arXiv 2504.10483): tokenizer and denoiser learn together through representation alignment."""
+"""REPA-E (arXiv 2504.10483): end-to-end training of tokenizer and denoiser with representation alignment."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from components.registry import recipes
 
 @recipes.register("repae")
 class RepaE:
-    """Joint training of tokenizer, discriminator, denoiser and alignment heads (REPA-E).
+    """Train tokenizer, discriminator, denoiser and alignment heads jointly (REPA-E).
 
-    The alignment loss shapes the tokenizer through the denoiser's first blocks; the diffusion loss never does.
+    The alignment loss reaches the tokenizer through the denoiser's first blocks; the diffusion loss does not reach it.
     """
 
     uses = frozenset(
@@ -42,7 +42,7 @@ class RepaE:
         z = posterior.sample(draws.posterior)
         x_hat = m.tokenizer.decode(z)
         with frozen(m.denoiser, m.heads, m.discriminator):
-            # Running statistics and no label dropout: this pass must not disturb what the denoiser learns.
+            # Running statistics and no label dropout: this pass does not train the denoiser and must not affect it.
             path = m.flow.at(m.latent_norm(z), t, draws.noise)
             terms = reconstruction(m, x, x_hat, posterior, step)
             if targets:
@@ -52,6 +52,6 @@ class RepaE:
 
         discriminate(m, x, x_hat, step, update)
 
-        # Stop-gradient: without it the diffusion loss flattens the latents (FID 444 in the paper's ablation).
+        # Stop-gradient: without it the diffusion loss collapses the latents (FID 444 in the paper's ablation).
         path = m.flow.at(m.latent_norm.batch(z.detach()), t, draws.noise)
         update("denoiser", denoising(m, path, t, drop_labels(m, labels, draws.label), targets, step))

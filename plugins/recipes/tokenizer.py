@@ -1,4 +1,4 @@
-"""A tokenizer from scratch: reconstruction and GAN, no diffusion (arXiv 2112.10752)."""
+"""Tokenizer training from scratch with reconstruction and GAN losses, without diffusion (arXiv 2112.10752)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from components.registry import recipes
 
 @recipes.register("tokenizer")
 class TokenizerOnly:
-    """Tokenizer and discriminator alone, for training a VAE from scratch."""
+    """Train only tokenizer and discriminator, for example a VAE from scratch."""
 
     uses = frozenset({"tokenizer", "reconstruction", "discriminator"})
     trains = {"tokenizer": ("tokenizer",), "discriminator": ("discriminator",)}

@@ -1,4 +1,4 @@
-"""The convolutional KL autoencoder of latent diffusion (arXiv 2112.10752), from SD 1 to FLUX."""
+"""Convolutional KL autoencoder of latent diffusion (arXiv 2112.10752), from SD 1 to FLUX."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from components.files.weights import load_strict
 from components.nn.precision import at_least_fp32
 from components.registry import tokenizers
 
-# (latent channels, multipliers, levels with attention, convolutions around the latent)
+# (latent channels, multipliers, levels with attention, quant_conv)
 PRESETS = {
     "f8d4": (4, (1, 2, 4, 4), (), True),
     "f8d16": (16, (1, 2, 4, 4), (), False),
@@ -24,27 +24,27 @@ PRESETS = {
 
 @tokenizers.register("autoencoder_kl")
 class AutoencoderKL(nn.Module):
-    """Convolutional VAE with a Gaussian posterior: SD 1, 2, XL (f8d4), SD3, FLUX (f8d16), VA-VAE (f16d32), or free.
+    """Convolutional VAE: SD 1, 2 and XL (f8d4), SD3 and FLUX (f8d16), VA-VAE (f16d32), or a custom architecture.
 
     State-dict keys are those of the CompVis and REPA-E checkpoints.
 
     Args:
-        preset: published architecture: f8d4 of SD 1.x, 2.x and XL; f8d16 of SD3, SD3.5 and FLUX; f16d32 of IN-VAE and
-            VA-VAE; the options below override parts of it.
-        latent_channels: channels C of the latent.
+        preset: published architecture: f8d4 (SD 1.x, 2.x and XL), f8d16 (SD3, SD3.5 and FLUX) or f16d32 (IN-VAE and
+            VA-VAE); the options below override it.
+        latent_channels: latent channels C.
         channels: channels at full resolution; a multiple of ``norm_groups``.
-        multipliers: channels of each level as a multiple of ``channels``; the factor is 2 ** (levels - 1).
-        attention_levels: levels (0 is full resolution) with attention behind each residual block.
-        res_blocks: residual blocks per encoder level; the decoder has one more.
+        multipliers: channels per level, as multiples of ``channels``; the downsampling factor is 2 ** (levels - 1).
+        attention_levels: levels with attention after each residual block; level 0 is full resolution.
+        res_blocks: residual blocks per encoder level; decoder levels have one more.
         mid_attention: attention between the two innermost residual blocks.
         norm_groups: groups of every group norm.
-        quant_conv: 1 x 1 convolutions around the latent; the preset's: true, but for f8d16.
-        checkpoint: weights to start from: a file of CompVis, SD, REPA-E, diffusers or ours, a diffusers folder, or
-            hf://organisation/name/file[@revision]; none: random weights.
-        trainable: false freezes the tokenizer; recipes that train it refuse that.
+        quant_conv: 1 x 1 convolutions before and after the latent; none: the preset's (false for f8d16, else true).
+        checkpoint: initial weights: a CompVis, SD, REPA-E, diffusers or titanrepa file, a diffusers folder, or
+            hf://organization/name/file[@revision]; none: random weights.
+        trainable: false freezes the tokenizer; recipes that train it then raise an error.
 
     Raises:
-        ValueError: channels that the norm's groups do not divide; an attention level that does not exist.
+        ValueError: channels are not divisible by the group-norm groups, or an attention level does not exist.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class AutoencoderKL(nn.Module):
         quant_conv = preset_quant_conv if quant_conv is None else quant_conv
         multipliers = list(preset_multipliers) if multipliers is None else multipliers
         if attention_levels is None:
-            # The preset's levels belong to the preset's multipliers.
+            # The preset's levels apply only to the preset's multipliers.
             attention_levels = list(preset_attention) if multipliers == list(preset_multipliers) else []
         self.channels = latent_channels or preset_channels
         self.factor = 2 ** (len(multipliers) - 1)
@@ -76,7 +76,7 @@ class AutoencoderKL(nn.Module):
         if self.channels < 1:
             raise ValueError(f"tokenizer.latent_channels = {latent_channels}: expected at least 1")
         _check(channels, multipliers, attention_levels, res_blocks, norm_groups)
-        # Every number that the weights depend on, for layouts that carry them.
+        # All sizes that determine the weights; file layouts that store the architecture read them here.
         self.architecture = {
             "latent_channels": self.channels,
             "channels": channels,
@@ -96,7 +96,7 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x: Tensor) -> Posterior:
         """(B, 3, R, R) in [-1, 1] -> posterior over (B, C, R / factor, R / factor); log-variance in [-30, 20]."""
-        # The posterior is an fp32 island: its KL sums thousands of terms.
+        # fp32, because the KL divergence sums thousands of terms.
         mean, logvar = at_least_fp32(self.quant_conv(self.encoder(x))).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
@@ -105,10 +105,10 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
     def load_weights(self) -> None:
-        """Reads ``checkpoint``, if there is one; every key must fit.
+        """Load ``checkpoint``, if set; every key must match.
 
         Raises:
-            WeightsError: the file is missing, unreadable, or of another architecture.
+            WeightsError: the file is missing, unreadable, or does not fit the architecture.
         """
         if self.checkpoint:
             what = "[tokenizer] autoencoder_kl"
@@ -118,18 +118,18 @@ class AutoencoderKL(nn.Module):
             files.note_left_out(file, what)
 
     def init_weights(self) -> None:
-        """PyTorch's default initialisation, as the CompVis code leaves it."""
+        """Initialize with PyTorch's defaults, as in the CompVis code."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.GroupNorm)):
                 module.reset_parameters()
 
     def units(self) -> Sequence[nn.Module]:
-        """The stages, outermost first in the encoder and innermost first in the decoder."""
+        """Return the stages in the order in which they run."""
         return [*self.encoder.down, self.encoder.mid, self.decoder.mid, *reversed(self.decoder.up)]
 
 
 class Encoder(nn.Module):
-    """Image -> moments (B, out_channels, h, w)."""
+    """Image (B, 3, R, R) -> mean and log-variance, concatenated (B, out_channels, h, w)."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent -> image. ``up`` is indexed by level, so it runs backwards."""
+    """Latent -> image. ``up`` is indexed by level (0 is full resolution) and runs in reverse order."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class Decoder(nn.Module):
 
 
 class Stage(nn.Module):
-    """One level: residual blocks, each with attention behind it if asked, then the change of resolution."""
+    """One level: residual blocks, each optionally followed by attention, then optional down- or upsampling."""
 
     def __init__(
         self,
@@ -230,7 +230,7 @@ class Middle(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, convolution, twice; a 1 x 1 convolution on the shortcut where the width changes."""
+    """Norm, SiLU and convolution, twice; the shortcut has a 1 x 1 convolution if the width changes."""
 
     def __init__(self, width_in: int, width: int, norm_groups: int) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Strided convolution, padded at the right and the bottom only, as released weights expect."""
+    """Strided convolution, padded only on the right and bottom as in released weights."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -308,7 +308,7 @@ def _check(
     wrong = [level for level in attention_levels if not 0 <= level < len(multipliers)]
     if wrong:
         raise ValueError(
-            f"tokenizer.attention_levels = {list(attention_levels)}: there is no level {wrong[0]}; "
+            f"tokenizer.attention_levels = {list(attention_levels)}: level {wrong[0]} does not exist; "
             f"allowed: 0 to {len(multipliers) - 1}"
         )
     if res_blocks < 1:

@@ -1,4 +1,4 @@
-"""Pixel space: no tokenizer at all."""
+"""Identity tokenizer, for diffusion in pixel space."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from components.registry import tokenizers
 
 @tokenizers.register("identity")
 class Identity(nn.Module):
-    """Images as they are, for diffusion on pixels: factor 1, three channels, no weights.
+    """Identity, for diffusion in pixel space: factor 1, three channels, no weights.
 
-    The denoiser's ``patch_size`` decides the number of tokens: 16 at 256 pixels gives the 16 x 16 of the latent models.
-    A flow on so many dimensions wants more noise: ``flow.shift = "auto"``.
+    The denoiser's ``patch_size`` sets the number of tokens: 16 at 256 pixels yields 16 x 16 tokens, as in the latent
+    models. The high dimension needs more noise: set ``flow.shift = "auto"``.
     """
 
     factor = 1
     channels = 3
     trainable = False
 
-    def __init__(self) -> None:  # nn.Module's own takes anything
+    def __init__(self) -> None:  # nn.Module.__init__ accepts any arguments, so options would not be checked
         super().__init__()
 
     def encode(self, x: Tensor) -> Posterior:
-        """(B, 3, R, R) in [-1, 1] -> itself, with the least standard deviation that there is (3e-7)."""
+        """(B, 3, R, R) in [-1, 1] -> posterior with the image as mean and the minimum standard deviation (3e-7)."""
         x = at_least_fp32(x)
         return Posterior(x, torch.full_like(x, -30.0))
 
     def decode(self, z: Tensor) -> Tensor:
-        """(B, 3, R, R) -> itself."""
+        """Return ``z`` (B, 3, R, R) unchanged."""
         return z
 
     def load_weights(self) -> None:
-        """There are none."""
+        """Do nothing: there are no weights."""
 
     def units(self) -> Sequence[nn.Module]:
-        """None: nothing computes."""
+        """Return an empty list."""
         return []

@@ -1,4 +1,4 @@
-"""Representation autoencoders (RAE, arXiv 2510.11690): a frozen encoder's tokens as latents, and a ViT that decodes."""
+"""Representation autoencoder (RAE, arXiv 2510.11690): tokens of a frozen encoder as latents, decoded by a ViT."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from components.registry import PluginError, encoders, tokenizers
 # (width, blocks, heads, hidden features of the MLP) of the published decoders
 DECODERS = {"B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096), "XL": (1152, 28, 16, 4096)}
 WHAT = "[tokenizer] rae"
-# Names in the published decoders, and ours.
+# (regular expression for a name in the published decoders, name here)
 PUBLISHED = (
     ("trainable_cls_token", "cls_token"),
     ("decoder_embed", "embed"),
@@ -38,31 +38,31 @@ PUBLISHED = (
 
 @tokenizers.register("rae")
 class RAE(nn.Module):
-    """Tokens of a frozen encoder as latents, and a ViT decoder (RAE): the decoder learns, with the recipe rae_decoder.
+    """RAE: tokens of a frozen encoder as latents, and a ViT decoder, which the recipe rae_decoder trains.
 
-    A latent is what the encoder plugin gives, before the affine part of its last norm where the encoder can leave that
-    out (``final_norm``: those of timm), layer-normalised without affine parameters: (B, D, R / patch_size,
-    R / patch_size). The latent norm then scales it per channel; the published code does so per channel and position.
-    There is no posterior: its standard deviation is the least that there is, 3e-7.
+    The latent (B, D, R / patch_size, R / patch_size) consists of the encoder plugin's tokens, without the final norm's
+    affine parameters if the encoder can omit that norm (``final_norm``, as timm encoders can), followed by layer norm
+    without affine parameters. The latent norm then scales it per channel; the published code does so per channel and
+    position. The encoding is deterministic: the posterior has the minimum standard deviation, 3e-7.
 
     The decoder embeds tokens linearly, adds a class token and fixed sine-cosine positions, and predicts each token's
-    pixels, in the units in which the encoder sees images.
+    pixels in the encoder's input normalization.
 
     Args:
-        encoder: name of an encoder plugin; "dinov2" with ``encoder_options = { registers = true }`` is published.
-        encoder_options: the options of that plugin.
-        resolution: side of the images in pixels; the same as ``training.resolution``.
-        patch_size: pixels per latent position; the encoder's grid is ``resolution / patch_size``.
-        decoder: preset of the decoder's width, depth, heads and hidden features.
+        encoder: name of an encoder plugin. Published: "dinov2" with ``encoder_options = { registers = true }``.
+        encoder_options: options of that plugin.
+        resolution: image side in pixels; must equal ``training.resolution``.
+        patch_size: pixels per latent position along a side; the encoder's grid is ``resolution / patch_size``.
+        decoder: preset for the decoder's width, depth, heads and hidden features.
         width: features per token of the decoder, a multiple of 4; overrides the preset.
-        depth: blocks of the decoder; overrides the preset.
+        depth: number of blocks of the decoder; overrides the preset.
         heads: attention heads of the decoder; overrides the preset.
-        hidden: hidden features of the decoder's MLPs; overrides the preset; 4 * width where only that is given.
-        checkpoint: a published decoder (bytetriper/RAE), ours, or a whole tokenizer of ours: a file, a model folder,
-            or hf://organisation/name/file[@revision]; none: a random decoder.
+        hidden: hidden features of the decoder's MLPs; none: 4 * width if width is set, else the preset's.
+        checkpoint: a published decoder (bytetriper/RAE), or a decoder or whole tokenizer saved by titanrepa: a file, a
+            model folder, or hf://organization/name/file[@revision]; none: a random decoder.
 
     Raises:
-        ValueError: an encoder that does not exist or does not take its options; sizes that do not divide.
+        ValueError: the encoder does not exist or refuses its options, or a size is not divisible as required.
     """
 
     trainable = True
@@ -88,7 +88,7 @@ class RAE(nn.Module):
         width, depth, heads = width or preset[0], depth or preset[1], heads or preset[2]
         if patch_size < 1 or resolution % patch_size:
             raise ValueError(
-                f"tokenizer.resolution = {resolution} is no multiple of tokenizer.patch_size = {patch_size}"
+                f"tokenizer.resolution = {resolution} is not a multiple of tokenizer.patch_size = {patch_size}"
             )
         if width % 4 or heads < 1 or width % heads:
             raise ValueError(f"tokenizer.width = {width}: expected a multiple of 4 and of tokenizer.heads = {heads}")
@@ -101,7 +101,7 @@ class RAE(nn.Module):
         self.decoder = Decoder(self.channels, self.grid, patch_size, width, depth, heads, hidden)
 
     def train(self, mode: bool = True) -> RAE:
-        """The encoder stays in evaluation mode."""
+        """Set the mode of the decoder; the encoder stays in evaluation mode."""
         super().train(mode)
         self.encoder.eval()
         return self
@@ -120,14 +120,14 @@ class RAE(nn.Module):
         self._check_side(z.shape[-1], self.factor)
         x = self.decoder(z.flatten(2).transpose(1, 2))
         mean, std = (getattr(self.encoder, name, None) for name in ("mean", "std"))
-        # What the encoder takes as (image in [0, 1] - mean) / std.
+        # x is in the encoder's input normalization, (image in [0, 1] - mean) / std.
         return x if mean is None or std is None else (x * std + mean) * 2 - 1
 
     def load_weights(self) -> None:
-        """Reads the encoder's weights, and the decoder's ``checkpoint`` if there is one.
+        """Load the encoder's weights and, if set, the decoder's ``checkpoint``.
 
         Raises:
-            WeightsError: a file is missing, unreadable, or of another architecture.
+            WeightsError: a file is missing, unreadable, or does not fit the architecture.
         """
         state = {} if self.checkpoint is None else files.read(self.checkpoint, WHAT).tensors
         if any(key.startswith("encoder.") for key in state):
@@ -144,18 +144,18 @@ class RAE(nn.Module):
             load_strict(self.decoder, from_published(state), WHAT, self.checkpoint)
 
     def units(self) -> Sequence[nn.Module]:
-        """The encoder as a whole, and the decoder's blocks."""
+        """Return the whole encoder and the decoder's blocks."""
         return [self.encoder, *self.decoder.blocks]
 
     def _check_side(self, side: int, scale: int) -> None:
         if side * scale != self.resolution:
             raise ValueError(
-                f"{WHAT}: made for images of {self.resolution} px, and given {side * scale}; set tokenizer.resolution"
+                f"{WHAT}: expected images of {self.resolution} px, got {side * scale} px; set tokenizer.resolution"
             )
 
 
 class Decoder(nn.Module):
-    """Tokens (B, n * n, D) -> pixels (B, 3, n * patch_size, n * patch_size): a pre-norm ViT with a class token."""
+    """Pre-norm ViT with a class token: tokens (B, n * n, D) -> pixels (B, 3, n * patch_size, n * patch_size)."""
 
     def __init__(
         self, channels: int, grid: int, patch_size: int, width: int, depth: int, heads: int, hidden: int
@@ -163,7 +163,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(channels, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        # The class token's position is zero.
+        # The class token's position embedding is zero.
         self.register_buffer("positions", F.pad(sincos_positions(width, grid), (0, 0, 1, 0)), persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-12)
@@ -179,7 +179,7 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, (B, N, width) -> the same."""
+    """Pre-norm transformer block: (B, N, width) -> (B, N, width)."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class Block(nn.Module):
 
 
 def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A decoder's state dict from the published names; ours stay. Positions are fixed and left out."""
+    """Rename published keys of a decoder's state dict; other keys are kept and the fixed positions are dropped."""
     renamed = {}
     for key, value in state.items():
         for theirs, ours in PUBLISHED:
@@ -227,5 +227,5 @@ def _make_encoder(name: str, options: dict[str, Any], resolution: int, grid: int
         ) from error
     encoder = plugin.cls(resolution, grid, **options)
     if hasattr(encoder, "final_norm"):
-        encoder.final_norm = False  # its weights would shape what the norm without weights gives
+        encoder.final_norm = False  # its affine parameters would change the output of the non-affine norm
     return encoder

@@ -1,1 +1,1 @@
-"""For authors of plugins: conformance checks, templates, the page of plugins."""
+"""Tools for plugin authors: templates for new plugins and the generated docs/plugins.md."""

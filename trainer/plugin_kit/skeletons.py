@@ -1,9 +1,9 @@
-"""What ``new`` writes: a plugin of each kind that works as it is; NAME and CLASS stand for its names."""
+"""Templates for ``python -m trainer new``: a working plugin of each kind; NAME and CLASS are placeholders."""
 
 from __future__ import annotations
 
 ENCODER = '''\
-"""NAME: say here what it is and where it comes from."""
+"""NAME: describe what it is and cite its source."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PATCH = 8  # pixels per token side
 
 @encoders.register("NAME")
 class CLASS(nn.Module):
-    """One layer of patch features: replace this line, which listings show, and the network.
+    """Single-layer patch encoder. Replace the network and this line, which listings show.
 
-    A vision transformer of timm needs none of this: derive from components.nn.timm_encoder.TimmEncoder.
+    For a timm model, derive from components.nn.timm_encoder.TimmEncoder instead.
 
     Args:
-        width: features of a token.
-        checkpoint: file of weights; none: random ones.
+        width: features per token.
+        checkpoint: weights file; none: random weights.
     """
 
     def __init__(self, resolution: int, grid: int, *, width: int = 64, checkpoint: str | None = None) -> None:
@@ -40,21 +40,21 @@ class CLASS(nn.Module):
         self.requires_grad_(False).eval()
 
     def load_weights(self) -> None:
-        """Reads ``checkpoint``, if there is one; WeightsError names a file that is missing or does not fit."""
+        """Load ``checkpoint``, if set. Raises WeightsError if the file is missing or does not fit."""
         if self.checkpoint:
             what = "encoder NAME"
             load_strict(self, read_state(self.checkpoint, what), what, self.checkpoint)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, R, R) in [-1, 1] -> (B, grid * grid, width) patch tokens, rows first."""
+        """(B, 3, R, R) in [-1, 1] -> (B, grid * grid, width) patch tokens in row-major order."""
         side = PATCH * self.grid
         x = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
         return self.norm(self.patches(x).flatten(2).transpose(1, 2))
 '''
 
 TOKENIZER = '''\
-"""NAME: say here what it is and where it comes from."""
+"""NAME: describe what it is and cite its source."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ from components.registry import tokenizers
 
 @tokenizers.register("NAME")
 class CLASS(nn.Module):
-    """Convolutional autoencoder of factor 4: replace this line, which listings show, and the network.
+    """Convolutional autoencoder with factor 4. Replace the network and this line, which listings show.
 
     Args:
-        latent_channels: channels C of the latent.
+        latent_channels: latent channels C.
         width: channels of the hidden layers.
-        checkpoint: file of weights to start from; none: random ones.
-        trainable: false freezes it; recipes that train it refuse that.
+        checkpoint: file of initial weights; none: random weights.
+        trainable: false freezes the tokenizer; recipes that train it then raise an error.
     """
 
     factor = 4
@@ -105,7 +105,7 @@ class CLASS(nn.Module):
         self.requires_grad_(trainable)
 
     def init_weights(self) -> None:
-        """Fills every parameter and buffer: training makes it on the meta device first."""
+        """Fill every parameter and buffer: training constructs the module on the meta device first."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 module.reset_parameters()
@@ -120,18 +120,18 @@ class CLASS(nn.Module):
         return self.decoder(z)
 
     def load_weights(self) -> None:
-        """Reads ``checkpoint``, if there is one; WeightsError names a file that is missing or does not fit."""
+        """Load ``checkpoint``, if set. Raises WeightsError if the file is missing or does not fit."""
         if self.checkpoint:
             what = "tokenizer NAME"
             load_strict(self, read_state(self.checkpoint, what), what, self.checkpoint)
 
     def units(self) -> Sequence[nn.Module]:
-        """What is compiled, recomputed and sharded one by one; each is used through its forward alone."""
+        """Return the sub-modules to compile, checkpoint and shard one by one; use each only through its forward."""
         return [self.encoder, self.decoder]
 '''
 
 DENOISER = '''\
-"""NAME: say here what it is and where it comes from."""
+"""NAME: describe what it is and cite its source."""
 
 from __future__ import annotations
 
@@ -147,13 +147,13 @@ from components.registry import denoisers
 
 @denoisers.register("NAME")
 class CLASS(nn.Module):
-    """Residual token mixer, a token per latent position: replace this line, which listings show, and the network.
+    """Residual token mixer with one token per latent position. Replace the network and this line, which listings show.
 
     Args:
-        width: features of a token.
+        width: features per token.
         depth: number of blocks.
         align_depth: block whose tokens are aligned, counted from 1.
-        label_dropout: probability of replacing a label by the null label in training.
+        label_dropout: probability of replacing a label with the null label in training.
     """
 
     def __init__(
@@ -187,14 +187,14 @@ class CLASS(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Fills every parameter and buffer: training makes it on the meta device first."""
+        """Fill every parameter and buffer: training constructs the module on the meta device first."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm)):
                 module.reset_parameters()
         nn.init.normal_(self.positions, std=0.02)
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> DenoiserOutput:
-        """x_t (B, C, h, w), t (B,) in [0, 1], labels (B,) in [0, null_label]."""
+        """Predict the velocity from x_t (B, C, h, w), t (B,) in [0, 1] and labels (B,) in [0, null_label]."""
         tokens = self.tokens(x_t, t, labels)
         x = tokens
         for block in self.blocks[self.align_depth :]:
@@ -203,7 +203,7 @@ class CLASS(nn.Module):
         return DenoiserOutput(velocity, tokens)
 
     def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Hidden tokens (B, h * w, width) after block ``align_depth``; the blocks behind it do not run."""
+        """Return hidden tokens (B, h * w, width) after block ``align_depth``; later blocks do not run."""
         x = self.embed(x_t.flatten(2).transpose(1, 2)) + self.positions
         x = x + self.time(t.to(x.dtype)[:, None])[:, None] + self.labels(labels)[:, None]
         for block in self.blocks[: self.align_depth]:
@@ -211,12 +211,12 @@ class CLASS(nn.Module):
         return x
 
     def units(self) -> Sequence[nn.Module]:
-        """What is compiled, recomputed and sharded one by one; each is used through its forward alone."""
+        """Return the sub-modules to compile, checkpoint and shard one by one; use each only through its forward."""
         return list(self.blocks)
 
 
 class Block(nn.Module):
-    """Mixes tokens, then features: (B, N, width) -> the same."""
+    """Mixes tokens, then features: (B, N, width) -> (B, N, width)."""
 
     def __init__(self, width: int, tokens: int) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ class Block(nn.Module):
 '''
 
 LOSS = '''\
-"""NAME: say here what it is and where it comes from."""
+"""NAME: describe what it is and cite its source."""
 
 from __future__ import annotations
 
@@ -243,23 +243,23 @@ from components.registry import losses
 
 @losses.register("NAME")
 class CLASS:
-    """Mean absolute difference of neighbouring pixels' steps: replace this line, which listings show.
+    """Mean absolute error of the image gradients. Replace the loss and this line, which listings show.
 
     Args:
-        weight: factor in the tokenizer's loss.
+        weight: weight in the tokenizer's loss.
     """
 
     def __init__(self, *, weight: float = 1.0) -> None:
         self.weight = weight
 
     def __call__(self, x: Tensor, x_hat: Tensor, posterior: Posterior) -> Tensor:
-        """Image and reconstruction (B, 3, R, R) and the posterior -> a scalar in at least fp32."""
+        """Image and reconstruction (B, 3, R, R) and posterior -> scalar in at least fp32."""
         error = at_least_fp32(x_hat) - at_least_fp32(x)
         return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 '''
 
 DATASET = '''\
-"""NAME: say here what it is and where it comes from."""
+"""NAME: describe what it is and cite its source."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ from components.registry import datasets
 
 @datasets.register("NAME")
 class CLASS:
-    """Gradients of random colours in two directions: replace this line, which listings show.
+    """Color gradients in two directions. Replace the dataset and this line, which listings show.
 
     Args:
         size: number of images.
@@ -279,7 +279,7 @@ class CLASS:
 
     class_names = ("left to right", "top to bottom")
     num_classes = 2
-    flip = False  # mirroring would leave the class as it is, but it is not needed
+    flip = False  # horizontal flips would preserve the class, but are not needed
 
     def __init__(self, resolution: int, *, size: int = 1000) -> None:
         if size < 1:
@@ -291,19 +291,19 @@ class CLASS:
         return self.size
 
     def __getitem__(self, index: int) -> Sample:
-        """Image (uint8, (3, R, R)) and class: a function of the index alone."""
+        """Return the image (uint8, (3, R, R)) and its class, a function of the index only."""
         if not 0 <= index < self.size:
             raise IndexError(f"dataset NAME: index {index} is outside its {self.size} images")
-        colours = torch.rand(2, 3, generator=torch.Generator().manual_seed(index))
+        colors = torch.rand(2, 3, generator=torch.Generator().manual_seed(index))
         ramp = torch.linspace(0, 1, self.resolution)
-        line = colours[0, :, None] * (1 - ramp) + colours[1, :, None] * ramp  # (3, R)
+        line = colors[0, :, None] * (1 - ramp) + colors[1, :, None] * ramp  # (3, R)
         image = (line[:, None] * 255).round().to(torch.uint8).expand(3, self.resolution, self.resolution)
         label = index % 2
         return Sample((image if label == 0 else image.mT).contiguous(), label)
 '''
 
 RECIPE = '''\
-"""NAME: say here what it is and where it comes from."""
+"""NAME: describe what it is and cite its source."""
 
 from __future__ import annotations
 
@@ -314,14 +314,14 @@ from components.registry import recipes
 
 @recipes.register("NAME")
 class CLASS:
-    """Denoiser alone on a frozen tokenizer: replace this line, which listings show, and the step."""
+    """Train only the denoiser, on a frozen tokenizer. Replace the step and this line, which listings show."""
 
-    uses = frozenset({"tokenizer", "denoiser", "latent_norm"})  # parts that are built
-    trains = {"denoiser": ("denoiser",)}  # groups, each with an optimizer, and the parts that they update
+    uses = frozenset({"tokenizer", "denoiser", "latent_norm"})  # parts to build
+    trains = {"denoiser": ("denoiser",)}  # group (one optimizer each) -> parts that it updates
     cached_latents = True  # a step needs no images
 
     def step(self, m: Modules, batch: Batch, draws: Draws, update: Update, step: int) -> None:
-        """Builds losses and hands them over; weights change later, all or none."""
+        """Compute the losses and pass them to ``update``; weights change after the step, all or none."""
         t = m.flow.times(draws.time)
         z = frozen_posterior(m, batch).sample(draws.posterior)
         path = m.flow.at(m.latent_norm(z), t, draws.noise)
@@ -338,7 +338,7 @@ PLUGINS = {
 }
 
 TEST = '''\
-"""NAME keeps the contract of its kind, trains, and does what it says."""
+"""NAME satisfies the contract of its kind, trains, and does what it claims."""
 
 from pathlib import Path
 
@@ -363,7 +363,7 @@ def test_trains(tmp_path):
 
 
 def test_does_what_it_says():
-    """Replace this: what is special about it?"""
+    """Replace this with a test of what the plugin is for."""
 '''
 
 SPECIAL = {
@@ -392,7 +392,7 @@ SPECIAL = {
 
     loss, x = SUBJECT.make(), torch.rand(2, 3, 32, 32)
     assert loss(x, x, None) == 0
-    assert loss(x, x + 0.5, None) < 1e-6  # a constant has no steps
+    assert loss(x, x + 0.5, None) < 1e-6  # the gradients of a constant are zero
 """,
     "dataset": """\
     data = SUBJECT.make(32)
@@ -418,7 +418,7 @@ OWN = {
     "loss": "[losses.NAME]\nweight = 1.0\n\n[losses.l1]\n\n[losses.kl]\n\n[losses.cosine]\nhead_width = 128\n",
 }
 TOML = """\
-# NAME in a run small enough for a laptop. Any key may be replaced on the command line: --training.steps=1000
+# Trains with NAME; small enough for a laptop. Override any key on the command line: --training.steps=1000
 plugins = ["NAME.py"]
 
 [run]
@@ -444,11 +444,11 @@ steps = 10
 
 
 def files(kind: str, name: str) -> dict[str, str]:
-    """What a new plugin consists of: text by file name.
+    """Return the files of a new plugin: file name -> text.
 
     Args:
-        kind: one of the registry's.
-        name: under which it is registered; a Python identifier in lower case.
+        kind: kind of plugin, a key of ``registry.KINDS``.
+        name: name to register the plugin under, a lower-case Python identifier.
     """
     title = "".join(part.capitalize() for part in name.split("_"))
     own = OWN.get(kind, f'[{kind}]\nname = "NAME"\n')
