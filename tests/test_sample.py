@@ -18,6 +18,7 @@ from components.diffusion.flow import Flow
 from components.diffusion.image_sampler import ImageSampler, SamplingPlan, to_uint8
 from components.diffusion.samplers import Guidance, sample_ode, sample_sde
 from components.distributed.parallel import World
+from components.version import version
 from tests import toys
 from tests.ranks import PRELOAD, run_ranks
 from trainer import config
@@ -123,6 +124,7 @@ def test_more_images_can_be_added_and_the_archive_holds_them(run, whole, tmp_pat
     settings = json.loads((out / "samples.json").read_text())
     assert settings["step"] == 2
     assert settings["run"] == str(run)
+    assert settings["titanrepa_version"] == version()
 
 
 @pytest.mark.parametrize(
