@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,8 @@ class DiTDH(nn.Module):
             a width that the heads do not divide into multiples of 4.
     """
 
+    pos_embed: Tensor
+
     def __init__(
         self,
         latent: LatentShape,
@@ -104,7 +106,7 @@ class DiTDH(nn.Module):
         self.x_embedder = PatchEmbedding(latent.channels, patch_size, head_width)
         self.s_projector = nn.Linear(width, head_width) if width != head_width else nn.Identity()
         self.t_embedder = FourierEmbedding(width)
-        self.y_embedder = nn.Module()
+        self.y_embedder: Any = nn.Module()
         self.y_embedder.embedding_table = nn.Embedding(num_classes + (label_dropout > 0), width)
         # A buffer: unfreezing all parameters must not make it trainable.
         self.register_buffer("pos_embed", torch.empty(1, self.grid**2, width))
@@ -162,6 +164,7 @@ class FourierEmbedding(nn.Module):
     """Sines and cosines of t at 256 random, fixed frequencies ~ N(0, 1), then an MLP to (B, width)."""
 
     FREQUENCIES = 256
+    W: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -79,6 +79,9 @@ class PatchGAN(nn.Module):
         ValueError: fewer than one layer or channel, or a negative start_step.
     """
 
+    ema_real: Tensor
+    ema_fake: Tensor
+
     def __init__(
         self,
         *,
