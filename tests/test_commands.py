@@ -44,7 +44,7 @@ def test_without_a_command_the_commands_are_listed_under_the_name_called(monkeyp
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"usage: {name} [-h] [--version] COMMAND")
     assert all(f"\n    {command}" in err for command in COMMANDS)
-    for words in (["--profile"], ["trian"]):
+    for words in (["--profile"], ["trainig"]):
         with pytest.raises(SystemExit, match="2"):
             main(words)
         err = capsys.readouterr().err
