@@ -9,6 +9,7 @@ from components.distributed.parallel import World
 from tests import toys
 from trainer import config
 from trainer.config import schema
+from trainer.config.load import _table_of
 from trainer.run import assemble
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,5 +191,5 @@ def test_overrides_and_resolved_file_round_trip(good, tmp_path):
 def test_every_field_is_documented():
     for table in (c for c in vars(schema).values() if isinstance(c, type) and issubclass(c, schema.Table)):
         for name, field in table.model_fields.items():
-            if config._table_of(field.annotation) is None and "dict" not in str(field.annotation):
+            if _table_of(field.annotation) is None and "dict" not in str(field.annotation):
                 assert field.description, f"{table.__name__}.{name} has no docstring"
