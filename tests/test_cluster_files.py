@@ -15,6 +15,8 @@ import yaml
 from tests.script_stubs import ROOT, wait_for
 from tests.script_stubs import Repository as Scripts
 
+pytestmark = pytest.mark.long
+
 SCRIPT = ROOT / "docs" / "cluster" / "slurm.sh"
 
 # srun runs the command once for each node, side by side, and hands USR1 on; TERM kills the tasks, as srun's does.

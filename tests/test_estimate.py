@@ -26,6 +26,8 @@ from trainer.estimate.fake_ranks import cuda_autocast
 from trainer.run import assemble
 from trainer.run.prepare import Preparation
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[1]
 # The ablations name other vision transformers of timm, two tokenizers are of one architecture, and LightningDiT and
 # DiT-DH are much like SiT: one stands for all.

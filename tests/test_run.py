@@ -176,6 +176,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError("the run did not get there")
 
 
+@pytest.mark.long
 def test_a_signal_saves_and_the_same_command_goes_on(toml, tmp_path, capsys):
     """Ctrl-C in the terminal, then the end of a job, then to the end of the run."""
     options = ["--recipe.name=ldm", "--training.steps=500", "--run.checkpoint_every=0", "--training.threads=1"]

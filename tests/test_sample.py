@@ -65,6 +65,7 @@ def whole(run, tmp_path_factory) -> dict[str, bytes]:
     return pngs(out)
 
 
+@pytest.mark.long
 def test_two_and_four_ranks_write_what_one_does(run, whole, tmp_path):
     assert len(whole) == 18
     for world in (2, 4):
