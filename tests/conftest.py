@@ -1,10 +1,27 @@
-"""Fixtures for every test."""
+"""Fixtures for every test, and the option --fast."""
 
 import signal
 
 import pytest
 
 from trainer.run.process import CAUGHT
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="leave out the tests marked long")
+
+
+def pytest_configure(config):
+    if config.getoption("--fast", default=False) and config.option.durations is None:
+        # Names the tests that should be marked long.
+        config.option.durations, config.option.durations_min = 5, 5.0
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--fast", default=False):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in set(long)]
 
 
 @pytest.fixture(autouse=True)

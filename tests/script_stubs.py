@@ -39,7 +39,7 @@ case $1 in
       pip) sleep "$(answer slow 0)"; exit "$(answer pip 0)" ;;
       trainer) env >"$LOG.env" ;;
       ruff) exit "$(answer "$2-$3" 0)" ;;
-      pytest) exit "$(answer "$2" 0)" ;;
+      mypy | pytest) exit "$(answer "$2" 0)" ;;
     esac
     ;;
 esac

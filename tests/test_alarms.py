@@ -18,6 +18,8 @@ from trainer.__main__ import main
 from trainer.run.alarms import GuardStop
 from trainer.run.loop import Trainer
 
+pytestmark = pytest.mark.long
+
 BATCH = 8
 WATCHED = ["--guard.window=10", "--guard.patience=4", "--training.steps=24", "--run.checkpoint_every=8"]
 

@@ -232,6 +232,7 @@ def run(tmp_path, *overrides: str, steps: int, name: str = "run") -> tuple[list[
     return seen, trainer
 
 
+@pytest.mark.long
 def test_resumes_a_schedule_exactly(tmp_path):
     options = [*SECOND, *IREPA, "--denoiser.align_depth=[1,2]", "--losses.cosine.schedule=cosine",
                "--losses.cosine.stop_step=3"]  # fmt: skip

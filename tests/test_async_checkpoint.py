@@ -344,6 +344,7 @@ def _load(rank: int, world: int, folder: Path) -> dict:
     return loaded
 
 
+@pytest.mark.long
 def test_four_ranks_save_while_they_train_and_any_number_loads(tmp_path):
     expected, *_ = run_ranks(_save_and_train_on, 4, tmp_path)
     for loaded in run_ranks(_load, 2, tmp_path):

@@ -136,6 +136,7 @@ def test_latent_norm_over_ranks(world):
         torch.testing.assert_close(results[0][key], expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.long
 def test_compiles_whole_on_two_ranks():
     for eager, compiled in run_ranks(compiled_rank, 2):
         torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)

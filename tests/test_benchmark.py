@@ -16,6 +16,8 @@ from trainer.__main__ import main
 from trainer.commands import benchmark
 from trainer.run.step import Step
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def toml(tmp_path, monkeypatch):

@@ -62,6 +62,7 @@ def assert_close(a: list[dict[str, float]], b: list[dict[str, float]], relative:
         assert first == pytest.approx(second, rel=relative)
 
 
+@pytest.mark.long
 def test_the_same_losses_as_on_images(place):
     """Six steps of eight images out of forty: into the second epoch, with mirrored images."""
     statistics = f"--latent_norm.statistics={place / 'flip-fp32' / 'latents-stats.safetensors'}"
@@ -81,6 +82,7 @@ def test_the_same_losses_as_on_images(place):
     assert halves != mirrored
 
 
+@pytest.mark.long
 def test_without_the_images_nothing_reads_them(tmp_path, monkeypatch):
     """With latents and features cached and the image files removed, training and its pictures need no image."""
     from PIL import Image

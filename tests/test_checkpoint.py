@@ -299,6 +299,7 @@ def _load_sharded_and_compare(rank: int, world: int, folder: Path) -> None:
         assert torch.allclose(value, later[name], rtol=0, atol=1e-6), name
 
 
+@pytest.mark.long
 def test_two_sharded_ranks_save_and_any_number_loads(tmp_path):
     folder = tmp_path / "checkpoints"
     run_ranks(_train_sharded_and_save, 2, folder)

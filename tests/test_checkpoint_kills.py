@@ -22,6 +22,8 @@ from components.files import manifest
 from tests.checkpoints import assert_holds, full_disk, state_at, steps, two_checkpoints
 from tests.ranks import PRELOAD
 
+pytestmark = pytest.mark.long
+
 torch.set_num_threads(1)
 
 

@@ -15,6 +15,8 @@ import yaml
 from tests.script_stubs import ROOT, wait_for
 from tests.script_stubs import Repository as Scripts
 
+pytestmark = pytest.mark.long
+
 SCRIPT = ROOT / "docs" / "cluster" / "slurm.sh"
 
 # srun runs the command once per node in parallel and forwards USR1; TERM kills the tasks, as with the real srun.

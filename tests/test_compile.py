@@ -16,6 +16,8 @@ from tests.runs import compiled_by_aot_eager, finished, largest_difference
 from trainer import config
 from trainer.run.loop import Trainer
 
+pytestmark = pytest.mark.long
+
 discover("plugins")
 # Two levels instead of three, because compilation dominates. Eight samples per step, five steps per epoch.
 SMALL = ["--training.resolution=16", "--tokenizer.multipliers=[1,2]", "--training.steps=6", "--run.checkpoint_every=0"]

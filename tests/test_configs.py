@@ -66,6 +66,7 @@ def test_one_line_switches_the_recipe(recipe):
     assert used <= parts.recipe.uses
 
 
+@pytest.mark.long
 def test_missing_imagenet_says_what_to_get(capsys, tmp_path, monkeypatch):
     """The message names the data, the tokenizer and its discriminator, and how to get the data."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -17,6 +17,8 @@ from components.registry import PluginError, Registry
 from tests import broken_plugins
 from trainer.__main__ import main
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[1]
 SLOW = ("compiles_in_one_graph", "shards_with_fsdp2")
 registry.discover("plugins")

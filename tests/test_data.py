@@ -260,6 +260,7 @@ def test_the_range_of_bytes_is_minus_one_to_one():
     assert (images.dtype, images.min(), images.max()) == (torch.float32, -1, 1)
 
 
+@pytest.mark.long
 def test_workers_need_no_fork():
     loader = make_loader(Numbers(), seed=0, batch_size=2, workers=1, start_method="forkserver")
     with Prefetcher(loader, "cpu") as batches:
@@ -339,6 +340,7 @@ def test_close_after_an_error():
     assert not prefetch_threads()
 
 
+@pytest.mark.long
 def test_a_process_that_forgets_to_close_still_ends():
     script = f"""
 import sys

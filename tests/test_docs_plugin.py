@@ -20,6 +20,8 @@ from trainer import config
 from trainer.commands import plugins as plugins_command
 from trainer.run import assemble
 
+pytestmark = pytest.mark.long
+
 PAGE = Path(__file__).parents[1] / "docs" / "writing-a-plugin.md"
 FILES = {"my_encoder.py", "my_run.toml", "my_loss.py", "my_dataset.py", "my_recipe.py"}
 

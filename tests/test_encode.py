@@ -20,6 +20,8 @@ from trainer.__main__ import main
 from trainer.caching import encoding
 from trainer.commands import encode
 
+pytestmark = pytest.mark.long
+
 ARGUMENTS = ["--flip", "--features", "--dtype=fp32", "--shard-size=16", "--batch-size=8"]
 
 

@@ -26,6 +26,8 @@ from trainer.estimate.fake_ranks import cuda_autocast
 from trainer.run import assemble
 from trainer.run.prepare import Preparation
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[1]
 # Skipped, since a similar config stands for each: the ablations differ in timm's vision transformer, two tokenizers
 # share an architecture, LightningDiT and DiT-DH resemble SiT, and iREPA and REG differ from REPA by a head and by one

@@ -25,6 +25,8 @@ from trainer import config as configs
 from trainer.__main__ import main
 from trainer.evaluation import measured, reconstruction
 
+pytestmark = pytest.mark.long
+
 SAMPLES, REFERENCE = 110, 130  # more than tiny_vit's 96 features, and not a multiple of the batch size
 
 

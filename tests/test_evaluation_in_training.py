@@ -15,6 +15,8 @@ from trainer.config import ConfigError
 from trainer.evaluation import in_training
 from trainer.run.loop import Trainer
 
+pytestmark = pytest.mark.long
+
 # 110 images in batches of 24: the last round is neither full nor divisible by the ranks.
 TOML = (
     toys.TOML

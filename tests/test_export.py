@@ -14,6 +14,8 @@ from trainer.__main__ import main
 from trainer.models.source import open_source, read_source
 from trainer.run.loop import Trainer
 
+pytestmark = pytest.mark.long
+
 PARTS = ("tokenizer", "denoiser", "latent_norm", "heads", "discriminator")
 
 

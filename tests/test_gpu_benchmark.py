@@ -17,6 +17,8 @@ from benchmarks.results import Results
 from tests import toys
 from trainer import config as configs
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = [
     "machine",

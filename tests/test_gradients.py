@@ -10,6 +10,8 @@ from components.registry import discover, recipes
 from tests import toys
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.long
+
 discover("plugins")
 RECIPES = ["repae", "repa", "ldm", "naive_e2e", "tokenizer"]
 # Recipes that need parts of another kind; their own tests cover this.

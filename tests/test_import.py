@@ -16,6 +16,8 @@ from trainer.__main__ import main
 from trainer.models.source import open_source
 from trainer.run import assemble
 
+pytestmark = pytest.mark.long
+
 CLASSES = 7  # not the dataset's ten: the file's number is used
 
 

@@ -15,6 +15,8 @@ from components.distributed.parallel import ParallelError, Sharding, World, make
 from plugins.denoisers.sit import SiT
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.long
+
 CPU = torch.device("cpu")
 
 

@@ -12,6 +12,8 @@ from components import registry
 from trainer.__main__ import main
 from trainer.plugin_kit.skeletons import files
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -23,6 +23,8 @@ from plugins.recipes.repae import RepaE
 from tests import toys
 from trainer.run.step import Step
 
+pytestmark = pytest.mark.long
+
 # 1 - DECAY is exact in float32, to which the EMA rounds it.
 LR, DECAY, STEPS = 1e-3, 0.875, 3
 SETTINGS = SimpleNamespace(lr=LR, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01, clip_norm=0.5)

@@ -19,6 +19,8 @@ from trainer.config import ConfigError
 from trainer.run.loop import Trainer
 from trainer.run.monitor.profiling import Profiler
 
+pytestmark = pytest.mark.long
+
 PHASES = {"data", "encoders", "tokenizer", "discriminator", "denoiser", "optimizer"}
 
 

@@ -211,6 +211,7 @@ def test_noise_is_half_normal_and_comes_from_the_draws():
         assert torch.allclose(u.median(1).values[:, None], expected, atol=1e-5)
 
 
+@pytest.mark.long
 def test_training_raises_psnr_and_leaves_the_encoder(toml, tmp_path):
     options = ["--recipe.name=rae_decoder", "--training.steps=40", f"--run.dir={tmp_path}", "--run.checkpoint_every=0",
                "--recipe.noise_tau=0.2", "--optimizer.lr=3e-3", "--losses.patchgan.start_step=38",

@@ -33,6 +33,8 @@ from trainer.config import ConfigError
 from trainer.run import assemble
 from trainer.run.loop import Trainer
 
+pytestmark = pytest.mark.long
+
 torch.set_num_threads(1)
 RECORDED = {
     key: torch.from_numpy(value) for key, value in np.load(Path(__file__).parent / "data" / "published_reg.npz").items()

@@ -78,6 +78,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(toml, tmp_path, whole):
 
 
 @pytest.mark.parametrize("recipe", ["repa", "ldm", "naive_e2e", "tokenizer"])
+@pytest.mark.long
 def test_every_recipe_trains_and_resumes(toml, tmp_path, recipe):
     options = [f"--recipe.name={recipe}", "--training.steps=2", "--run.checkpoint_every=1"]
     train(toml, tmp_path / "run", *options)
@@ -97,6 +98,7 @@ def test_several_encoders_have_a_head_each(toml, tmp_path):
     assert grads[0] != grads[1]
 
 
+@pytest.mark.long
 def test_accumulation_sees_the_same_images_and_draws(toml, tmp_path):
     """`ldm` has no batch norm that depends on the micro-batch: two micro-batches of 4 equal one batch of 8."""
     options = ["--recipe.name=ldm", "--training.precision=fp64", "--training.steps=3", "--run.checkpoint_every=0"]
@@ -176,6 +178,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError("the run did not get there")
 
 
+@pytest.mark.long
 def test_a_signal_saves_and_the_same_command_goes_on(toml, tmp_path, capsys):
     """Ctrl-C in the terminal, then the end of a job, then on to the end of the run."""
     options = ["--recipe.name=ldm", "--training.steps=500", "--run.checkpoint_every=0", "--training.threads=1"]
@@ -199,6 +202,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(toml, tmp_path, capsys):
     assert "tensorboard --logdir" in (output.err + output.out).strip().splitlines()[-1], output
 
 
+@pytest.mark.long
 def test_kill_9_loses_no_complete_checkpoint(toml, tmp_path):
     options = ["--recipe.name=ldm", "--training.steps=500", "--run.checkpoint_every=1", "--training.threads=1"]
     process = start(toml, tmp_path / "run", *options)

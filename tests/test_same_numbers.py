@@ -14,6 +14,8 @@ from tests import toys
 from tests.ranks import run_ranks
 from tests.runs import finished, largest_difference
 
+pytestmark = pytest.mark.long
+
 STEPS = 2
 FP64 = ["--training.precision=fp64", f"--training.steps={STEPS}", "--ema.tokenizer", "--run.async_checkpoints=false"]
 FROZEN_NORMS = ["--recipe.name=repa"]

@@ -18,6 +18,7 @@ from components.diffusion.flow import Flow
 from components.diffusion.image_sampler import ImageSampler, SamplingPlan, to_uint8
 from components.diffusion.samplers import Guidance, sample_ode, sample_sde
 from components.distributed.parallel import World
+from components.version import version
 from tests import toys
 from tests.ranks import PRELOAD, run_ranks
 from trainer import config
@@ -64,6 +65,7 @@ def whole(run, tmp_path_factory) -> dict[str, bytes]:
     return pngs(out)
 
 
+@pytest.mark.long
 def test_two_and_four_ranks_write_what_one_does(run, whole, tmp_path):
     assert len(whole) == 18
     for world in (2, 4):
@@ -123,6 +125,7 @@ def test_more_images_can_be_added_and_the_archive_holds_them(run, whole, tmp_pat
     settings = json.loads((out / "samples.json").read_text())
     assert settings["step"] == 2
     assert settings["run"] == str(run)
+    assert settings["titanrepa_version"] == version()
 
 
 @pytest.mark.parametrize(

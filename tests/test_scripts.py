@@ -202,6 +202,7 @@ def test_run_tests_checks_the_style_and_runs_everything(repo):
         "python3 check test",
         "python3 -m ruff check .",
         "python3 -m ruff format --check .",
+        "python3 -m mypy",
         f"{PYTEST} -k a b",
     ]
 
@@ -217,7 +218,7 @@ def test_ci_runs_the_newest_torch_then_the_oldest(repo):
     assert all((ROOT / file).exists() for file in some.split() if file.startswith("tests/"))
 
 
-@pytest.mark.parametrize("failing", ["ruff_check", "ruff_format", "pytest"])
+@pytest.mark.parametrize("failing", ["ruff_check", "ruff_format", "mypy", "pytest"])
 def test_run_tests_fails_if_one_of_them_does_and_runs_them_all(repo, failing):
     repo.python("python3", **{failing: 5})
     assert repo.run(".ci/run").returncode == 5

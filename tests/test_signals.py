@@ -15,6 +15,8 @@ import pytest
 
 from tests.script_stubs import Repository, wait_for
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def repo(tmp_path):

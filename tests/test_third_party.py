@@ -13,6 +13,8 @@ from tests import toys
 from trainer import config
 from trainer.config import ConfigError
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[1]
 TOML = toys.TOML.replace("[encoders.tiny_vit]", "[encoders.mean_colours]\nparts = 4")
 

@@ -25,6 +25,8 @@ from tests.ranks import run_ranks
 from trainer import config
 from trainer.run.loop import Trainer
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[1]
 FP64 = ["--training.precision=fp64"]
 # Weights that change visibly in every step.

@@ -17,6 +17,7 @@ from components.files.layouts import diffusers_kl, files
 from components.files.model_file import read_part, save_tree, write_model, write_part
 from components.files.weights import WeightsError, read_state, read_tree
 from components.nn.latent_norm import LatentNorm
+from components.version import version
 from plugins.losses.patchgan import PatchGAN
 from plugins.tokenizers.autoencoder_kl import AutoencoderKL
 from tests import toys
@@ -287,6 +288,7 @@ def test_model_folder(trained, tmp_path):
     assert (folder / "config.toml").read_text() == "[run]\n"
     for part, state in states.items():
         read, about = read_part(folder / f"{part}.safetensors")
+        assert about.pop("titanrepa_version") == version()
         assert about == {"format": "titanrepa-1", "part": part, "config": "[run]\n", "step": "12", "weights": "ema"}
         assert read.keys() == state.keys()
         assert all(read[k].dtype == state[k].dtype and torch.equal(read[k], state[k]) for k in state)

@@ -6,6 +6,9 @@ import argparse
 import importlib
 import keyword
 import sys
+from pathlib import Path
+
+from components.version import versions
 
 COMMANDS = (
     "train",
@@ -25,10 +28,11 @@ COMMANDS = (
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status; a user error prints one message, no traceback, and returns 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m trainer",
+        prog="titanrepa" if Path(sys.argv[0]).stem == "titanrepa" else "python -m trainer",
         description="titanrepa: end-to-end training of latent diffusion models through representation alignment.",
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="version", version=versions())
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name in COMMANDS:
         # "import" cannot be a module's name.
         module = importlib.import_module(f"trainer.commands.{name}{'_' if keyword.iskeyword(name) else ''}")
@@ -42,6 +46,11 @@ def main(argv: list[str] | None = None) -> int:
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.command is None:
+        if rest:
+            parser.error(f"expected a COMMAND before {rest[0]}")
+        parser.print_help(sys.stderr)
+        return 2
     try:
         return arguments.run(arguments, rest)
     except user_errors() as error:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from components.files.manifest import sync_folder
 from components.files.weights import WeightsError
+from components.version import version
 
 FORMAT = "titanrepa-1"
 CONFIG = "config.toml"
@@ -65,11 +66,12 @@ def write_part(path: Path, part: str, state: dict[str, Tensor], config_toml: str
 
 
 def save_tensors(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file, whole or not at all."""
+    """Writes a safetensors file, whole or not at all; its metadata also get ``titanrepa_version``."""
     from safetensors.torch import save_file
 
     partial = path.with_name(f"{path.name}.partial")
     seen: set[int] = set()
+    metadata = metadata | {"titanrepa_version": version()}
     save_file({key: _alone(value, seen) for key, value in state.items()}, partial, metadata)
     replace(partial, path)
 

@@ -132,7 +132,7 @@ class LightningFinalLayer(nn.Module):
         return self.linear(self.norm_final(x) * (1 + scale) + shift)
 
 
-def init_lightning(blocks: Iterable[LightningBlock], final: LightningFinalLayer) -> None:
+def init_lightning(blocks: Iterable[nn.Module], final: LightningFinalLayer) -> None:
     """Zero modulation and output, so that a new block is the identity; norms of ones."""
     for module in (*blocks, final):
         nn.init.zeros_(module.adaLN_modulation[-1].weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ def check_patches(name: str, latent: LatentShape, patch_size: int) -> None:
 
 
 def run_blocks(
-    blocks: Sequence[nn.Module], x: Tensor, *condition: Tensor, align_depth: int | Sequence[int]
+    blocks: Iterable[nn.Module], x: Tensor, *condition: Tensor, align_depth: int | Sequence[int]
 ) -> tuple[Tensor, Tokens]:
     """x behind all blocks, and behind those that ``align_depth`` names, counted from 1: a tuple for a list of them."""
     depths = [align_depth] if isinstance(align_depth, int) else align_depth

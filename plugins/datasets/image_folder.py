@@ -61,7 +61,9 @@ class ImageFolder:
         self.num_classes = len(self.class_names)
         # One bytes object and two arrays: a list of a million strings would be copied into every worker, because
         # updating reference counts triggers copy-on-write.
-        names, lengths, counts = [], [], []
+        names: list[bytes] = []
+        lengths: list[int] = []
+        counts: list[int] = []
         for folder in self.class_names:
             found = [os.fsencode(name) for name in _images(self.path, folder)]
             names.append(b"".join(found))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,8 @@ class DiTDH(nn.Module):
             or a width divided by its heads is not a multiple of 4.
     """
 
+    pos_embed: Tensor
+
     def __init__(
         self,
         latent: LatentShape,
@@ -104,7 +106,7 @@ class DiTDH(nn.Module):
         self.x_embedder = PatchEmbedding(latent.channels, patch_size, head_width)
         self.s_projector = nn.Linear(width, head_width) if width != head_width else nn.Identity()
         self.t_embedder = FourierEmbedding(width)
-        self.y_embedder = nn.Module()
+        self.y_embedder: Any = nn.Module()
         self.y_embedder.embedding_table = nn.Embedding(num_classes + (label_dropout > 0), width)
         # A buffer, so that unfreezing all parameters does not make it trainable.
         self.register_buffer("pos_embed", torch.empty(1, self.grid**2, width))
@@ -168,6 +170,7 @@ class FourierEmbedding(nn.Module):
     """Fourier features of t at 256 fixed random frequencies ~ N(0, 1), then an MLP: (B,) -> (B, width)."""
 
     FREQUENCIES = 256
+    W: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,8 @@ class LightningDiT(nn.Module):
             width divided by the heads is not a multiple of 4.
     """
 
+    pos_embed: Tensor
+
     def __init__(
         self,
         latent: LatentShape,
@@ -98,7 +100,7 @@ class LightningDiT(nn.Module):
 
         self.x_embedder = PatchEmbedding(latent.channels, patch_size, width)
         self.t_embedder = TimeEmbedding(width)
-        self.y_embedder = nn.Module()
+        self.y_embedder: Any = nn.Module()
         self.y_embedder.embedding_table = nn.Embedding(num_classes + (label_dropout > 0), width)
         # A buffer, so that unfreezing all parameters does not make it trainable.
         self.register_buffer("pos_embed", torch.empty(1, self.grid**2, width))

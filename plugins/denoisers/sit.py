@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,8 @@ class SiT(nn.Module):
             width is not a multiple of the heads and of 4 (position embedding).
     """
 
+    pos_embed: Tensor
+
     def __init__(
         self,
         latent: LatentShape,
@@ -89,7 +91,7 @@ class SiT(nn.Module):
 
         self.x_embedder = PatchEmbedding(latent.channels, patch_size, width)
         self.t_embedder = TimeEmbedding(width)
-        self.y_embedder = nn.Module()
+        self.y_embedder: Any = nn.Module()
         self.y_embedder.embedding_table = nn.Embedding(num_classes + (label_dropout > 0), width)
         # A buffer, so that unfreezing all parameters does not make it trainable. Persistent, as in released weights.
         self.register_buffer("pos_embed", torch.empty(1, self.grid**2 + (class_token_dim > 0), width))

@@ -45,6 +45,8 @@ class LPIPS(nn.Module):
     """
 
     keep_fp32 = True
+    shift: Tensor
+    scale: Tensor
 
     def __init__(
         self,

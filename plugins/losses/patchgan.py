@@ -79,6 +79,9 @@ class PatchGAN(nn.Module):
         ValueError: ``layers`` or ``channels`` is below 1, or ``start_step`` is negative.
     """
 
+    ema_real: Tensor
+    ema_fake: Tensor
+
     def __init__(
         self,
         *,

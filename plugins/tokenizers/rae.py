@@ -157,6 +157,8 @@ class RAE(nn.Module):
 class Decoder(nn.Module):
     """Pre-norm ViT with a class token: tokens (B, n * n, D) -> pixels (B, 3, n * patch_size, n * patch_size)."""
 
+    positions: Tensor
+
     def __init__(
         self, channels: int, grid: int, patch_size: int, width: int, depth: int, heads: int, hidden: int
     ) -> None:
@@ -213,7 +215,7 @@ def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _make_encoder(name: str, options: dict[str, Any], resolution: int, grid: int) -> nn.Module:
+def _make_encoder(name: str, options: dict[str, Any], resolution: int, grid: int) -> Any:
     try:
         plugin = encoders.get(name)
         plugin.schema().model_validate(options)

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from components.version import versions
 from trainer import config as configs
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help should not
@@ -41,6 +42,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     try:
         set_backends(config)
         log_to(config, world)
+        if world.is_main:
+            logging.getLogger("titanrepa").info(versions())
         from trainer.run.loop import Trainer
 
         trainer = Trainer(config, world)

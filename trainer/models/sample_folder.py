@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from components.diffusion.draws import generator
+from components.version import version
 from trainer.config import ConfigError
 
 SETTINGS, GRID, ARCHIVE = "samples.json", "grid.png", "samples.npz"
@@ -61,7 +62,8 @@ class SampleFolder:
             raise ConfigError(f"'{self.path}' holds images but no samples.json; choose another --out")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path / SETTINGS, json.dumps(settings, indent=1).encode())
+            record = settings | {"titanrepa_version": version()}
+            write_whole(self.path / SETTINGS, json.dumps(record, indent=1).encode())
         except OSError as error:
             raise ConfigError(f"--out: cannot write to '{self.path}': {error.strerror}") from error
 

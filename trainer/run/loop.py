@@ -23,6 +23,7 @@ from components.distributed.parallel import World
 from components.monitor.guard import Alarm
 from components.monitor.metrics import Metrics, StepRecord, same_on_all_ranks
 from components.monitor.phases import PhaseClock
+from components.version import version
 from trainer.config import Config, changes
 from trainer.evaluation.in_training import TrainingEvaluation
 from trainer.run import alarms
@@ -93,11 +94,14 @@ class Trainer:
                 "watch": self.watch.state_dict(),
             },
             "config": self.config.to_toml(),
+            "version": version(),
         }
 
     def load(self, path: Path) -> str:
         """Load a checkpoint into the run; returns the config that it was saved with."""
-        state = self.checkpoints.load(path, self.state())
+        template = self.state()
+        del template["version"]  # older checkpoints have none
+        state = self.checkpoints.load(path, template)
         named = self.parts.modules.named()
         for name, module in state["modules"].items():
             load_module_state(named[name], module)
@@ -120,6 +124,9 @@ class Trainer:
         self._log(f"resumed from {path} at step {self.step}")
         for change in changes(written_with, self.config.to_toml()):
             self._log(f"config changed since that checkpoint: {change}")
+        wrote = self.checkpoints.read(path, ["version"]).get("version", version())
+        if wrote != version():
+            self._log(f"changed since that checkpoint: titanrepa {wrote} -> {version()}")
         return True
 
     # -- the loop ------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from components.files.model_file import replace, save_tensors
 from components.files.weights import WeightsError
+from components.version import version
 
 # Ours, theirs, and what the place holds. "#": a number; "^": a level, which the decoder's blocks count from the other
 # end in diffusers.
@@ -127,6 +128,7 @@ def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any])
     about.unlink(missing_ok=True)  # a kill leaves none, so no half an autoencoder
     save_tensors(weights, to_diffusers(state), {"format": "pt"})
     partial = folder / "config.json.partial"
+    config = config | {"_titanrepa_version": version()}  # diffusers ignores keys that begin with an underscore
     partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     replace(partial, about)
     return [about, weights]
