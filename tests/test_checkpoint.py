@@ -221,7 +221,7 @@ def test_a_mismatch_names_the_keys_and_leaves_the_template_alone(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         CheckpointManager(tmp_path).load(1, template)
     text = str(caught.value)
-    assert "step_00000001 does not fit" in text
+    assert "step_00000001 does not match" in text
     assert "13 missing in the checkpoint: model.v00, model.v01" in text
     assert "model.v07, ..." in text and "model.v08" not in text
     assert "19 in the checkpoint but not here: model.w01" in text

@@ -165,7 +165,7 @@ def test_every_misfit_is_named(trained, tmp_path):
         assert_loads(tmp_path / "x.pt", trained)
     text = str(error.value)
     assert f"{len(removed)} missing" in text and "1 unexpected: quant_conv.extra" in text
-    assert "1 of another shape: quant_conv.weight: file (2, 2, 1, 1), expected (8, 8, 1, 1)" in text
+    assert "1 with a different shape: quant_conv.weight: file (2, 2, 1, 1), expected (8, 8, 1, 1)" in text
 
 
 class Malicious:
@@ -224,7 +224,7 @@ def test_damaged_and_absent_files(tmp_path):
     for name, words in (
         ("x.pt", "cannot be read"),
         ("x.safetensors", "cannot be read"),
-        ("list.pt", "holds a list"),
+        ("list.pt", "contains a list"),
         ("none.pt", "no named tensors"),
         ("nowhere.pt", "does not exist"),
         (".", "is a folder"),
@@ -235,7 +235,7 @@ def test_damaged_and_absent_files(tmp_path):
 
 
 def test_hub_paths(trained, tmp_path, monkeypatch):
-    """hf://organisation/name/file[@revision] is fetched as that file of that revision, folders included."""
+    """hf://organization/name/file[@revision] is fetched as that file of that revision, folders included."""
     asked = []
     torch.save(trained.state_dict(), tmp_path / "vae.pt")
 
@@ -251,7 +251,7 @@ def test_hub_paths(trained, tmp_path, monkeypatch):
         ("REPA-E/sit", "checkpoints/0400000.pt", "v1.0"),
     ]
     for wrong in ("hf://REPA-E", "hf://REPA-E/sit", "hf://REPA-E/sit/", "hf://a/b/c@"):
-        with pytest.raises(WeightsError, match=r"hf://organisation/name/file\[@revision\]"):
+        with pytest.raises(WeightsError, match=r"hf://organization/name/file\[@revision\]"):
             assert_loads(wrong, trained)
 
 
