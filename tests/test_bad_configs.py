@@ -175,7 +175,8 @@ def test_a_checkpoint_of_another_architecture_names_the_keys(good, tmp_path):
     torch.save({"encoder.conv_in.weight": torch.zeros(1), "surplus": torch.zeros(1)}, tmp_path / "vae.pt")
     with pytest.raises(config.ConfigError) as error:
         assemble.build(config.load(good, [f"--tokenizer.checkpoint={tmp_path}/vae.pt"]), World())
-    for text in ("missing: encoder.conv_in.bias", "unexpected: surplus", "with a different shape: encoder.conv_in.weight"):
+    shape = "with a different shape: encoder.conv_in.weight"
+    for text in ("missing: encoder.conv_in.bias", "unexpected: surplus", shape):
         assert text in str(error.value)
 
 

@@ -360,7 +360,7 @@ def test_bad_options_of_the_head_are_named():
         ditdh(head_width=30)
     with pytest.raises(ValueError, match=r"denoiser\.head_depth = 0"):
         ditdh(head_depth=0)
-    with pytest.raises(ValueError, match="'ditdh' takes square latents; got 4 x 6"):
+    with pytest.raises(ValueError, match="'ditdh' needs square latents; got 4 x 6"):
         DiTDH(LatentShape(3, 4, 6), CLASSES)
 
 

@@ -119,7 +119,7 @@ def test_tokenizer_from_diffusers_folders(trained, tmp_path):
     with pytest.raises(WeightsError, match=r"attention_levels = \[2\]\n  mid_attention = true"):
         assert_loads(whole, trained, attention_levels=[], mid_attention=False)
     (whole / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(WeightsError, match=r"holds none of diffusion_pytorch_model.safetensors"):
+    with pytest.raises(WeightsError, match=r"contains none of diffusion_pytorch_model.safetensors"):
         assert_loads(whole, trained)
     (tmp_path / "empty").mkdir()
     with pytest.raises(WeightsError, match=r"neither tokenizer.safetensors .* nor config.json"):
