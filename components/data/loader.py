@@ -52,7 +52,7 @@ class GlobalOrder:
         self._permutations: dict[int, Tensor] = {}
 
     def at(self, position: int) -> tuple[int, int]:
-        """Position >= 0 -> (epoch, index into the dataset)."""
+        """Returns (epoch, index into the dataset) of a stream position >= 0."""
         epoch, place = divmod(position, self.size)
         return epoch, int(self._permutation(epoch)[place]) if self.shuffle else place
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from components.contracts.records import LatentShape  # contracts.parts knows Flow
+from components.contracts.records import LatentShape  # not from components.contracts, which would be circular
 
 SHIFT_BASE = 4096  # latent dimension without timestep shift: 4 x 32 x 32 (RAE)
 

@@ -170,7 +170,7 @@ def read_batches(images: Images, units: Iterable[int], batch_size: int) -> Itera
             where = images.files[index] if isinstance(images, ImageFolder) else f"image {index} of {images.name}"
             raise EvaluationError(
                 f"{where} has {image.shape[2]} x {image.shape[1]} pixels, the first one {size[2]} x {size[1]}; all "
-                "must be of one size (for photographs use a dataset, which crops them: --reference dataset)"
+                "must have the same size (for photographs use a dataset, which crops them: --reference dataset)"
             )
         return image
 

@@ -53,7 +53,7 @@ class Inception(nn.Module):
         try:
             self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=buffer)
         except RuntimeError as error:
-            raise WeightsError(f"{WHAT}: '{path}' does not fit torch-fidelity's Inception: {error}") from error
+            raise WeightsError(f"{WHAT}: '{path}' does not match torch-fidelity's Inception: {error}") from error
         self.about: dict[str, Any] = {
             "name": "inception-v3-2015-12-05 (torch-fidelity)",
             "sha256": sha256,

@@ -1,4 +1,4 @@
-"""Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), as ADM's suite defines them."""
+"""Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), as defined by ADM's suite."""
 
 from __future__ import annotations
 

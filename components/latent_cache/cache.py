@@ -161,7 +161,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> None:
         self.path, self.partial = path, path.with_name(path.name + ".partial")
-        self._rows: dict[str, tuple[int, int]] = {}  # offset of the first row, bytes of a row
+        self._rows: dict[str, tuple[int, int]] = {}  # offset of the first row, bytes per row
         header, end = {}, 0
         # Widest dtype first, so that every tensor is aligned to its element size.
         for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
@@ -173,7 +173,7 @@ class ShardWriter:
         text += b" " * (-len(text) % 8)
         self._base = 8 + len(text)
         with self._writing():
-            self._file = open(self.partial, "wb")  # noqa: SIM115, closed by commit or on the way out
+            self._file = open(self.partial, "wb")  # noqa: SIM115, closed by commit or __exit__
             self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, first: int, rows: Tensor) -> None:

@@ -73,8 +73,8 @@ class Guard:
         skipped: alarm after this many consecutive skipped steps. 10: a single bad batch skips one.
         collapse: alarm if a ``grad_norm/*`` is below this fraction of its reference for ``patience`` consecutive
             applied steps, unless the group's loss is exactly 0. The reference is the highest level that the running
-            median sustained for a full window within the last 50 windows, excluding the first one, when norms are
-            large. 1e-3: norms of healthy runs shrink tenfold over a run. Losses are exempt: a loss near 0 is normal.
+            median sustained for a full window within the last 50 windows; values of the first window, when norms are
+            large, are excluded. 1e-3: norms of healthy runs shrink tenfold. Losses are exempt: a loss near 0 is normal.
         latent_variance: alarm if ``latent/variance`` is below this fraction of its reference for ``patience // 10``
             (at least 1) consecutive steps; the reference is the largest running median since the first full window.
             0.05: in naive end-to-end training it falls to 0.001 of the reference (arXiv 2504.10483).
@@ -106,9 +106,9 @@ class Guard:
     ) -> None:
         for name, value, least in (("window", window, 2), ("patience", patience, 1), ("history", history, 1)):
             if not isinstance(value, int) or value < least:
-                raise ValueError(f"guard: {name} = {value!r}; expected a whole number of steps, at least {least}")
+                raise ValueError(f"guard: {name} = {value!r}; expected an integer number of steps, at least {least}")
         if not isinstance(skipped, int) or skipped < 0:
-            raise ValueError(f"guard: skipped = {skipped!r}; expected a whole number of steps, or 0 for never")
+            raise ValueError(f"guard: skipped = {skipped!r}; expected a number of steps, or 0 (disabled)")
         for name, value, end in (
             ("spike", spike, math.inf),
             ("collapse", collapse, 1.0),
@@ -116,7 +116,7 @@ class Guard:
             ("discriminator", discriminator, math.inf),
         ):
             if not 0 <= value < end:
-                raise ValueError(f"guard: {name} = {value!r}; expected 0 for never, or a number below {end:g}")
+                raise ValueError(f"guard: {name} = {value!r}; expected 0 (disabled) or a number below {end:g}")
         self.window, self.spike, self.skipped, self.patience = window, spike, skipped, patience
         self.collapse, self.latent_variance, self.discriminator = collapse, latent_variance, discriminator
         self.history: deque[tuple[int, dict[str, float]]] = deque(maxlen=history)
@@ -260,9 +260,8 @@ class Guard:
         if episode is not None:
             since = f" since step {episode.onset}" if episode.onset < step else ""
             message = (
-                f"{name} is {value:.4g} at step {step}{since}: {above / scale:.3g} times its scale of "
-                f"{scale:.4g} above its median of {median:.4g} over the last {len(window)} steps (threshold: "
-                f"{self.spike:g})"
+                f"{name} is {value:.4g} at step {step}{since}, which exceeds its median of {median:.4g} over the last "
+                f"{len(window)} steps by {above / scale:.3g} times its scale of {scale:.4g} (threshold: {self.spike:g})"
             )
             yield Alarm("spike", name, step, episode.onset, message)
 

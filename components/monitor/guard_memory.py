@@ -114,7 +114,7 @@ def median_of(values: list[float]) -> float:
 
 
 def finite(rows: Iterable[tuple[int, Mapping[str, float]]], name: str) -> list[float]:
-    """A metric's finite values in (step, values) rows, sorted."""
+    """Sorted finite values of a metric in (step, values) rows."""
     return sorted(values[name] for _, values in rows if math.isfinite(values.get(name, math.nan)))
 
 

@@ -69,7 +69,7 @@ def check_patches(name: str, latent: LatentShape, patch_size: int) -> None:
         raise ValueError(f"denoiser.name = '{name}' needs square latents; got {latent.height} x {latent.width}")
     if patch_size < 1 or latent.height % patch_size:
         raise ValueError(
-            f"denoiser.patch_size = {patch_size} does not divide the latent's side of {latent.height}; "
+            f"denoiser.patch_size = {patch_size} does not divide the latent size {latent.height}; "
             f"allowed: {', '.join(str(p) for p in range(1, latent.height + 1) if latent.height % p == 0)}"
         )
 
