@@ -132,7 +132,7 @@ class Registry:
         return add
 
     def get(self, name: str) -> Plugin:
-        """Returns a plugin by name; raises :class:`PluginError` with the closest valid name if it does not exist."""
+        """Return a plugin by name; raise :class:`PluginError` with the closest valid name if it does not exist."""
         if name in self._plugins:
             return self._plugins[name]
         message = f"no {self.kind} is called '{name}'{nearest(name, self._plugins)}"
@@ -172,7 +172,7 @@ failures: list[ImportFailure] = []
 
 
 def discover(package: str, extra: Iterable[str] = ()) -> None:
-    """Imports all plugins: the modules of ``package``, installed entry points, and ``extra``.
+    """Import all plugins: the modules of ``package``, installed entry points, and ``extra``.
 
     Import failures are stored in :data:`failures` and reported by :meth:`Registry.get` if a name is missing. Failures
     in ``extra`` raise immediately, because these modules were requested explicitly.
@@ -210,7 +210,7 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
 
 def type_name(annotation: Any) -> str:
-    """Formats a type for users: ``int``, ``'S' | 'B'``, ``list[int]``."""
+    """Format a type for users: ``int``, ``'S' | 'B'``, ``list[int]``."""
     if annotation is type(None):
         return "none"
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
@@ -279,7 +279,7 @@ def _definition_line(cls: type) -> int:
 
 
 def _docstring_args(cls: type) -> dict[str, str]:
-    """Parses the Args section of the class docstring (Google style); base classes provide missing entries."""
+    """Parse the Args section of the class docstring (Google style); base classes provide missing entries."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         match = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", inspect.cleandoc(base.__dict__.get("__doc__") or ""), re.M)

@@ -63,7 +63,7 @@ class CheckpointFolder:
         return sorted(found, reverse=True)
 
     def begin(self, step: int, need: int) -> None:
-        """Removes leftovers of killed runs and creates the partial folder of ``step``.
+        """Remove leftovers of killed runs and create the partial folder of ``step``.
 
         Raises:
             OSError: fewer than ``need`` bytes, plus a margin, are free.
@@ -87,7 +87,7 @@ class CheckpointFolder:
         self.partial(step).mkdir()
 
     def commit(self, step: int, files: dict[str, dict[str, Any] | str]) -> None:
-        """Commits the partial folder as the checkpoint of ``step``; replaces an existing one.
+        """Commit the partial folder as the checkpoint of ``step``; replace an existing one.
 
         Args:
             step: optimizer steps taken.
@@ -106,7 +106,7 @@ class CheckpointFolder:
         _remove(replaced)
 
     def retire(self, newest: Path) -> None:
-        """Applies ``keep`` and ``keep_every``. Damaged checkpoints are neither counted nor removed."""
+        """Apply ``keep`` and ``keep_every``. Damaged checkpoints are neither counted nor removed."""
         others = [(s, path) for s, path in self.list() if path != newest and manifest.problem(path) is None]
         for step, path in others[self.keep - 1 :] if self.keep else ():
             if self.keep_every and step % self.keep_every == 0:
@@ -114,7 +114,7 @@ class CheckpointFolder:
             self._drop(path)
 
     def discard(self, beyond: int) -> None:
-        """Removes all checkpoints of steps later than ``beyond``, even damaged ones."""
+        """Remove all checkpoints of steps later than ``beyond``, even damaged ones."""
         for step, path in self.list():
             if step > beyond:
                 self._drop(path)
@@ -131,7 +131,7 @@ class CheckpointFolder:
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder or file if it exists; failing to do so only logs a warning."""
+    """Remove a folder or file if it exists; failing to do so only logs a warning."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

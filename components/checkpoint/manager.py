@@ -59,7 +59,7 @@ class CheckpointManager:
         self._background: Ranks | None = None
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Writes ``state`` as the checkpoint of ``step``, then removes old checkpoints as ``keep`` says.
+        """Write ``state`` as the checkpoint of ``step``, then remove old checkpoints as ``keep`` says.
 
         Args:
             step: optimizer steps taken; an existing checkpoint of that step is replaced.
@@ -81,7 +81,7 @@ class CheckpointManager:
         return self._write(step, meta, tensors, ranks)
 
     def save_async(self, step: int, state: Mapping[str, Any]) -> None:
-        """Saves in the background; returns once the state is copied and may be modified.
+        """Save in the background; return once the state is copied and may be modified.
 
         The copies occupy host memory until the save ends: on each rank as much as the rank writes. The checkpoint
         counts only when everything is on disk; :meth:`wait` reports the outcome. The interpreter waits for a pending
@@ -106,7 +106,7 @@ class CheckpointManager:
         pool.shutdown(wait=False)
 
     def wait(self) -> Path | None:
-        """Waits for the pending save, if any, and clears it.
+        """Wait for the pending save, if any, and clear it.
 
         Returns:
             The checkpoint's folder; None if nothing was pending.
@@ -135,7 +135,7 @@ class CheckpointManager:
         return next(self.candidates(), None)
 
     def candidates(self, up_to: int | None = None) -> Iterator[Path]:
-        """Yields valid checkpoints, newest first; each is read in full and compared with its manifest when reached.
+        """Yield valid checkpoints, newest first; each is read in full and compared with its manifest when reached.
 
         Args:
             up_to: ignore checkpoints of later steps.
@@ -153,12 +153,12 @@ class CheckpointManager:
                 logger.warning("skipping checkpoint %s: %s", path, problem)
 
     def discard(self, beyond: int) -> None:
-        """Removes the checkpoints of steps later than ``beyond``, so that no run resumes from them."""
+        """Remove the checkpoints of steps later than ``beyond``, so that no run resumes from them."""
         self._join()
         Ranks(self.group).first(lambda: self._folder.discard(beyond))
 
     def load(self, step_or_path: int | str | Path, template: Mapping[str, Any]) -> dict[str, Any]:
-        """Loads a checkpoint into ``template``: tensors in place, plain values into the returned state.
+        """Load a checkpoint into ``template``: tensors in place, plain values into the returned state.
 
         Top-level keys that the template lacks are not read; below that level keys must match exactly. Waits for a
         pending save first; if that failed, :meth:`wait` will raise its error.
@@ -193,7 +193,7 @@ class CheckpointManager:
         return state
 
     def read(self, step_or_path: int | str | Path, paths: Sequence[str]) -> dict[str, Any]:
-        """Reads parts of a checkpoint without a template; every rank gets full, unsharded tensors in host memory.
+        """Read parts of a checkpoint without a template; every rank gets full, unsharded tensors in host memory.
 
         Args:
             step_or_path: as for :meth:`load`.
@@ -211,7 +211,7 @@ class CheckpointManager:
         return {name: value for name, (value, _) in parts.items()}
 
     def _open(self, step_or_path: int | str | Path) -> tuple[Path, dict[str, Any], Ranks]:
-        """Verifies a checkpoint; returns its path and its encoded state."""
+        """Verify a checkpoint; return its path and its encoded state."""
         self._join()
         ranks = Ranks(self.group)
         path = self._folder.final(step_or_path) if isinstance(step_or_path, int) else Path(step_or_path)
@@ -222,7 +222,7 @@ class CheckpointManager:
         return path, ranks.first(lambda: json.loads((path / META).read_text())), ranks
 
     def _fill(self, path: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
-        """Loads the checkpoint's tensors of these names in place."""
+        """Load the checkpoint's tensors of these names in place."""
         if not tensors:
             return
         try:
@@ -235,7 +235,7 @@ class CheckpointManager:
             ) from error
 
     def _verify(self, path: Path, ranks: Ranks) -> str | None:
-        """Returns what is wrong with a checkpoint, or None; the same on every rank."""
+        """Return what is wrong with a checkpoint, or None; the same on every rank."""
         if path in self._sound:
             # It may have been removed since, by `retire` or by a user.
             return ranks.first(lambda: manifest.problem(path))
@@ -256,7 +256,7 @@ class CheckpointManager:
             concurrent.futures.wait([self._pending])
 
     def _begin(self, step: int, state: Mapping[str, Any], ranks: Ranks) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Creates the partial folder; returns the encoded state and the tensors that this rank writes."""
+        """Create the partial folder; return the encoded state and the tensors that this rank writes."""
         meta, tensors = state_tree.encode(_state_dicts(state))
         tensors = share(tensors, ranks)
         with self._failing(step, ranks):
@@ -267,7 +267,7 @@ class CheckpointManager:
     def _write(
         self, step: int, meta: dict[str, Any], tensors: dict[str, Tensor], ranks: Ranks, *, staged: bool = False
     ) -> Path:
-        """Writes the files and commits the checkpoint. ``staged``: the tensors are copies made by :func:`stage`."""
+        """Write the files and commit the checkpoint. ``staged``: the tensors are copies made by :func:`stage`."""
         final, partial = self._folder.final(step), self._folder.partial(step)
         with self._failing(step, ranks):
             # 0: otherwise DCP's copies in a new thread would use GPU 0, whichever GPU this rank has.

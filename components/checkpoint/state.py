@@ -21,7 +21,7 @@ def module_state(module: nn.Module) -> dict[str, Any]:
 
 
 def load_module_state(module: nn.Module, state: dict[str, Any]) -> None:
-    """Loads the result of :func:`module_state`."""
+    """Load the result of :func:`module_state`."""
     if state:
         set_model_state_dict(module, state)
 
@@ -40,7 +40,7 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads the result of :func:`optimizer_state`, including hyperparameters (lr, betas, ...)."""
+    """Load the result of :func:`optimizer_state`, including hyperparameters (lr, betas, ...)."""
     _initialise(optimizer)
     set_optimizer_state_dict(module, optimizer, state, options=_FLAT)
 

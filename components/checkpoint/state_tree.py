@@ -17,7 +17,7 @@ TENSOR, TUPLE, DICT = "$tensor", "$tuple", "$dict"
 
 
 def encode(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Splits dicts, lists and tuples of tensors and plain values into JSON and the tensors by dotted path.
+    """Split dicts, lists and tuples of tensors and plain values into JSON and the tensors by dotted path.
 
     Raises:
         TypeError: a value is neither a tensor nor None, bool, int, float or str. Subclasses are rejected because they
@@ -53,7 +53,7 @@ def encode(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]
 def match(
     template: Mapping[str, Any], saved: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, list[str]]]:
-    """Matches an encoded state to a template; ignores top-level keys that the template lacks.
+    """Match an encoded state to a template; ignore top-level keys that the template lacks.
 
     Subtrees without tensors on either side are taken from the saved state; elsewhere the keys must be the same.
 
@@ -98,7 +98,7 @@ def match(
 
 
 def part(saved: dict[str, Any], path: str) -> tuple[Any, dict[str, Tensor]] | None:
-    """Decodes the subtree of an encoded state at a dotted path, with new tensors in host memory.
+    """Decode the subtree of an encoded state at a dotted path, with new tensors in host memory.
 
     Returns:
         The state below ``path`` and its uninitialized tensors by their full paths; None if the path does not exist.

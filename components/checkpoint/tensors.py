@@ -19,7 +19,7 @@ OVERHEAD_BYTES = 4096
 
 
 def share(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """Selects the tensors that this rank writes, so that exactly one replica of each is written.
+    """Select the tensors that this rank writes, so that exactly one replica of each is written.
 
     DCP deduplicates replicas too, but only after every rank has staged everything: with replicated parameters, eight
     processes would hold eight copies in their machine's memory.
@@ -50,7 +50,7 @@ def disk_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 @torch.no_grad()
 def stage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies tensors to host memory, synchronously; a DTensor becomes a DTensor with a copy of this rank's shard.
+    """Copy tensors to host memory, synchronously; a DTensor becomes a DTensor with a copy of this rank's shard.
 
     Not pinned: PyTorch rounds pinned memory up to powers of two and never frees it (15.1 GiB for the 11.1 GiB of a
     SiT-XL REPA-E run), and the copy would be only a second faster, once in thousands of steps.
@@ -78,7 +78,7 @@ class Writer(dcp.FileSystemWriter):
 
 
 def call_dcp(call: Callable, tensors: dict[str, Tensor], ranks: Ranks, **storage: Any) -> None:
-    """Calls ``dcp.save`` or ``dcp.load`` on these ranks."""
+    """Call ``dcp.save`` or ``dcp.load`` on these ranks."""
     # Not in catch_warnings, which would reset filters set by other threads.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     call(tensors, process_group=ranks.group, no_dist=not ranks.distributed, **storage)

@@ -52,7 +52,7 @@ class GlobalOrder:
         self._permutations: dict[int, Tensor] = {}
 
     def at(self, position: int) -> tuple[int, int]:
-        """Returns (epoch, index into the dataset) of a stream position >= 0."""
+        """Return (epoch, index into the dataset) of a stream position >= 0."""
         epoch, place = divmod(position, self.size)
         return epoch, int(self._permutation(epoch)[place]) if self.shuffle else place
 
@@ -163,7 +163,7 @@ class Loaded(NamedTuple):
 
 
 def collate(samples: Sequence[Sample]) -> Loaded:
-    """Stacks samples; all must have the same fields and shapes."""
+    """Stack samples; all must have the same fields and shapes."""
     first, cached = samples[0], None
     if first.cached is not None:
         rows = [s.cached for s in samples]
@@ -237,7 +237,7 @@ def make_loader(
 
 
 def start_worker(_: int) -> None:
-    """Sets up signal handling in a worker process."""
+    """Set up signal handling in a worker process."""
     # Ctrl-C, torchrun and Slurm signal every process of the job. Workers ignore that, so that the trainer can finish
     # its step and save; they exit with their loader or with the trainer.
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
@@ -275,7 +275,7 @@ class UnreadableCounter:
         self._logged: dict[str, None] = {}
 
     def update(self, seen: int, unreadable: Sequence[str]) -> None:
-        """Adds a batch of ``seen`` images with these unreadable files; warns once per path.
+        """Add a batch of ``seen`` images with these unreadable files; warn once per path.
 
         Raises:
             DataError: ``count`` exceeds ``max_rate * max(seen, 1000)``.

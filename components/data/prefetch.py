@@ -94,7 +94,7 @@ class Prefetcher:
         self.close()
 
     def close(self) -> None:
-        """Stops the thread and the workers; hanging workers are terminated after a few seconds. Idempotent."""
+        """Stop the thread and the workers; hanging workers are terminated after a few seconds. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -134,7 +134,7 @@ class Prefetcher:
 
 
 def _to_batch(loaded: Loaded) -> Batch:
-    """Converts uint8 images to float in [-1, 1] and cached tensors to fp32."""
+    """Convert uint8 images to float in [-1, 1] and cached tensors to fp32."""
     images = None if loaded.images is None else loaded.images.float().div_(127.5).sub_(1)
     if loaded.cached is None:
         return Batch(images, loaded.labels)
@@ -143,7 +143,7 @@ def _to_batch(loaded: Loaded) -> Batch:
 
 
 def _map(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """Applies ``fn`` to every tensor in nested tuples, dicts and dataclasses."""
+    """Apply ``fn`` to every tensor in nested tuples, dicts and dataclasses."""
     if isinstance(value, Tensor):
         return fn(value)
     if isinstance(value, dict):

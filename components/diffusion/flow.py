@@ -71,7 +71,7 @@ class Flow:
         return self.shifted(ratio / (1 + ratio) if self.path == "linear" else torch.atan(ratio) * (2 / math.pi))
 
     def shifted(self, t: Tensor) -> Tensor:
-        """Shifts times in [0, 1] so that sigma / alpha is multiplied by ``shift``; 0 and 1 are fixed points.
+        """Shift times in [0, 1] so that sigma / alpha is multiplied by ``shift``; 0 and 1 are fixed points.
 
         On the linear path this is s t / (1 + (s - 1) t), with s = ``shift``, as in SD3.
         """

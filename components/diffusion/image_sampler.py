@@ -82,7 +82,7 @@ class ImageSampler:
 
     @torch.no_grad()
     def __call__(self, ids: Sequence[int], labels: Tensor) -> Tensor:
-        """Samples images (B, 3, R, R) in [-1, 1], float32.
+        """Sample images (B, 3, R, R) in [-1, 1], float32.
 
         The noise of image i is a function of (seed, i). The image may still differ in the last bits between batch
         sizes, because kernels sum in a different order.
@@ -126,7 +126,7 @@ class Joint:
         self.null_label, self.parameters = denoiser.null_label, denoiser.parameters
 
     def split(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Splits a state (B, C h w + D_e) into latent (B, C, h, w) and vector (B, D_e)."""
+        """Split a state (B, C h w + D_e) into latent (B, C, h, w) and vector (B, D_e)."""
         x, extra = state.split([math.prod(self.latent), self.denoiser.extra_dim], dim=1)
         return x.unflatten(1, tuple(self.latent)), extra
 
@@ -137,5 +137,5 @@ class Joint:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Converts images (B, 3, R, R) in [-1, 1] to uint8, rounding to nearest."""
+    """Convert images (B, 3, R, R) in [-1, 1] to uint8, rounding to nearest."""
     return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)

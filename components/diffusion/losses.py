@@ -24,7 +24,7 @@ def reconstruction(m: Modules, x: Tensor, x_hat: Tensor, posterior: Posterior, s
 
 
 def discriminate(m: Modules, x: Tensor, x_hat: Tensor, step: int, update: Update) -> None:
-    """Updates the discriminator, if any, with the reconstruction detached."""
+    """Update the discriminator, if any, with the reconstruction detached."""
     if m.discriminator is not None:
         terms, report = m.discriminator.discriminator(x, x_hat.detach(), step)
         update("discriminator", {name: Weighted(1.0, value) for name, value in terms.items()}, **report)
@@ -89,7 +89,7 @@ def class_tokens(m: Modules, batch: Batch) -> list[Tensor]:
 
 
 def drop_labels(m: Modules, labels: Tensor, u: Tensor) -> Tensor:
-    """Replaces labels by the null label where u ~ U[0, 1) is below the denoiser's ``label_dropout``."""
+    """Replace labels by the null label where u ~ U[0, 1) is below the denoiser's ``label_dropout``."""
     return torch.where(u < m.denoiser.label_dropout, m.denoiser.null_label, labels)
 
 

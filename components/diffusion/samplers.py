@@ -84,7 +84,7 @@ def sample_ode(
     guide=None,
     warp: Warp = None,
 ) -> Tensor:
-    """Integrates dx/dt = v from t = 1 to 0 in ``steps`` steps, equally spaced unless ``warp`` is given.
+    """Integrate dx/dt = v from t = 1 to 0 in ``steps`` steps, equally spaced unless ``warp`` is given.
 
     Args:
         denoiser: contract ``Denoiser``.
@@ -124,7 +124,7 @@ def sample_sde(
     guide=None,
     warp: Warp = None,
 ) -> Tensor:
-    """Integrates the reverse SDE with diffusion 2t by Euler-Maruyama from t = 1 to 0.04, then one step without noise.
+    """Integrate the reverse SDE with diffusion 2t by Euler-Maruyama from t = 1 to 0.04, then one step without noise.
 
     Args:
         denoiser: contract ``Denoiser``.

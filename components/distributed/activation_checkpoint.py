@@ -50,7 +50,7 @@ class Recompute:
 
     @classmethod
     def parse(cls, text: str) -> Recompute:
-        """Parses one of :data:`FORMS`.
+        """Parse one of :data:`FORMS`.
 
         Raises:
             ValueError: ``text`` is none of them.
@@ -65,7 +65,7 @@ class Recompute:
 
 
 def apply_recompute(module: nn.Module, recompute: Recompute) -> None:
-    """Wraps units from ``module.units()`` in place; state-dict keys and results do not change.
+    """Wrap units from ``module.units()`` in place; state-dict keys and results do not change.
 
     Call it before compiling and sharding. ``budget`` wraps nothing: the compiler implements it
     (:func:`backend_within`).

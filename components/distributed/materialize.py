@@ -24,7 +24,7 @@ class InitError(PluginError):
 
 @torch.no_grad()
 def materialise(module: nn.Module, device: torch.device, param_device: torch.device | None = None) -> None:
-    """Allocates a module's memory (:func:`allocate`) and calls its ``init_weights()``.
+    """Allocate a module's memory (:func:`allocate`) and call its ``init_weights()``.
 
     The caller seeds torch's global CPU generator; the same seed yields the same weights everywhere.
 
@@ -44,7 +44,7 @@ def materialise(module: nn.Module, device: torch.device, param_device: torch.dev
 
 @torch.no_grad()
 def allocate(module: nn.Module, device: torch.device, param_device: torch.device | None = None) -> None:
-    """Allocates the memory of a module on the meta device, sharded or not, and fills it with NaN.
+    """Allocate the memory of a module on the meta device, sharded or not, and fill it with NaN.
 
     Args:
         module: all parameters and buffers on the meta device.
@@ -80,7 +80,7 @@ class WholeTensorRandom(TorchDispatchMode):
 
 @torch.no_grad()
 def fill(target: Tensor, whole: Tensor) -> None:
-    """Copies a full tensor, held by every rank, into ``target``; if that is sharded, into this rank's shard."""
+    """Copy a full tensor, held by every rank, into ``target``; if that is sharded, into this rank's shard."""
     if isinstance(target, DTensor):
         mesh = target.device_mesh
         for dim, placement in enumerate(target.placements):

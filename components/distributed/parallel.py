@@ -60,7 +60,7 @@ class World:
 
 
 def join_world(timeout_s: float = 600.0) -> World:
-    """Joins the process group described by torchrun's environment variables: NCCL for GPUs, gloo for CPUs.
+    """Join the process group described by torchrun's environment variables: NCCL for GPUs, gloo for CPUs.
 
     Args:
         timeout_s: seconds that a collective waits for a lost rank before it fails.
@@ -154,12 +154,12 @@ def mesh_shape(strategy: Strategy, world_size: int, shard: int) -> tuple[int, in
 
 
 def make_mesh(device_type: str, shape: tuple[int, int]) -> DeviceMesh:
-    """Creates the (replicate, shard) mesh; neighboring ranks, which share a machine, shard one copy of the weights."""
+    """Create the (replicate, shard) mesh; neighboring ranks, which share a machine, shard one copy of the weights."""
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(module: nn.Module, sharding: Sharding, methods: Sequence[str] = (), learns: bool = True) -> None:
-    """Shards a module's parameters with FSDP2: each of ``units()`` separately, then the rest.
+    """Shard a module's parameters with FSDP2: each of ``units()`` separately, then the rest.
 
     Gradients are averaged over all ranks. Buffers are replicated; updates to them must be identical on all ranks.
 
@@ -203,7 +203,7 @@ def _keeps_fp32(*modules: nn.Module) -> bool:
 
 
 def sharded_parts(*modules: nn.Module) -> Iterator[FSDPModule]:
-    """Yields all submodules (and the modules themselves) that :func:`shard` has wrapped."""
+    """Yield all submodules (and the modules themselves) that :func:`shard` has wrapped."""
     for module in modules:
         for part in module.modules():
             if isinstance(part, FSDPModule):
@@ -216,7 +216,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """Averages a tensor over all ranks, in place; does not block the host on a GPU."""
+    """Average a tensor over all ranks, in place, without blocking the host on a GPU."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
@@ -224,7 +224,7 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def gather_floats(*values: float) -> list[list[float]]:
-    """Returns the host values of all ranks, in rank order, on every rank."""
+    """Return the host values of all ranks, in rank order, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [list(values)]
     found = [torch.empty(len(values), dtype=torch.float64) for _ in range(dist.get_world_size())]
@@ -233,7 +233,7 @@ def gather_floats(*values: float) -> list[list[float]]:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Concatenates the rows of all ranks, in rank order, on every rank; all must have the same number of rows."""
+    """Concatenate the rows of all ranks, in rank order, on every rank; all must have the same number of rows."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
     found = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
@@ -242,19 +242,19 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def reshard(*modules: nn.Module) -> None:
-    """Frees full weights left by forward passes without a backward pass, so that the next use gathers current ones."""
+    """Free full weights left by forward passes without a backward pass, so that the next use gathers current ones."""
     for part in sharded_parts(*modules):
         part.reshard()
 
 
 def settle(*modules: nn.Module) -> None:
-    """Runs FSDP2's lazy initialization while parameters are trainable: torch 2.11 fixes gradient dtypes there."""
+    """Run FSDP2's lazy initialization while parameters are trainable: torch 2.11 fixes gradient dtypes there."""
     for part in sharded_parts(*modules):  # yields a root before its units
         part._get_fsdp_state()._lazy_init()  # no-op after the first call
 
 
 def compile_units(module: nn.Module, backend: str | Callable = "inductor") -> None:
-    """Compiles each of ``module.units()``, or the whole module if it has none; compile time does not grow with depth.
+    """Compile each of ``module.units()``, or the whole module if it has none; compile time does not grow with depth.
 
     All dimensions except the batch are marked static. Stages of one class share code, and the compiler would otherwise
     make the spatial sizes of all but the first stage symbolic: slower kernels, no layout optimization for

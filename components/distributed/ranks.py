@@ -22,7 +22,7 @@ class Ranks:
         self.size = dist.get_world_size(group) if self.distributed else 1
 
     def gather(self, value: Any) -> list[Any]:
-        """Returns the values of all ranks, in rank order, on every rank."""
+        """Return the values of all ranks, in rank order, on every rank."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -30,7 +30,7 @@ class Ranks:
         return values
 
     def first(self, function: Callable[[], Any]) -> Any:
-        """Runs the function on rank 0; returns its result, or raises its exception, on every rank. Also a barrier."""
+        """Run the function on rank 0; return its result, or raise its exception, on every rank. Also a barrier."""
         result, error = None, None
         if self.rank == 0:
             try:
@@ -43,7 +43,7 @@ class Ranks:
         return result
 
     def each(self, function: Callable[[], Any]) -> Any:
-        """Runs the function on every rank; returns this rank's result, or raises on all if one fails. A barrier."""
+        """Run the function on every rank; return this rank's result, or raise on all if one fails. A barrier."""
         result, error = None, None
         try:
             result = function()
@@ -56,7 +56,7 @@ class Ranks:
 
 
 def background_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """Creates a gloo group of the same ranks for use by another thread; collective.
+    """Create a gloo group of the same ranks for use by another thread; collective.
 
     Collectives of one group must run in the same order on all ranks, which two threads cannot guarantee, and a
     background save must not wait for training kernels.

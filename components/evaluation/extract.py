@@ -22,7 +22,7 @@ def extract(
     device: torch.device,
     title: str,
 ) -> Iterator[dict[str, Tensor]]:
-    """Computes the units missing in the cache, then yields the values of all units in order.
+    """Compute the units missing in the cache, then yield the values of all units in order.
 
     Collective until it returns the iterator. A unit is the same batch on any rank, so values depend neither on the
     number of ranks nor on what was already cached.

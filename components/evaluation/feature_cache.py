@@ -56,13 +56,13 @@ class FeatureCache:
         return True
 
     def read(self, unit: int) -> dict[str, Tensor]:
-        """Reads a unit's tensors by name, on the CPU."""
+        """Read a unit's tensors by name, on the CPU."""
         from safetensors.torch import load_file
 
         return load_file(self._path(unit))
 
     def write(self, unit: int, values: dict[str, Tensor]) -> None:
-        """Atomically writes a unit's values."""
+        """Atomically write a unit's values."""
         from safetensors.torch import save_file
 
         temporary = self._path(unit).with_name(f".{unit}.{os.getpid()}.tmp")
@@ -70,7 +70,7 @@ class FeatureCache:
         os.replace(temporary, self._path(unit))
 
     def remove(self) -> None:
-        """Removes the units, and the parent folder if it is then empty."""
+        """Remove the units, and the parent folder if it is then empty."""
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.folder.parent.rmdir()

@@ -155,7 +155,7 @@ class First:
 
 
 def read_batches(images: Images, units: Iterable[int], batch_size: int) -> Iterator[tuple[int, Tensor]]:
-    """Yields (u, batch uint8 (B, 3, H, W)) for each unit u of ``units``, reading ahead in threads.
+    """Yield (u, batch uint8 (B, 3, H, W)) for each unit u of ``units``, reading ahead in threads.
 
     Unit u consists of the images [u * batch_size, (u + 1) * batch_size).
 
@@ -193,7 +193,7 @@ def read_batches(images: Images, units: Iterable[int], batch_size: int) -> Itera
 
 
 def _stored_array(path: str | Path, name: str) -> np.ndarray:
-    """Opens an array of an ``.npz`` file, memory-mapped if it is not compressed."""
+    """Open an array of an ``.npz`` file, memory-mapped if it is not compressed."""
     with zipfile.ZipFile(path) as archive:
         entry = archive.getinfo(f"{name}.npy")
         if entry.compress_type != zipfile.ZIP_STORED:

@@ -66,12 +66,12 @@ class Inception(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Inception:
-        """Keeps the module in eval mode; ``mode`` is ignored."""
+        """Keep the module in eval mode; ``mode`` is ignored."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Returns ``pool`` (B, 2048) and ``spatial`` (B, 2023), float32.
+        """Return ``pool`` (B, 2048) and ``spatial`` (B, 2023), float32.
 
         ``spatial`` is used for sFID (Nash et al. 2021, arXiv 2103.03841, as in ADM's suite): the first 7 channels of a
         17 x 17 feature map, flattened in the order (row, column, channel) of ADM's files.
@@ -95,7 +95,7 @@ class Inception(nn.Module):
 
 
 def find_weights(weights: str | Path = "") -> tuple[Path, str]:
-    """Finds or downloads the weights; returns the file and its sha256.
+    """Find or download the weights; return the file and its sha256.
 
     Args:
         weights: a file with any weights; empty: the published ones, which are verified.

@@ -64,7 +64,7 @@ class Summariser:
         self._pool: list[Tensor] | None = [] if needs_neighbours(metrics) else None
 
     def add(self, features: dict[str, Tensor]) -> None:
-        """Adds the features (B, D), by name, of the next images."""
+        """Add the features (B, D), by name, of the next images."""
         for name, moments in self._moments.items():
             moments.update(features[name].to(self.device))
         if self._score is not None:
@@ -90,7 +90,7 @@ def compare(
     allow_singular: bool = False,
     names: tuple[str, str] = ("", ""),
 ) -> tuple[dict[str, float | None], list[tuple[str, str]]]:
-    """Computes metrics from two summaries. Collective.
+    """Compute metrics from two summaries. Collective.
 
     Args:
         metrics: metrics of one network.

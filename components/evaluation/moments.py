@@ -48,7 +48,7 @@ class Moments:
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     def update(self, features: Tensor) -> None:
-        """Adds a batch (B, D), B >= 1, of any floating dtype.
+        """Add a batch (B, D), B >= 1, of any floating dtype.
 
         Raises:
             EvaluationError: a feature is not finite; the message gives the image's index in the stream.
@@ -65,7 +65,7 @@ class Moments:
         self._merge(len(x), mean, centred.T @ centred)
 
     def merge(self, other: Moments) -> None:
-        """Adds the data of another accumulator."""
+        """Add the data of another accumulator."""
         if other.count:
             self._merge(other.count, other.mean.to(self.mean), other.scatter.to(self.scatter))
 
@@ -85,7 +85,7 @@ class Moments:
 
 
 def save_statistics(path: str | Path, statistics: dict[str, Gaussian], about: dict[str, Any]) -> None:
-    """Atomically writes an ``.npz`` file with ``mu``, ``sigma`` and ``count`` of each set of features.
+    """Atomically write an ``.npz`` file with ``mu``, ``sigma`` and ``count`` of each set of features.
 
     Args:
         path: the file.
@@ -109,7 +109,7 @@ def save_statistics(path: str | Path, statistics: dict[str, Gaussian], about: di
 
 
 def read_statistics(path: str | Path) -> tuple[dict[str, Gaussian], dict[str, Any] | None]:
-    """Reads a file from :func:`save_statistics` or ADM's suite: moments by key suffix, and ``about`` (None for ADM).
+    """Read a file from :func:`save_statistics` or ADM's suite: moments by key suffix, and ``about`` (None for ADM).
 
     Raises:
         EvaluationError: the file cannot be read, or the shapes of its arrays do not match.

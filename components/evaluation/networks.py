@@ -26,7 +26,7 @@ class Network(Protocol):
     about: dict[str, Any]
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Maps images uint8 (B, 3, H, W) to features float (B, D) by name."""
+        """Map images uint8 (B, 3, H, W) to features float (B, D) by name."""
 
 
 class EncoderNetwork(nn.Module):
@@ -50,7 +50,7 @@ class EncoderNetwork(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Returns ``embedding`` (B, D), float32, of images uint8 (B, 3, R, R)."""
+        """Return ``embedding`` (B, D), float32, of images uint8 (B, 3, R, R)."""
         with no_autocast(images), full_fp32():
             x = images.float() / 127.5 - 1
             embed = getattr(self.encoder, "embed", None)

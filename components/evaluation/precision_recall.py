@@ -24,7 +24,7 @@ class PrecisionRecall(NamedTuple):
 def precision_recall(
     samples: Tensor, reference: Tensor, k: int = NEIGHBOURS, *, rank: int = 0, world: int = 1
 ) -> PrecisionRecall:
-    """Computes precision and recall from k-nearest-neighbor manifolds.
+    """Compute precision and recall from k-nearest-neighbor manifolds.
 
     A set's manifold is the union of balls around its points, each with the distance to the point's k-th nearest
     neighbor as radius. Collective if ``world`` > 1: ranks divide the rows of the distance matrix, and the result does

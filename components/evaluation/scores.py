@@ -24,7 +24,7 @@ class InceptionScore:
         self._splits: list[tuple[int, Tensor, Tensor]] = []  # count, sum of p (classes,), sum of p log p ()
 
     def update(self, logits: Tensor) -> None:
-        """Adds the logits (B, classes) of the next images."""
+        """Add the logits (B, classes) of the next images."""
         while len(logits):
             if not self._splits or self._splits[-1][0] == self.split_size:
                 zero = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device)

@@ -20,7 +20,7 @@ class ManifestError(Exception):
 
 
 def write(folder: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
-    """Writes the manifest of ``files`` (:func:`checksum` by name) and flushes the folder to disk."""
+    """Write the manifest of ``files`` (:func:`checksum` by name) and flush the folder to disk."""
     fields = {"format": FORMAT, "step": step, "torch": torch.__version__, "files": files}
     fields["crc32"] = _fields_crc32(fields)
     with open(folder / NAME, "w") as file:
@@ -49,7 +49,7 @@ def _fields_crc32(fields: dict[str, Any]) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Reads a folder's manifest: the fields "format", "step", "torch" and "files".
+    """Read a folder's manifest: the fields "format", "step", "torch" and "files".
 
     Raises:
         ManifestError: it is missing, damaged or of an unsupported format.
@@ -69,7 +69,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def problem(path: Path) -> str | None:
-    """Checks a folder's manifest and file sizes, not contents; returns what is wrong, or None."""
+    """Check a folder's manifest and file sizes, not contents; return what is wrong, or None."""
     if not path.is_dir():
         return "it is not a folder" if path.exists() else "it does not exist"
     try:
@@ -87,7 +87,7 @@ def problem(path: Path) -> str | None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes a folder's directory entries to disk."""
+    """Flush a folder's directory entries to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -26,7 +26,7 @@ PARTS = ("tokenizer", "denoiser", "latent_norm", "heads", "discriminator")
 def write_model(
     folder: Path, states: Mapping[str, dict[str, Tensor]], config_toml: str, step: int, weights: str
 ) -> list[Path]:
-    """Writes a model folder and returns its files; ``config.toml`` comes last, so a partial folder has none.
+    """Write a model folder and return its files; ``config.toml`` comes last, so a partial folder has none.
 
     Args:
         folder: created if missing; a model already in it is replaced completely.
@@ -50,7 +50,7 @@ def write_model(
 
 
 def write_part(path: Path, part: str, state: dict[str, Tensor], config_toml: str, step: int, weights: str) -> None:
-    """Atomically writes one module's state dict.
+    """Atomically write one module's state dict.
 
     Args:
         path: the file; an existing one is replaced.
@@ -65,7 +65,7 @@ def write_part(path: Path, part: str, state: dict[str, Tensor], config_toml: str
 
 
 def save_tensors(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Atomically writes a safetensors file."""
+    """Atomically write a safetensors file."""
     from safetensors.torch import save_file
 
     partial = path.with_name(f"{path.name}.partial")
@@ -75,7 +75,7 @@ def save_tensors(path: Path, state: dict[str, Tensor], metadata: dict[str, str])
 
 
 def save_tree(path: Path, tree: dict[str, Any]) -> None:
-    """Atomically writes nested dicts of tensors and plain values with torch.save."""
+    """Atomically write nested dicts of tensors and plain values with torch.save."""
     seen: set[int] = set()
 
     def bare(value: Any) -> Any:
@@ -99,7 +99,7 @@ def _alone(tensor: Tensor, seen: set[int]) -> Tensor:
 
 
 def read_part(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads the state dict and metadata ("part", "config", "step", "weights") of a model folder's file.
+    """Read the state dict and metadata ("part", "config", "step", "weights") of a model folder's file.
 
     Raises:
         WeightsError: the file is missing, damaged, or not from a model folder.
@@ -124,7 +124,7 @@ def read_part(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def replace(partial: Path, path: Path) -> None:
-    """Flushes ``partial`` to disk and atomically renames it to ``path``."""
+    """Flush ``partial`` to disk and atomically rename it to ``path``."""
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)

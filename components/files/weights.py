@@ -47,7 +47,7 @@ ALLOWED = [argparse.Namespace, *((Opaque, name) for name in OPAQUE)]
 
 
 def read_state(path: str | Path, what: str) -> dict[str, Tensor]:
-    """Reads a state dict from a ``.safetensors`` or ``torch.save`` file (tensors only, never code).
+    """Read a state dict from a ``.safetensors`` or ``torch.save`` file (tensors only, never code).
 
     Unwraps a ``state_dict`` or ``model`` key.
 
@@ -68,7 +68,7 @@ def read_state(path: str | Path, what: str) -> dict[str, Tensor]:
 
 
 def read_tree(path: str | Path, what: str) -> dict[str, Any]:
-    """Reads all content of a weights file: tensors and plain values in nested dicts.
+    """Read all content of a weights file: tensors and plain values in nested dicts.
 
     Tensors of a ``torch.save`` file are memory-mapped, because most of a training checkpoint is optimizer state.
 
@@ -119,7 +119,7 @@ def _code_in(file: Path, message: str) -> list[str]:
 
 
 def local_file(path: str | Path, what: str) -> Path:
-    """Resolves a path; ``hf://organization/name/file[@revision]`` is taken from the Hugging Face cache or downloaded.
+    """Resolve a path; ``hf://organization/name/file[@revision]`` is taken from the Hugging Face cache or downloaded.
 
     Raises:
         WeightsError: an ``hf://`` path is malformed or cannot be downloaded.
@@ -137,7 +137,7 @@ def local_file(path: str | Path, what: str) -> Path:
 
 
 def hub_file(what: str, repo: str, filename: str, *, revision: str | None = None, option: str, file: str) -> Path:
-    """Returns a file of a Hugging Face repository from the local cache, downloading it if necessary.
+    """Return a file of a Hugging Face repository from the local cache, downloading it if necessary.
 
     Args:
         what: owner of the weights in messages.
@@ -175,7 +175,7 @@ def _from_hub(what: str, repo: str, filename: str, revision: str | None, instead
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], what: str, source: str | Path) -> None:
-    """Loads ``state`` into ``module`` in place if all keys and shapes match; a sharded module loads its shards.
+    """Load ``state`` into ``module`` in place if all keys and shapes match; a sharded module loads its shards.
 
     Raises:
         WeightsError: keys are missing, unexpected or of another shape; the message lists all of them.
@@ -190,7 +190,7 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], what: str, source: 
 
 
 def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], what: str, source: str | Path) -> None:
-    """Checks that a file's state dict has the names and shapes of a module's, which may be on the meta device.
+    """Check that a file's state dict has the names and shapes of a module's, which may be on the meta device.
 
     Raises:
         WeightsError: keys are missing, unexpected or of another shape; the message lists all of them, long lists
@@ -215,7 +215,7 @@ def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], what: str, sourc
 
 
 def compact(keys: Sequence[str], count: int = SHOWN + 1) -> Iterable[str]:
-    """Abbreviates a list of keys without loss, as ``blocks.{0..27}.attn.qkv.weight``.
+    """Abbreviate a list of keys without loss, as ``blocks.{0..27}.attn.qkv.weight``.
 
     Args:
         keys: dotted names.

@@ -109,7 +109,7 @@ class LatentCache:
         return torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
 
     def read(self, index: int, flipped: bool = False, features: Sequence[str] = ()) -> tuple[Cached, int]:
-        """Reads the posterior and features, in the cache's dtype, and the class label of an image.
+        """Read the posterior and features, in the cache's dtype, and the class label of an image.
 
         Args:
             index: in [0, len).
@@ -177,14 +177,14 @@ class ShardWriter:
             self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, first: int, rows: Tensor) -> None:
-        """Writes CPU ``rows``, in the tensor's dtype, to the tensor ``name`` from row ``first`` on."""
+        """Write CPU ``rows``, in the tensor's dtype, to the tensor ``name`` from row ``first`` on."""
         offset, size = self._rows[name]
         with self._writing():
             self._file.seek(self._base + offset + first * size)
             self._file.write(memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy()))
 
     def commit(self) -> dict[str, Any]:
-        """Flushes the file to disk and moves it into place; returns its ``size`` and ``crc32``."""
+        """Flush the file to disk and move it into place; return its ``size`` and ``crc32``."""
         with self._writing():
             self._file.close()
             found = manifest.checksum(self.partial, sync=True)
@@ -217,7 +217,7 @@ def shard_name(number: int) -> str:
 
 
 def open_shard(path: Path) -> Any:
-    """Opens a memory-mapped safetensors file; raises a DataError that names the file if it is damaged."""
+    """Open a memory-mapped safetensors file; raise a DataError that names the file if it is damaged."""
     from safetensors import safe_open
 
     try:
@@ -231,7 +231,7 @@ REMAKE = "remove the folder and encode the dataset again"
 
 
 def check_size(path: Path, size: int) -> None:
-    """Raises a DataError that names the file unless it has ``size`` bytes."""
+    """Raise a DataError that names the file unless it has ``size`` bytes."""
     try:
         found = path.stat().st_size
     except OSError as error:
@@ -241,7 +241,7 @@ def check_size(path: Path, size: int) -> None:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """Reads the ``index.json`` of a cache.
+    """Read the ``index.json`` of a cache.
 
     Raises:
         DataError: it is missing, damaged or of an unsupported format.
@@ -260,7 +260,7 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:
-    """Atomically writes fields and their CRC-32; the file is on disk when this returns."""
+    """Atomically write fields and their CRC-32; the file is on disk when this returns."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w") as file:
         json.dump(fields | {OWN_CRC32: _crc32(fields)}, file, indent=1)
@@ -271,7 +271,7 @@ def write_json(path: Path, fields: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads the fields written by :func:`write_json`; raises a DataError that names the file if it is damaged."""
+    """Read the fields written by :func:`write_json`; raise a DataError that names the file if it is damaged."""
     try:
         fields = json.loads(path.read_bytes())
         crc32 = fields.pop(OWN_CRC32)

@@ -126,7 +126,7 @@ class Guard:
         self._episodes: dict[tuple[str, str], Episode] = {}
 
     def observe(self, step: int, values: Mapping[str, float], applied: bool) -> list[Alarm]:
-        """Checks one step and returns the alarms that it raises.
+        """Check one step and return the alarms that it raises.
 
         Args:
             step: counted from 0; must increase from call to call.
@@ -144,7 +144,7 @@ class Guard:
         return found
 
     def forget(self, step: int) -> None:
-        """Discards ``step``, all later steps and all open incidents, as after a rollback.
+        """Discard ``step``, all later steps and all open incidents, as after a rollback.
 
         References are kept: they cover far more steps than a rollback discards.
         """
@@ -171,7 +171,7 @@ class Guard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores the state; if ``window`` or ``history`` is now smaller, the newest steps are kept."""
+        """Restore the state; if ``window`` or ``history`` is now smaller, the newest steps are kept."""
         columns = state["values"].items()
         entries = []
         for index, step in enumerate(state["steps"]):
@@ -229,7 +229,7 @@ class Guard:
             yield Alarm("skipped", episode.metric, step, episode.onset, message)
 
     def _watch(self, step: int, name: str, value: float, values: dict[str, float]) -> Iterator[Alarm]:
-        """Runs the checks on a finite value of an applied step, before it is added to the medians."""
+        """Run the checks on a finite value of an applied step, before it is added to the medians."""
         usual = self._references[name].largest if name in self._references else 0.0
         if name == LATENT:
             least = self.latent_variance * usual
@@ -247,7 +247,7 @@ class Guard:
                 yield from self._watch_low("collapse", step, name, value, least, self.patience, usual)
 
     def _watch_spike(self, step: int, name: str, value: float, adversary: bool) -> Iterator[Alarm]:
-        """Compares a loss or norm with its median, and the discriminator's loss also with chance."""
+        """Compare a loss or norm with its median, and the discriminator's loss also with chance."""
         window = self._sorted.get(name, [])
         median, scale = median_of(window), 0.0
         above = value - median
@@ -268,7 +268,7 @@ class Guard:
     def _watch_low(
         self, watch: str, step: int, name: str, value: float, least: float, patience: int, usual: float
     ) -> Iterator[Alarm]:
-        """Checks for values that stay below ``least``; a ``least`` of 0 disables the check."""
+        """Check for values that stay below ``least``; a ``least`` of 0 disables the check."""
         episode = self._see(watch, name, step, least > 0 and value < least, patience, name, value, usual)
         if episode is not None:
             message = (
@@ -280,7 +280,7 @@ class Guard:
     def _see(
         self, watch: str, key: str, step: int, bad: bool, patience: int, metric: str, value: float, usual: float
     ) -> Episode | None:
-        """Counts a check's bad and normal steps; returns its incident if this step raises the alarm."""
+        """Count a check's bad and normal steps; return its incident if this step raises the alarm."""
         episode = self._episodes.get((watch, key))
         if not bad:
             if episode is not None:
@@ -297,7 +297,7 @@ class Guard:
         return episode
 
     def _remember(self, step: int, values: dict[str, float]) -> None:
-        """Adds an applied step's values to the medians, and the medians to the references."""
+        """Add an applied step's values to the medians, and the medians to the references."""
         self._rows.append((step, values))
         old = self._rows.popleft()[1] if len(self._rows) > self.window else {}
         for name, value in old.items():

@@ -76,7 +76,7 @@ class Reference:
         return max(self.past, default=0.0)
 
     def see(self, median: float, window: int, forever: bool) -> None:
-        """Adds the running median after a step.
+        """Add the running median after a step.
 
         Args:
             median: infinite if there is none yet.
@@ -138,5 +138,5 @@ def last_trouble(departures: list[Departure]) -> list[Departure]:
 
 
 def pack(value: float | None) -> float | str | None:
-    """Writes NaN and infinities, which JSON lacks, as strings."""
+    """Write NaN and infinities, which JSON lacks, as strings."""
     return value if value is None or math.isfinite(value) else str(value)

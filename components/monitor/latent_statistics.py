@@ -14,7 +14,7 @@ _current: list[Tensor] | None = None
 
 
 def observe(z: Tensor) -> None:
-    """Records latents (B, C, h, w) inside :func:`observed`, only the first per micro-batch; elsewhere a no-op."""
+    """Record latents (B, C, h, w) inside :func:`observed`, only the first per micro-batch; elsewhere a no-op."""
     if _current is not None and not _current:
         _current.append(z.detach())
 

@@ -67,7 +67,7 @@ class Metrics:
         self._counts: dict[str, int] = {}
 
     def add(self, values: Mapping[str, float]) -> None:
-        """Adds a step's values, except non-finite ones, which would make the interval's mean useless."""
+        """Add a step's values, except non-finite ones, which would make the interval's mean useless."""
         for name, value in values.items():
             if not math.isfinite(value):
                 continue
@@ -75,7 +75,7 @@ class Metrics:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self) -> dict[str, float]:
-        """Returns the means since the last call and resets them."""
+        """Return the means since the last call and reset them."""
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return means

@@ -57,7 +57,7 @@ class ConvHead(nn.Module):
         self.projection_layer.reset_parameters()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Projects tokens; raises ValueError if N is not a square, for example because of a class token."""
+        """Project tokens; raise ValueError if N is not a square, for example because of a class token."""
         side = math.isqrt(tokens.shape[1])
         if side**2 != tokens.shape[1]:
             raise ValueError(

@@ -33,18 +33,18 @@ class LatentNorm(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Resets to zero mean, unit variance and no batches."""
+        """Reset to zero mean, unit variance and no batches."""
         self.running_mean.zero_()
         self.running_var.fill_(1.0)
         self.num_batches_tracked.zero_()
 
     def forward(self, z: Tensor) -> Tensor:
-        """Normalizes latents (B, C, h, w) with the running statistics."""
+        """Normalize latents (B, C, h, w) with the running statistics."""
         observe(z)
         return (at_least_fp32(z) - _map(self.running_mean)) * torch.rsqrt(_map(self.running_var) + self.eps)
 
     def batch(self, z: Tensor, update: bool = True) -> Tensor:
-        """Normalizes latents (B, C, h, w) with batch statistics over all ranks, through which gradients flow.
+        """Normalize latents (B, C, h, w) with batch statistics over all ranks, through which gradients flow.
 
         Collective.
 
@@ -76,7 +76,7 @@ class LatentNorm(nn.Module):
 
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Sets the running statistics.
+        """Set the running statistics.
 
         Args:
             mean: C values, of any shape.
@@ -98,5 +98,5 @@ class LatentNorm(nn.Module):
 
 
 def _map(value: Tensor) -> Tensor:
-    """Reshapes (C,) to (C, 1, 1) to broadcast over positions."""
+    """Reshape (C,) to (C, 1, 1) to broadcast over positions."""
     return value[:, None, None]

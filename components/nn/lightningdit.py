@@ -42,7 +42,7 @@ class Rotary(nn.Module):
         self.register_buffer("freqs_sin", torch.empty(grid * grid, head_dim))
 
     def init_weights(self) -> None:
-        """Computes both tables."""
+        """Compute both tables."""
         if self.freqs_cos.is_meta:
             return
         half = self.freqs_cos.shape[1] // 2
@@ -59,7 +59,7 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates adjacent pairs of features of x (..., N, d) by the angles given as ``cos`` and ``sin`` (N, d)."""
+    """Rotate adjacent pairs of features of x (..., N, d) by the angles given as ``cos`` and ``sin`` (N, d)."""
     x = at_least_fp32(x)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return x * cos + torch.stack([-b, a], dim=-1).flatten(-2) * sin
@@ -111,7 +111,7 @@ class LightningBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Applies the block to tokens x (B, N, width), conditioned on c: (B, 1, width), or (B, N, width) per token."""
+        """Apply the block to tokens x (B, N, width), conditioned on c: (B, 1, width), or (B, N, width) per token."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
@@ -127,13 +127,13 @@ class LightningFinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Maps x to (B, N, out_features); x and c as in :class:`LightningBlock`."""
+        """Map x to (B, N, out_features); x and c as in :class:`LightningBlock`."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         return self.linear(self.norm_final(x) * (1 + scale) + shift)
 
 
 def init_lightning(blocks: Iterable[LightningBlock], final: LightningFinalLayer) -> None:
-    """Zero-initializes modulation and output layers, so that blocks start as the identity; norm weights become 1."""
+    """Zero-initialize modulation and output layers, so that blocks start as the identity; norm weights become 1."""
     for module in (*blocks, final):
         nn.init.zeros_(module.adaLN_modulation[-1].weight)
         nn.init.zeros_(module.adaLN_modulation[-1].bias)
@@ -145,7 +145,7 @@ def init_lightning(blocks: Iterable[LightningBlock], final: LightningFinalLayer)
 
 
 def check_rotary(key: str, width: int, heads: int) -> None:
-    """Raises ValueError unless the head dimension, width / heads, is a multiple of 4."""
+    """Raise ValueError unless the head dimension, width / heads, is a multiple of 4."""
     if width < 4 or heads < 1 or width % heads or width // heads % 4:
         raise ValueError(
             f"denoiser.{key}width = {width} with denoiser.{key}heads = {heads}: each head needs a multiple of 4 "

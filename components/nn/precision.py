@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """Casts fp16 and bf16 to fp32; leaves fp32 and fp64 unchanged (tests run whole steps in fp64)."""
+    """Cast fp16 and bf16 to fp32; leave fp32 and fp64 unchanged (tests run whole steps in fp64)."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 

@@ -108,7 +108,7 @@ class TimmEncoder(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> TimmEncoder:
-        """Keeps the module in eval mode; ``mode`` is ignored."""
+        """Keep the module in eval mode; ``mode`` is ignored."""
         return super().train(False)
 
     @torch.no_grad()
@@ -142,7 +142,7 @@ class TimmEncoder(nn.Module):
         return at_least_fp32(self.model.forward_head(tokens, pre_logits=True))
 
     def load_weights(self) -> None:
-        """Loads ``checkpoint`` if set, otherwise the pretrained weights if ``pretrained``; all keys must match.
+        """Load ``checkpoint`` if set, otherwise the pretrained weights if ``pretrained``; all keys must match.
 
         Classifier keys are ignored.
 
@@ -199,7 +199,7 @@ class TimmEncoder(nn.Module):
         return features
 
     def _prepared(self, images: Tensor) -> Tensor:
-        """Resizes and normalizes images in [-1, 1] for the model."""
+        """Resize and normalize images in [-1, 1] for the model."""
         x = (at_least_fp32(images) + 1) / 2
         if self.resize_first:
             x = self._normalised(self._resized(x))
@@ -232,11 +232,11 @@ class TimmEncoder(nn.Module):
                     )
 
     def _read(self, path: str | Path) -> dict[str, Tensor]:
-        """Reads the named tensors of a file, in timm's layout or one that timm converts; plugins may support more."""
+        """Read the named tensors of a file, in timm's layout or one that timm converts; plugins may support more."""
         return read_state(path, self._what)
 
     def _converted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts a state dict to timm's layout, resamples its position embedding and drops the classifier."""
+        """Convert a state dict to timm's layout, resample its position embedding and drop the classifier."""
         convert = getattr(sys.modules[type(self.model).__module__], "checkpoint_filter_fn", None)
         if convert is not None:
             # timm's conversion may fail for another architecture; load_strict then lists the file's own keys.
@@ -274,7 +274,7 @@ class TimmEncoder(nn.Module):
 
 
 def _on_grid(planes: Tensor, grid: int) -> Tensor:
-    """Resizes feature maps (B, D, n, n) to (B, D, grid, grid)."""
+    """Resize feature maps (B, D, n, n) to (B, D, grid, grid)."""
     n = planes.shape[-1]
     if n % grid == 0:
         return F.adaptive_avg_pool2d(planes, grid)

@@ -57,14 +57,14 @@ def sincos_positions(width: int, grid: int) -> Tensor:
 
 
 def unpatchify(x: Tensor, channels: int) -> Tensor:
-    """Maps tokens (B, n * n, p * p * C), channels last within a patch, to (B, C, n * p, n * p)."""
+    """Map tokens (B, n * n, p * p * C), channels last within a patch, to (B, C, n * p, n * p)."""
     n, p = math.isqrt(x.shape[1]), math.isqrt(x.shape[2] // channels)
     x = x.view(-1, n, n, p, p, channels).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(-1, channels, n * p, n * p)
 
 
 def check_patches(name: str, latent: LatentShape, patch_size: int) -> None:
-    """Raises ValueError unless the latent is square and its side is a multiple of ``patch_size``."""
+    """Raise ValueError unless the latent is square and its side is a multiple of ``patch_size``."""
     if latent.height != latent.width:
         raise ValueError(f"denoiser.name = '{name}' needs square latents; got {latent.height} x {latent.width}")
     if patch_size < 1 or latent.height % patch_size:
@@ -77,7 +77,7 @@ def check_patches(name: str, latent: LatentShape, patch_size: int) -> None:
 def run_blocks(
     blocks: Sequence[nn.Module], x: Tensor, *condition: Tensor, align_depth: int | Sequence[int]
 ) -> tuple[Tensor, Tokens]:
-    """Runs the blocks; returns the output and the tokens after the blocks in ``align_depth``.
+    """Run the blocks; return the output and the tokens after the blocks in ``align_depth``.
 
     Args:
         blocks: called as ``block(x, *condition)``.
@@ -100,7 +100,7 @@ def last_depth(align_depth: int | Sequence[int]) -> int:
 
 
 def check_blocks(depth: int, align_depth: int | Sequence[int], label_dropout: float) -> None:
-    """Raises ValueError if the depth, an alignment depth or the label dropout is out of range."""
+    """Raise ValueError if the depth, an alignment depth or the label dropout is out of range."""
     if depth < 1:
         raise ValueError(f"denoiser.depth = {depth}: expected at least 1 block")
     depths = [align_depth] if isinstance(align_depth, int) else list(align_depth)

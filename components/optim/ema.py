@@ -39,13 +39,13 @@ class Ema:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Resets the averages to the current values."""
+        """Reset the averages to the current values."""
         for average, value in self._pairs():
             average.copy_(value)
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
-        """Updates the averages, average += (1 - decay) * (value - average), if ``finite`` (a bool scalar) is true.
+        """Update the averages, average += (1 - decay) * (value - average), if ``finite`` (a bool scalar) is true.
 
         Integer buffers are always copied.
         """

@@ -106,7 +106,7 @@ class ParameterGroup:
         return squares.sqrt()
 
     def apply(self, step: int, norm: Tensor | None, finite: Tensor) -> float:
-        """Clips gradients, steps the optimizer if ``finite``, and clears the gradients; returns the learning rate.
+        """Clip gradients, step the optimizer if ``finite``, and clear the gradients; return the learning rate.
 
         Args:
             step: counted from 0.

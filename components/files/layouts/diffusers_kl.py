@@ -52,7 +52,7 @@ def is_diffusers(keys: Iterable[str]) -> bool:
 
 
 def to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Converts a tokenizer's state dict to diffusers' keys; 1 x 1 convolutions of attention become linear layers."""
+    """Convert a tokenizer's state dict to diffusers' keys; 1 x 1 convolutions of attention become linear layers."""
     levels = _levels(state, "encoder.down.")
     converted = {}
     for key, value in state.items():
@@ -116,7 +116,7 @@ def config(architecture: dict[str, Any], resolution: int, mean: Tensor | None, s
 
 
 def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> list[Path]:
-    """Writes a folder for ``diffusers.AutoencoderKL.from_pretrained`` and returns its files.
+    """Write a folder for ``diffusers.AutoencoderKL.from_pretrained`` and return its files.
 
     Args:
         folder: created if missing; an autoencoder already in it is replaced.
@@ -134,7 +134,7 @@ def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any])
 
 
 def architecture(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """Reads the architecture from the content of a config.json.
+    """Read the architecture from the content of a config.json.
 
     Args:
         config: the parsed file.
@@ -214,7 +214,7 @@ def _levels(state: Iterable[str], prefix: str) -> int:
 
 
 def _translate(key: str, levels: int, side: int) -> str:
-    """Translates our key to diffusers' (``side`` = 0) or theirs to ours (1); returns unknown keys unchanged."""
+    """Translate our key to diffusers' (``side`` = 0) or theirs to ours (1); return unknown keys unchanged."""
     for place in PLACES:
         source, target = place[side], place[1 - side]
         match = re.fullmatch(re.escape(source).replace(r"\#", r"(\d+)").replace(r"\^", r"(\d+)") + r"\.(.+)", key)

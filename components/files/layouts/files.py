@@ -64,7 +64,7 @@ class WeightsFile:
 
 
 def read(path: str | Path, what: str, part: str = "tokenizer") -> WeightsFile:
-    """Reads a weights file, a diffusers folder, or a part of a model folder.
+    """Read a weights file, a diffusers folder, or a part of a model folder.
 
     Args:
         path: local path, or ``hf://organization/name/file[@revision]``.
@@ -105,7 +105,7 @@ def holds(file: WeightsFile, role: str, own: Collection[str]) -> bool:
 
 
 def take(file: WeightsFile, role: str, own: Collection[str]) -> tuple[str, dict[str, Tensor]]:
-    """Takes a module's tensors from a file; returns the prefix of their keys, and the tensors by key without it.
+    """Take a module's tensors from a file; return the prefix of their keys, and the tensors by key without it.
 
     Args:
         file: content of the file; its ``used`` is updated.
@@ -123,7 +123,7 @@ def take(file: WeightsFile, role: str, own: Collection[str]) -> tuple[str, dict[
 def tokenizer_state(
     file: WeightsFile, own: Collection[str], architecture: dict[str, Any] | None, what: str
 ) -> dict[str, Tensor]:
-    """Takes a tokenizer's state dict from any layout: CompVis, REPA-E, diffusers or ours.
+    """Take a tokenizer's state dict from any layout: CompVis, REPA-E, diffusers or ours.
 
     Ignores training state that is stored with tokenizers (:data:`BESIDE_TOKENIZER`).
 
@@ -155,7 +155,7 @@ def tokenizer_state(
 
 
 def note_left_out(file: WeightsFile, what: str) -> None:
-    """Logs which tensors of a file were not taken, in one line."""
+    """Log which tensors of a file were not taken, in one line."""
     if rest := left_out(file):
         logger.info("%s: of '%s', left out: %s", what, file.source, rest)
 

@@ -31,7 +31,7 @@ ARGUMENTS = {
 
 
 def split_denoiser(state: State) -> dict[str, State]:
-    """Splits a published SiT's state dict into "denoiser" and, if present, "heads" and "latent_norm"."""
+    """Split a published SiT's state dict into "denoiser" and, if present, "heads" and "latent_norm"."""
     found: dict[str, State] = {"denoiser": {}}
     for key, value in state.items():
         part = next((name for name, prefix in INSIDE.items() if key.startswith(prefix)), "denoiser")
@@ -48,12 +48,12 @@ def join_denoiser(states: Mapping[str, State]) -> State:
 
 
 def to_discriminator(state: State) -> State:
-    """Converts our discriminator's state dict to the published layout."""
+    """Convert our discriminator's state dict to the published layout."""
     return {key.removeprefix(NETWORK): value for key, value in state.items() if key.startswith(NETWORK)}
 
 
 def from_discriminator(state: State, own: Mapping[str, Tensor]) -> State:
-    """Converts a published discriminator to ours, with zero LeCam averages as in a new run.
+    """Convert a published discriminator to ours, with zero LeCam averages as in a new run.
 
     Args:
         state: the published state dict.
@@ -81,7 +81,7 @@ def num_classes(tensors: Mapping[str, Tensor], label_dropout: float) -> int:
 
 
 def checkpoint(online: Mapping[str, State], ema: Mapping[str, State], step: int) -> dict[str, Any]:
-    """Builds a published training checkpoint, without optimizers, from our state dicts by module name.
+    """Build a published training checkpoint, without optimizers, from our state dicts by module name.
 
     Args:
         online: "denoiser" and any of "heads", "latent_norm", "tokenizer" and "discriminator".
