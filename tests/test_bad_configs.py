@@ -53,7 +53,7 @@ BAD = [
     ("--tokenizer.trainable=false", ["tokenizer.trainable = false", "trains the tokenizer"]),
     ("--denoiser.align_depth=3", ["denoiser.align_depth = 3", "1 to 2"]),
     ("--denoiser.align_depth=0", ["denoiser.align_depth = 0", "1 to 2"]),
-    ("--denoiser.patch_size=3", ["denoiser.patch_size = 3", "side of 8", "1, 2, 4, 8"]),
+    ("--denoiser.patch_size=3", ["denoiser.patch_size = 3", "latent size 8", "1, 2, 4, 8"]),
     ("--denoiser.size=XXL", ["denoiser.size = 'XXL'", "did you mean 'XL'"]),
     ("--denoiser.class_token_dim=-1", ["denoiser.class_token_dim = -1", "0 (none)"]),
     ("--tokenizer.latent_channels=-1", ["tokenizer.latent_channels = -1", "at least 1"]),

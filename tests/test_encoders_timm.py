@@ -153,7 +153,7 @@ def test_other_weights_are_refused_with_their_keys(tmp_path):
         ({"model": "vit_tiny_patch16_224.nobody"}, r"cannot create 'vit_tiny_patch16_224\.nobody'"),
         ({"model": TOKENS, "layer": 99}, r"layer = 99, but 'test_vit.* has \d+ blocks: 0 to \d+"),
         ({"model": TOKENS, "image_size": 100}, r"image_size = 100 is no multiple of the patch size 16"),
-        ({"model": MAPS, "layer": 4}, r"returns no features of layer 4 of images of 160 pixels"),
+        ({"model": MAPS, "layer": 4}, r"returns no features of layer 4 for images of 160 pixels"),
         ({"model": "hiera_tiny_224.mae", "image_size": 100, "norm": False}, r"'hiera_tiny_224.mae' returns no feat"),
     ],
 )

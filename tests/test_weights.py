@@ -262,7 +262,7 @@ def test_hub_path_without_network_says_both_ways(tmp_path, monkeypatch):
         read_state("hf://REPA-E/e2e-vavae/e2e-vavae-400k.pt@main", "[tokenizer] autoencoder_kl")
     text = str(error.value)
     assert "[tokenizer] autoencoder_kl" in text and "REPA-E/e2e-vavae" in text
-    assert "HF_HOME" in text and "in place of 'hf://REPA-E/e2e-vavae/e2e-vavae-400k.pt@main'" in text
+    assert "HF_HOME" in text and "replace 'hf://REPA-E/e2e-vavae/e2e-vavae-400k.pt@main'" in text
 
 
 def test_hub_paths_pass_the_config_untouched(tmp_path):
