@@ -1,7 +1,7 @@
-"""Plugins by name: a decorator registers a class, its keyword-only signature is the schema of its TOML table.
+"""Plugin registries: a decorator registers a class; its keyword-only parameters define its TOML table.
 
-One :class:`Registry` per kind. Parameters before the ``*`` are handed in by the trainer (they follow from the
-other parts: latent shape, number of classes, ...); parameters after it are the plugin's options.
+There is one :class:`Registry` per kind. Parameters before the ``*`` are passed by the trainer and follow from other
+parts (latent shape, number of classes, ...); parameters after it are the plugin's options.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Option:
 
     name: str
     annotation: Any
-    default: Any  # inspect.Parameter.empty: required
+    default: Any  # inspect.Parameter.empty if required
     doc: str
 
     @property
@@ -62,7 +62,7 @@ class Plugin:
 
     @property
     def summary(self) -> str:
-        """First line of the class's docstring."""
+        """First line of the class docstring."""
         return (inspect.getdoc(self.cls) or "").split("\n", 1)[0]
 
     @property
@@ -71,7 +71,7 @@ class Plugin:
 
     @property
     def options(self) -> dict[str, Option]:
-        """Keyword-only parameters of ``__init__``, in order, each with its line of the docstring's Args."""
+        """Keyword-only parameters of ``__init__``, in order, with their descriptions from the docstring."""
         hints = typing.get_type_hints(inspect.unwrap(self.cls.__init__), include_extras=True)
         docs = _docstring_args(self.cls)
         return {
@@ -81,7 +81,7 @@ class Plugin:
         }
 
     def schema(self) -> type[BaseModel]:
-        """Pydantic model of the options: strict types, unknown keys refused."""
+        """Pydantic model of the options with strict types; unknown keys are an error."""
         fields: dict[str, Any] = {}
         for option in self.options.values():
             default = ... if option.required else option.default
@@ -91,10 +91,10 @@ class Plugin:
 
 
 class Registry:
-    """The plugins of one kind.
+    """Registry of the plugins of one kind.
 
     Args:
-        kind: what a member is called in messages and commands ("encoder").
+        kind: name of the kind in messages and commands, such as "encoder".
     """
 
     def __init__(self, kind: str) -> None:
@@ -102,13 +102,17 @@ class Registry:
         self._plugins: dict[str, Plugin] = {}
 
     def register(self, name: str) -> Callable[[type], type]:
-        """Class decorator; raises :class:`PluginError` if another class already has this name."""
+        """Class decorator that registers a plugin.
+
+        Raises:
+            PluginError: another class has this name, or ``__init__`` takes ``**kwargs``.
+        """
 
         def add(cls: type) -> type:
             file = inspect.getsourcefile(cls) or "<unknown>"
             plugin = Plugin(self.kind, name, cls, file, _definition_line(cls))
             other = self._plugins.get(name)
-            # The same definition seen again (a module reloaded, or reached under two names) replaces itself.
+            # Importing the same definition again (reloaded, or under another module name) replaces it.
             if other is not None and (other.where, other.cls.__qualname__) != (
                 plugin.where,
                 cls.__qualname__,
@@ -120,7 +124,7 @@ class Registry:
             if var_kwargs:
                 raise PluginError(
                     f"{self.kind} '{name}' ({plugin.where}): __init__ takes **{var_kwargs[0]}, "
-                    "so its options cannot be checked; name each option after a bare *"
+                    "so its options cannot be validated; declare each option after a bare *"
                 )
             self._plugins[name] = plugin
             return cls
@@ -128,7 +132,7 @@ class Registry:
         return add
 
     def get(self, name: str) -> Plugin:
-        """Raises :class:`PluginError` with the nearest valid name if there is no such plugin."""
+        """Return a plugin by name; raise :class:`PluginError` with the closest valid name if it does not exist."""
         if name in self._plugins:
             return self._plugins[name]
         message = f"no {self.kind} is called '{name}'{nearest(name, self._plugins)}"
@@ -157,7 +161,7 @@ KINDS: dict[str, Registry] = {r.kind: r for r in (recipes, tokenizers, denoisers
 
 @dataclass(frozen=True)
 class ImportFailure:
-    """A plugin module that raised while it was imported."""
+    """A plugin module that could not be imported."""
 
     where: str
     error: str
@@ -168,17 +172,17 @@ failures: list[ImportFailure] = []
 
 
 def discover(package: str, extra: Iterable[str] = ()) -> None:
-    """Imports every plugin: the modules of ``package``, installed entry points, and ``extra``.
+    """Import all plugins: the modules of ``package``, installed entry points, and ``extra``.
 
-    A module that fails is remembered in :data:`failures` and named by :meth:`Registry.get` when a name is
-    missing; a module of ``extra`` that fails raises at once, since somebody asked for it.
+    Import failures are stored in :data:`failures` and reported by :meth:`Registry.get` if a name is missing. Failures
+    in ``extra`` raise immediately, because these modules were requested explicitly.
 
     Args:
-        package: a package whose modules register plugins when imported.
-        extra: dotted module names, or paths of .py files.
+        package: package whose modules register plugins when imported.
+        extra: dotted module names or paths of .py files.
 
     Raises:
-        PluginError: an extra module does not exist or cannot be imported; two plugins share a name.
+        PluginError: an extra module does not exist or cannot be imported, or two plugins have the same name.
     """
     failures.clear()
     root = importlib.import_module(package)
@@ -197,7 +201,7 @@ def discover(package: str, extra: Iterable[str] = ()) -> None:
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """'; did you mean 'x'? valid: ...' for an error message, or what is valid when nothing is near."""
+    """Hint for an error message: "; did you mean 'x'? (valid: ...)", or only the valid names if none is similar."""
     candidates = sorted(candidates)
     close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
     hint = f"; did you mean '{close[0]}'?" if close else ""
@@ -206,7 +210,7 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
 
 def type_name(annotation: Any) -> str:
-    """A type as it is shown to users: ``int``, ``'S' | 'B'``, ``list[int]``."""
+    """Format a type for users: ``int``, ``'S' | 'B'``, ``list[int]``."""
     if annotation is type(None):
         return "none"
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
@@ -234,7 +238,7 @@ def _import_file(name: str) -> ModuleType:
     path = Path(name).expanduser().resolve()
     if not path.is_file():
         raise PluginError(f"plugins: the file '{name}' does not exist (looked at {path})")
-    # The path is in the module's name: two files called encoder.py do not collide.
+    # A hash of the path in the module name prevents two files called encoder.py from colliding.
     module_name = f"titanrepa_plugin_{path.stem}_{hashlib.sha1(str(path).encode()).hexdigest()[:8]}"
     if module_name in sys.modules:
         return sys.modules[module_name]
@@ -275,7 +279,7 @@ def _definition_line(cls: type) -> int:
 
 
 def _docstring_args(cls: type) -> dict[str, str]:
-    """The Args section of the class's docstring, one line per name (Google style); base classes fill gaps."""
+    """Parse the Args section of the class docstring (Google style); base classes provide missing entries."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         match = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", inspect.cleandoc(base.__dict__.get("__doc__") or ""), re.M)

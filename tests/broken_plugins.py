@@ -283,7 +283,7 @@ class _Initialised(toys.ToyDenoiser):
         return tokens[:, self.order] + self.positions.to(tokens.dtype)[:, None]
 
 
-@broken("denoiser", "can_be_made_without_memory", "leaves uninitialised: positions")
+@broken("denoiser", "can_be_made_without_memory", "leaves uninitialized: positions")
 class ForgetsABuffer(_Initialised):
     """Initializes its parameters but not its buffers."""
 

@@ -188,7 +188,7 @@ def test_after_too_many_rollbacks_the_run_stops_with_a_report(toml, tmp_path):
     with pytest.raises(GuardStop) as stopped:
         trainer.run()
     report = str(stopped.value)
-    for part in ("2 steps in a row were skipped", "guard.max_rollbacks = 1", " at step 4: ", "the last steps",
+    for part in ("2 consecutive steps were skipped", "guard.max_rollbacks = 1", " at step 4: ", "the last steps",
                  "alarms/step_00000005_skipped.json", "grad_norm/denoiser nan"):  # fmt: skip
         assert part in report, report
     assert (tmp_path / "run" / "checkpoints" / "step_00000004").is_dir()

@@ -96,7 +96,7 @@ def test_tokens_come_from_each_depth():
 
 @pytest.mark.parametrize("wrong", ["[]", "[2,1]", "[1,1]", "[0,1]", "[1,3]"])
 def test_depths_that_cannot_be_are_refused(tmp_path, wrong):
-    with pytest.raises(ConfigError, match=r"align_depth.*rising list"):
+    with pytest.raises(ConfigError, match=r"align_depth.*increasing list"):
         assemble.check(load(tmp_path, f"--denoiser.align_depth={wrong}"), 1)
 
 

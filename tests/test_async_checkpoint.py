@@ -200,7 +200,7 @@ def test_a_failure_is_told_once_and_loses_nothing(tmp_path, call):
     assert steps(tmp_path) == ["step_00000001"]
     assert manager.latest() == tmp_path / "step_00000001"
     assert_holds(manager, tmp_path / "step_00000001", 1)
-    words = r"step 2 could not be written to .*: File too large.*earlier checkpoints are untouched"
+    words = r"step 2 could not be written to .*: File too large.*earlier checkpoints are intact"
     with pytest.raises(CheckpointError, match=words):
         getattr(manager, call)(*(() if call == "wait" else (3, state_at(3))))
     assert steps(tmp_path) == ["step_00000001"]

@@ -54,7 +54,7 @@ BAD = [
     ("--tokenizer.trainable=false", ["tokenizer.trainable = false", "trains the tokenizer"]),
     ("--denoiser.align_depth=3", ["denoiser.align_depth = 3", "1 to 2"]),
     ("--denoiser.align_depth=0", ["denoiser.align_depth = 0", "1 to 2"]),
-    ("--denoiser.patch_size=3", ["denoiser.patch_size = 3", "side of 8", "1, 2, 4, 8"]),
+    ("--denoiser.patch_size=3", ["denoiser.patch_size = 3", "latent size 8", "1, 2, 4, 8"]),
     ("--denoiser.size=XXL", ["denoiser.size = 'XXL'", "did you mean 'XL'"]),
     ("--denoiser.class_token_dim=-1", ["denoiser.class_token_dim = -1", "0 (none)"]),
     ("--tokenizer.latent_channels=-1", ["tokenizer.latent_channels = -1", "at least 1"]),
@@ -176,7 +176,8 @@ def test_a_checkpoint_of_another_architecture_names_the_keys(good, tmp_path):
     torch.save({"encoder.conv_in.weight": torch.zeros(1), "surplus": torch.zeros(1)}, tmp_path / "vae.pt")
     with pytest.raises(config.ConfigError) as error:
         assemble.build(config.load(good, [f"--tokenizer.checkpoint={tmp_path}/vae.pt"]), World())
-    for text in ("missing: encoder.conv_in.bias", "unexpected: surplus", "of another shape: encoder.conv_in.weight"):
+    shape = "with a different shape: encoder.conv_in.weight"
+    for text in ("missing: encoder.conv_in.bias", "unexpected: surplus", shape):
         assert text in str(error.value)
 
 

@@ -108,7 +108,7 @@ def test_a_value_that_would_come_back_as_another_type_is_refused_by_name(tmp_pat
 
 
 def test_two_tensors_of_one_path_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"both called 'a\.b'"):
+    with pytest.raises(ValueError, match=r"both named 'a\.b'"):
         CheckpointManager(tmp_path).save(1, {"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}})
 
 
@@ -221,13 +221,13 @@ def test_a_mismatch_names_the_keys_and_leaves_the_template_alone(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         CheckpointManager(tmp_path).load(1, template)
     text = str(caught.value)
-    assert "step_00000001 does not fit" in text
+    assert "step_00000001 does not match" in text
     assert "13 missing in the checkpoint: model.v00, model.v01" in text
     assert "model.v07, ..." in text and "model.v08" not in text
     assert "19 in the checkpoint but not here: model.w01" in text
     assert "model.w00: checkpoint float32 (2,), here float32 (2, 2)" in text
     assert "model.b: checkpoint float32 (3,), here float16 (3,)" in text
-    assert "configuration that wrote it" in text
+    assert "config that wrote it" in text
     assert not template["model"]["v00"].any()
 
 
@@ -239,7 +239,7 @@ def test_parts_that_are_not_asked_for_are_not_read(tmp_path):
     assert state["config"] == "x" and (state["ema"]["w"] == 3).all()
     with pytest.raises(CheckpointError, match="missing in the checkpoint: discriminator"):
         CheckpointManager(tmp_path).load(1, {"discriminator": {}})
-    with pytest.raises(CheckpointError, match="of another kind: model"):
+    with pytest.raises(CheckpointError, match="of a different type: model"):
         CheckpointManager(tmp_path).load(1, {"model": 3})
     with pytest.raises(CheckpointError, match="a plain value in the checkpoint, a tensor here: config"):
         CheckpointManager(tmp_path).load(1, {"config": torch.zeros(1)})
@@ -329,7 +329,7 @@ def _meet_damage(rank: int, world: int, folder: Path) -> None:
     assert_holds(manager, path, 1)
     with pytest.raises(CheckpointError, match="step_00000002 cannot be used"):
         manager.load(2, blank())
-    with pytest.raises(CheckpointError, match="does not fit"):
+    with pytest.raises(CheckpointError, match="does not match"):
         manager.load(1, {"model": {"w": torch.zeros(1)}})
     with pytest.raises(CheckpointError, match="could not be written"):
         CheckpointManager(folder / "step_00000001" / "meta.json").save(1, state_at(1))

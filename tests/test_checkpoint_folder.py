@@ -103,8 +103,8 @@ def test_strangers_in_the_folder_are_no_checkpoints(tmp_path, caplog):
     (tmp_path / "step_12").mkdir()
     shutil.copytree(tmp_path / "step_00000001", tmp_path / "step_00000007.partial")
     assert list(CheckpointManager(tmp_path).candidates()) == [tmp_path / "step_00000001"]
-    assert "step_00000009 is skipped: it is not a folder" in caplog.text
-    assert "step_00000008 is skipped: manifest.json" in caplog.text
+    assert "step_00000009: it is not a folder" in caplog.text
+    assert "step_00000008: manifest.json" in caplog.text
     assert "step_x" not in caplog.text
     manager = CheckpointManager(tmp_path)
     assert_holds(manager, manager.save(9, state_at(9)), 9)  # the stray file is replaced

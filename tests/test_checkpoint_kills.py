@@ -171,7 +171,7 @@ def test_a_checkpoint_without_room_is_not_begun(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     monkeypatch.setattr(checkpoint, "disk_bytes", lambda tensors: 5 << 30)
-    with pytest.raises(CheckpointError, match=r"it needs 5\.06 GiB, of which 3\.00 GiB are free\. .*Make room"):
+    with pytest.raises(CheckpointError, match=r"it needs 5\.06 GiB, but only 3\.00 GiB are free\. .*Free disk space"):
         CheckpointManager(folder).save(1, state_at(1))
     assert asked == [tmp_path] and steps(tmp_path) == []
     free = 6 << 30

@@ -201,7 +201,7 @@ def test_random_weights_need_no_file(small, offline):
     "model, expected",
     [
         ("vit_nothing", "Unknown model"),
-        ("hiera_tiny_224.mae", "gives no features of layer -1 of images of 224 pixels, with its final norm"),
+        ("hiera_tiny_224.mae", "returns no features of layer -1 for images of 224 pixels, with its final norm"),
     ],
 )
 def test_models_that_cannot_serve_are_named(model, expected):

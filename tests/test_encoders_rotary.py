@@ -295,7 +295,7 @@ def test_what_the_meta_device_loses_is_made_again_or_named(tmp_path, make):
     for tensor in (*other.parameters(), *other.buffers()):
         tensor.fill_(math.nan)
     if not hasattr(encoder.model.rope, "init_non_persistent_buffers"):  # timm releases of 2025
-        with pytest.raises(WeightsError, match=r"made on the meta device, where \S+ lost"):
+        with pytest.raises(WeightsError, match=r"created on the meta device, where \S+ lost"):
             other.load_weights()
         return
     other.load_weights()

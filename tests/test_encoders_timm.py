@@ -149,12 +149,12 @@ def test_other_weights_are_refused_with_their_keys(tmp_path):
 @pytest.mark.parametrize(
     "options, says",
     [
-        ({"model": "vit_bas_patch16_224"}, r"encoder timm: timm cannot make 'vit_bas_patch16_224': Unknown model"),
-        ({"model": "vit_tiny_patch16_224.nobody"}, r"cannot make 'vit_tiny_patch16_224\.nobody'"),
+        ({"model": "vit_bas_patch16_224"}, r"encoder timm: timm cannot create 'vit_bas_patch16_224': Unknown model"),
+        ({"model": "vit_tiny_patch16_224.nobody"}, r"cannot create 'vit_tiny_patch16_224\.nobody'"),
         ({"model": TOKENS, "layer": 99}, r"layer = 99, but 'test_vit.* has \d+ blocks: 0 to \d+"),
-        ({"model": TOKENS, "image_size": 100}, r"image_size = 100 is no multiple of the patch, 16 pixels"),
-        ({"model": MAPS, "layer": 4}, r"gives no features of layer 4 of images of 160 pixels"),
-        ({"model": "hiera_tiny_224.mae", "image_size": 100, "norm": False}, r"'hiera_tiny_224.mae' gives no features"),
+        ({"model": TOKENS, "image_size": 100}, r"image_size = 100 is no multiple of the patch size 16"),
+        ({"model": MAPS, "layer": 4}, r"returns no features of layer 4 for images of 160 pixels"),
+        ({"model": "hiera_tiny_224.mae", "image_size": 100, "norm": False}, r"'hiera_tiny_224.mae' returns no feat"),
     ],
 )
 def test_what_cannot_be_made_is_refused(options, says):

@@ -128,7 +128,7 @@ def test_a_discriminator_that_comes_back_from_winning_is_no_spike():
 def test_skipped_steps():
     alarm = only(run(Guard(), range(N + 100), nan_everywhere("tokenizer/lpips", N)), "skipped", "tokenizer/lpips")
     assert (alarm.step, alarm.onset) == (N + 9, N)
-    assert "10 steps" in alarm.message and f"step {N}" in alarm.message and "nan" in alarm.message
+    assert "10 consecutive steps" in alarm.message and f"step {N}" in alarm.message and "nan" in alarm.message
 
 
 def test_skipped_steps_that_end_in_time_are_no_alarm():
@@ -177,7 +177,7 @@ def test_vanishing_gradients():
         run(Guard(), range(N + 250), from_step(N, "grad_norm/denoiser", 1e-5)), "collapse", "grad_norm/denoiser"
     )
     assert (alarm.step, alarm.onset) == (N + 99, N)
-    assert "100 steps" in alarm.message and f"step {N}" in alarm.message and "1e-05" in alarm.message
+    assert "100 consecutive steps" in alarm.message and f"step {N}" in alarm.message and "1e-05" in alarm.message
 
 
 def test_gradients_that_come_back_in_time_are_no_collapse():

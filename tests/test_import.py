@@ -119,7 +119,7 @@ def test_every_misfit_of_every_part_is_named(published, toml, tmp_path, capsys):
     for words in (
         "denoiser: '",
         "1 missing: blocks.1.attn.qkv.bias",
-        "1 of another shape: t_embedder.mlp.0.weight: file (2, 2), expected (32, 256)",
+        "1 with a different shape: t_embedder.mlp.0.weight: file (2, 2), expected (32, 256)",
         "1 missing: running_var",
         "1 missing: 0.4.bias",
         "1 unexpected: encoder.strange",

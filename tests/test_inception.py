@@ -80,5 +80,5 @@ def test_weights_that_are_missing_offline_are_asked_for(monkeypatch, tmp_path):
 
 def test_weights_of_another_network_are_refused(tmp_path):
     torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(WeightsError, match=r"other.pth' does not fit"):
+    with pytest.raises(WeightsError, match=r"other.pth' does not match"):
         Inception(tmp_path / "other.pth")

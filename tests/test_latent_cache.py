@@ -97,9 +97,9 @@ def test_pickled_and_in_forked_workers(made):
         (lambda p: (p / shard_name(2)).unlink(), "latents-00002.safetensors cannot be read: No such file"),
         (lambda p: (p / INDEX).write_text((p / INDEX).read_text()[:-30]), "index.json is damaged"),
         (lambda p: (p / INDEX).write_text((p / INDEX).read_text().replace("11", "12")), "index.json is damaged: .*CRC"),
-        (lambda p: (p / INDEX).unlink(), "is no latent cache: it has no index.json.*trainer encode"),
-        (lambda p: ((p / INDEX).unlink(), (p / "progress").mkdir()), "is not complete; run the same"),
-        (lambda p: write_json(p / INDEX, {"format": 2}), "states format 2; this version reads format 1"),
+        (lambda p: (p / INDEX).unlink(), "is not a latent cache: it has no index.json.*trainer encode"),
+        (lambda p: ((p / INDEX).unlink(), (p / "progress").mkdir()), "is incomplete; run the same"),
+        (lambda p: write_json(p / INDEX, {"format": 2}), "has format 2; this version reads format 1"),
     ],
 )
 def test_damage_is_named(made, damage, says):

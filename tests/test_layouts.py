@@ -198,7 +198,7 @@ def test_messages_name_every_key():
     assert "denoiser: 'x.pt'" in text
     assert "59 missing: blocks.{0..29}.a.weight, " in text and "blocks.{0,1,2,4,5" in text
     assert "1 unexpected: blocks.7.c" in text
-    assert "1 of another shape: blocks.3.b: file (3,), expected (2,)" in text
+    assert "1 with a different shape: blocks.3.b: file (3,), expected (2,)" in text
 
 
 def test_compact_loses_no_key():

@@ -345,7 +345,7 @@ def test_under_autocast_the_network_stays_close(name):
     ("options", "words"),
     [
         ({"align_depth": 4}, "denoiser.align_depth = 4: expected 1 to 3"),
-        ({"patch_size": 4}, "denoiser.patch_size = 4 .* side of 6; allowed: 1, 2, 3, 6"),
+        ({"patch_size": 4}, "denoiser.patch_size = 4 .* latent size 6; allowed: 1, 2, 3, 6"),
         ({"heads": 4}, "denoiser.width = 24 with denoiser.heads = 4: .* multiple of 4"),
         ({"label_dropout": 1.0}, "denoiser.label_dropout = 1.0"),
     ],
@@ -360,7 +360,7 @@ def test_bad_options_of_the_head_are_named():
         ditdh(head_width=30)
     with pytest.raises(ValueError, match=r"denoiser\.head_depth = 0"):
         ditdh(head_depth=0)
-    with pytest.raises(ValueError, match="'ditdh' takes square latents; got 4 x 6"):
+    with pytest.raises(ValueError, match="'ditdh' needs square latents; got 4 x 6"):
         DiTDH(LatentShape(3, 4, 6), CLASSES)
 
 

@@ -105,7 +105,7 @@ class Forgetful(nn.Module):
 def test_what_init_weights_forgets_is_named():
     with torch.device("meta"):
         module = Forgetful()
-    with pytest.raises(InitError, match=r"Forgetful.init_weights\(\) leaves uninitialised: scale; it must fill"):
+    with pytest.raises(InitError, match=r"Forgetful.init_weights\(\) leaves uninitialized: scale; it must fill"):
         materialise(module, CPU)
 
 
@@ -114,7 +114,7 @@ def test_meshes():
     assert mesh_shape("hsdp", 8, 4) == (2, 4) and mesh_shape("none", 1, 1) == (1, 1)
     with pytest.raises(ParallelError, match=r"parallel.shard = 3 does not divide 8 ranks; allowed: 1, 2, 4, 8"):
         mesh_shape("hsdp", 8, 3)
-    with pytest.raises(ParallelError, match=r"parallel.strategy = 'none' trains on one process, but there are 8"):
+    with pytest.raises(ParallelError, match=r"parallel.strategy = 'none' needs a single process, but there are 8"):
         mesh_shape("none", 8, 1)
 
 

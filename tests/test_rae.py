@@ -178,7 +178,7 @@ def test_weights_come_back_whole_or_as_a_decoder_alone(tmp_path):
             assert torch.equal(part.state_dict()[key], value)
     assert part.encoder.head.weight.std() < 0.5, "the encoder's are its own"
     with pytest.raises(
-        WeightsError, match=r"rae: .*decoder.safetensors' does not fit the module:\n  38 of another shape"
+        WeightsError, match=r"rae: .*decoder.safetensors' does not match the module:\n  38 with a different shape"
     ):
         made(checkpoint=str(tmp_path / "decoder.safetensors"), width=32).load_weights()
 

@@ -39,7 +39,7 @@ def test_probabilities_that_underflow_do_not_break_the_inception_score():
     ours = InceptionScore()
     ours.update(torch.eye(4).repeat(5, 1) * 1e4)
     assert ours.value() == pytest.approx(4.0)  # four classes, each predicted with certainty
-    with pytest.raises(EvaluationError, match="no images"):
+    with pytest.raises(EvaluationError, match="at least one image"):
         InceptionScore().value()
 
 

@@ -120,7 +120,7 @@ def test_tokenizer_from_diffusers_folders(trained, tmp_path):
     with pytest.raises(WeightsError, match=r"attention_levels = \[2\]\n  mid_attention = true"):
         assert_loads(whole, trained, attention_levels=[], mid_attention=False)
     (whole / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(WeightsError, match=r"holds none of diffusion_pytorch_model.safetensors"):
+    with pytest.raises(WeightsError, match=r"contains none of diffusion_pytorch_model.safetensors"):
         assert_loads(whole, trained)
     (tmp_path / "empty").mkdir()
     with pytest.raises(WeightsError, match=r"neither tokenizer.safetensors .* nor config.json"):
@@ -166,7 +166,7 @@ def test_every_misfit_is_named(trained, tmp_path):
         assert_loads(tmp_path / "x.pt", trained)
     text = str(error.value)
     assert f"{len(removed)} missing" in text and "1 unexpected: quant_conv.extra" in text
-    assert "1 of another shape: quant_conv.weight: file (2, 2, 1, 1), expected (8, 8, 1, 1)" in text
+    assert "1 with a different shape: quant_conv.weight: file (2, 2, 1, 1), expected (8, 8, 1, 1)" in text
 
 
 class Malicious:
@@ -225,7 +225,7 @@ def test_damaged_and_absent_files(tmp_path):
     for name, words in (
         ("x.pt", "cannot be read"),
         ("x.safetensors", "cannot be read"),
-        ("list.pt", "holds a list"),
+        ("list.pt", "contains a list"),
         ("none.pt", "no named tensors"),
         ("nowhere.pt", "does not exist"),
         (".", "is a folder"),
@@ -236,7 +236,7 @@ def test_damaged_and_absent_files(tmp_path):
 
 
 def test_hub_paths(trained, tmp_path, monkeypatch):
-    """hf://organisation/name/file[@revision] downloads that file of that revision, including from subfolders."""
+    """hf://organization/name/file[@revision] downloads that file of that revision, including from subfolders."""
     asked = []
     torch.save(trained.state_dict(), tmp_path / "vae.pt")
 
@@ -252,7 +252,7 @@ def test_hub_paths(trained, tmp_path, monkeypatch):
         ("REPA-E/sit", "checkpoints/0400000.pt", "v1.0"),
     ]
     for wrong in ("hf://REPA-E", "hf://REPA-E/sit", "hf://REPA-E/sit/", "hf://a/b/c@"):
-        with pytest.raises(WeightsError, match=r"hf://organisation/name/file\[@revision\]"):
+        with pytest.raises(WeightsError, match=r"hf://organization/name/file\[@revision\]"):
             assert_loads(wrong, trained)
 
 
@@ -263,7 +263,7 @@ def test_hub_path_without_network_says_both_ways(tmp_path, monkeypatch):
         read_state("hf://REPA-E/e2e-vavae/e2e-vavae-400k.pt@main", "[tokenizer] autoencoder_kl")
     text = str(error.value)
     assert "[tokenizer] autoencoder_kl" in text and "REPA-E/e2e-vavae" in text
-    assert "HF_HOME" in text and "in place of 'hf://REPA-E/e2e-vavae/e2e-vavae-400k.pt@main'" in text
+    assert "HF_HOME" in text and "replace 'hf://REPA-E/e2e-vavae/e2e-vavae-400k.pt@main'" in text
 
 
 def test_hub_paths_pass_the_config_untouched(tmp_path):

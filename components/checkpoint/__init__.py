@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, on torch.distributed.checkpoint (DCP)."""
+"""Atomic checkpoints built on torch.distributed.checkpoint (DCP)."""
 
 from components.checkpoint.folder import CheckpointError
 from components.checkpoint.manager import CheckpointManager

@@ -1,8 +1,8 @@
-"""Checkpoints that are complete or absent, on torch.distributed.checkpoint (DCP).
+"""Atomic checkpoints built on torch.distributed.checkpoint (DCP): a checkpoint is either complete or absent.
 
-A checkpoint is a folder ``step_00000100`` with the tensors (DCP's files: every rank writes its shards, any number
-of ranks reads them), ``meta.json`` (the tree of the state and its plain Python values) and ``manifest.json`` (size
-and CRC-32 of every file). It is written as ``step_00000100.partial`` and renamed when everything is on the disk.
+A checkpoint is a folder ``step_00000100`` with the tensors (DCP files: each rank writes its shards, any number of
+ranks can read them), ``meta.json`` (the state's structure and its plain Python values) and ``manifest.json`` (size
+and CRC-32 of every file). It is written as ``step_00000100.partial`` and renamed once everything is on disk.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointManager:
-    """The checkpoints of one run, in one folder.
+    """Saves, finds and loads the checkpoints of one run.
 
-    With a process group, every method is collective: all of its ranks call it, in the same order. Only ``pending``
-    and ``done`` are answered by each rank alone.
+    With a process group, every method is collective: all ranks must call it, in the same order. Only ``pending`` and
+    ``done`` are local.
 
     Args:
-        folder: where the checkpoints lie, shared by all ranks; made by the first save.
-        keep: how many of the newest stay after a save; 0 keeps all.
-        keep_every: steps; checkpoints of its multiples stay for ever, besides the newest. 0: none.
-        group: the ranks that save and load together; None is the default group, or this process alone.
+        folder: directory of the checkpoints, shared by all ranks; created by the first save.
+        keep: number of newest checkpoints to keep after a save; 0 keeps all.
+        keep_every: additionally keep checkpoints whose step is a multiple of this, forever; 0 disables it.
+        group: ranks that save and load together; None: the default group, or a single process.
     """
 
     def __init__(
@@ -54,26 +54,26 @@ class CheckpointManager:
     ) -> None:
         self._folder = CheckpointFolder(Path(folder), keep, keep_every)
         self.group = group
-        self._sound: set[Path] = set()  # what this process has verified or written
+        self._sound: set[Path] = set()  # checkpoints that this process has verified or written
         self._pending: Future[Path] | None = None
         self._background: Ranks | None = None
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Writes ``state`` as the checkpoint of ``step``, then removes those that are not to be kept.
+        """Write ``state`` as the checkpoint of ``step``, then remove old checkpoints as ``keep`` says.
 
         Args:
             step: optimizer steps taken; an existing checkpoint of that step is replaced.
-            state: nested dicts, lists and tuples of tensors (DTensors too) and plain values (None, bool, int,
-                float, str), or objects with ``state_dict`` and ``load_state_dict``. The same keys on every rank;
-                of plain values rank 0's are kept, of a tensor that is no DTensor any one rank's.
+            state: nested dicts, lists and tuples of tensors (including DTensors) and plain values (None, bool, int,
+                float, str), or objects with ``state_dict`` and ``load_state_dict``. Keys must be the same on every
+                rank; plain values are saved from rank 0, tensors other than DTensors from any one rank.
 
         Returns:
             The checkpoint's folder.
 
         Raises:
-            CheckpointError: it could not be written, or a :meth:`save_async` before it, in which case this one was
-                not tried (:meth:`wait` first, to tell them apart). Earlier checkpoints are whole.
-            TypeError: the state holds a value of another type.
+            CheckpointError: the checkpoint could not be written, or a previous :meth:`save_async` failed, in which case
+                this save was not attempted (call :meth:`wait` first to distinguish). Earlier checkpoints are intact.
+            TypeError: the state contains a value of another type.
         """
         self.wait()
         ranks = Ranks(self.group)
@@ -81,16 +81,16 @@ class CheckpointManager:
         return self._write(step, meta, tensors, ranks)
 
     def save_async(self, step: int, state: Mapping[str, Any]) -> None:
-        """:meth:`save` in the background: returns when the state is copied, so that all of it may be changed.
+        """Save in the background; return once the state is copied and may be modified.
 
-        The copies take the memory of the host, on each rank as much as it writes, until the save is done. Nothing
-        counts before everything is on the disk; :meth:`wait` tells how it ended. An interpreter that exits waits
-        for a pending save; a process group that is destroyed before :meth:`wait` makes it fail.
+        The copies occupy host memory until the save ends: on each rank as much as the rank writes. The checkpoint
+        counts only when everything is on disk; :meth:`wait` reports the outcome. The interpreter waits for a pending
+        save before it exits; destroying the process group before :meth:`wait` makes the save fail.
 
         Raises:
-            CheckpointError: there is no room for it, the folder cannot be written, or a :meth:`save_async` before
-                it failed, in which case this one was not tried.
-            TypeError: the state holds a value of another type.
+            CheckpointError: there is not enough space, the folder is not writable, or a previous :meth:`save_async`
+                failed, in which case this save was not attempted.
+            TypeError: the state contains a value of another type.
         """
         self.wait()
         if self._background is None:
@@ -99,20 +99,20 @@ class CheckpointManager:
         meta, tensors = self._begin(step, state, ranks)
         with self._failing(step, ranks):
             copies = ranks.each(lambda: stage(tensors))
-        # One thread that does what `save` does, rather than dcp.async_save: that copies no tensors of the CPU in 2.11,
-        # and its future ends before checksums, manifest and rename, which would need a second thread to await it.
+        # One thread that runs what `save` runs, not dcp.async_save: in torch 2.11 that does not copy CPU tensors, and
+        # checksums, manifest and rename would need a second thread to wait for its future.
         pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = pool.submit(self._write, step, meta, copies, ranks, staged=True)
         pool.shutdown(wait=False)
 
     def wait(self) -> Path | None:
-        """Waits for the pending save, if there is one, and forgets it.
+        """Wait for the pending save, if any, and clear it.
 
         Returns:
             The checkpoint's folder; None if nothing was pending.
 
         Raises:
-            CheckpointError: it could not be written (on all ranks alike); earlier checkpoints are whole.
+            CheckpointError: it could not be written (raised on all ranks); earlier checkpoints are intact.
         """
         self._join()
         pending, self._pending = self._pending, None
@@ -120,28 +120,28 @@ class CheckpointManager:
 
     @property
     def pending(self) -> bool:
-        """Whether a :meth:`save_async` awaits its :meth:`wait`. Not collective; the same on all ranks."""
+        """Whether a :meth:`save_async` has not been waited for. Not collective; the same on all ranks."""
         return self._pending is not None
 
     def done(self) -> bool:
-        """Whether :meth:`wait` would return at once on this rank.
+        """Whether :meth:`wait` would return immediately on this rank.
 
-        Not collective, and ranks may differ for a moment: reduce it over the ranks before acting on it.
+        Not collective, and ranks may briefly differ: reduce it over the ranks before acting on it.
         """
         return self._pending is None or self._pending.done()
 
     def latest(self) -> Path | None:
-        """The newest sound checkpoint, or None; see :meth:`candidates`."""
+        """The newest valid checkpoint, or None; see :meth:`candidates`."""
         return next(self.candidates(), None)
 
     def candidates(self, up_to: int | None = None) -> Iterator[Path]:
-        """Sound checkpoints, newest first, each read through and compared with its manifest when its turn comes.
+        """Yield valid checkpoints, newest first; each is read in full and compared with its manifest when reached.
 
         Args:
-            up_to: leave out those of later steps.
+            up_to: ignore checkpoints of later steps.
 
-        A damaged or unfinished one is skipped with a warning that names the file and what is wrong with it. A
-        pending save is awaited first; if it failed, that is left for :meth:`wait` to tell.
+        A damaged or unfinished checkpoint is skipped with a warning that names the file and the problem. Waits for a
+        pending save first; if that failed, :meth:`wait` will raise its error.
         """
         self._join()
         ranks = Ranks(self.group)
@@ -150,41 +150,41 @@ class CheckpointManager:
             if problem is None:
                 yield path
             elif ranks.rank == 0:
-                logger.warning("checkpoint %s is skipped: %s", path, problem)
+                logger.warning("skipping checkpoint %s: %s", path, problem)
 
     def discard(self, beyond: int) -> None:
-        """Removes the checkpoints of steps later than ``beyond``: nobody is to go on from them."""
+        """Remove the checkpoints of steps later than ``beyond``, so that no run resumes from them."""
         self._join()
         Ranks(self.group).first(lambda: self._folder.discard(beyond))
 
     def load(self, step_or_path: int | str | Path, template: Mapping[str, Any]) -> dict[str, Any]:
-        """Reads a checkpoint into ``template``: tensors in place, plain values into the returned state.
+        """Load a checkpoint into ``template``: tensors in place, plain values into the returned state.
 
-        A top-level key that the template lacks is not read; below that level the template must match exactly. A
-        pending save is awaited first; if it failed, that is left for :meth:`wait` to tell.
+        Top-level keys that the template lacks are not read; below that level keys must match exactly. Waits for a
+        pending save first; if that failed, :meth:`wait` will raise its error.
 
         Args:
-            step_or_path: a step of this folder, or the path of any checkpoint.
-            template: as given to :meth:`save`, with tensors of the same shapes and dtypes (any sharding).
+            step_or_path: a step in this folder, or the path of any checkpoint.
+            template: as passed to :meth:`save`, with tensors of the same shapes and dtypes (any sharding).
 
         Returns:
-            The state: the template's own tensors, the checkpoint's plain values. Objects with ``load_state_dict``
-            have received theirs.
+            The state: the template's tensors and the checkpoint's plain values. Objects with ``load_state_dict``
+            have loaded their part.
 
         Raises:
-            CheckpointError: no such checkpoint; damaged; keys, shapes or dtypes do not match (the first eight of
-                each kind are named).
+            CheckpointError: the checkpoint is missing or damaged, or keys, shapes or dtypes do not match (the message
+                lists the first eight of each kind).
         """
         path, meta, ranks = self._open(step_or_path)
         state, tensors, problems = state_tree.match(_state_dicts(template), meta)
         if problems:
             raise CheckpointError(
-                f"checkpoint {path} does not fit this run:\n"
+                f"checkpoint {path} does not match this run:\n"
                 + "\n".join(
                     f"  {len(keys)} {title}: {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}"
                     for title, keys in problems.items()
                 )
-                + "\nResume with the configuration that wrote it, or start a new run in another folder."
+                + "\nResume with the config that wrote it, or start a new run in another folder."
             )
         self._fill(path, tensors, ranks)
         for key, value in template.items():
@@ -193,17 +193,17 @@ class CheckpointManager:
         return state
 
     def read(self, step_or_path: int | str | Path, paths: Sequence[str]) -> dict[str, Any]:
-        """Parts of a checkpoint, without a template: each rank gets all of them, whole, in the host's memory.
+        """Read parts of a checkpoint without a template; every rank gets full, unsharded tensors in host memory.
 
         Args:
             step_or_path: as for :meth:`load`.
-            paths: dotted, as "config" or "modules.tokenizer".
+            paths: dotted paths, such as "config" or "modules.tokenizer".
 
         Returns:
-            By path; a path that the checkpoint lacks is left out.
+            The parts by path; paths that the checkpoint lacks are omitted.
 
         Raises:
-            CheckpointError: no such checkpoint, or it is damaged.
+            CheckpointError: the checkpoint is missing or damaged.
         """
         path, meta, ranks = self._open(step_or_path)
         parts = {name: found for name in paths if (found := state_tree.part(meta, name)) is not None}
@@ -211,7 +211,7 @@ class CheckpointManager:
         return {name: value for name, (value, _) in parts.items()}
 
     def _open(self, step_or_path: int | str | Path) -> tuple[Path, dict[str, Any], Ranks]:
-        """A sound checkpoint's path and its encoded state."""
+        """Verify a checkpoint; return its path and its encoded state."""
         self._join()
         ranks = Ranks(self.group)
         path = self._folder.final(step_or_path) if isinstance(step_or_path, int) else Path(step_or_path)
@@ -222,7 +222,7 @@ class CheckpointManager:
         return path, ranks.first(lambda: json.loads((path / META).read_text())), ranks
 
     def _fill(self, path: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
-        """Reads the tensors of a checkpoint, each with its name there, in place."""
+        """Load the checkpoint's tensors of these names in place."""
         if not tensors:
             return
         try:
@@ -231,13 +231,13 @@ class CheckpointManager:
             written = ranks.first(lambda: manifest.read(path)["torch"])
             raise CheckpointError(
                 f"checkpoint {path}, written by torch {written}, cannot be read by torch {torch.__version__}: "
-                f"{reason(error)}. A checkpoint needs the version of torch that wrote it, or a newer one."
+                f"{reason(error)}. Reading it requires the torch version that wrote it, or a newer one."
             ) from error
 
     def _verify(self, path: Path, ranks: Ranks) -> str | None:
-        """What is wrong with a checkpoint, or None; the same answer on every rank."""
+        """Return what is wrong with a checkpoint, or None; the same on every rank."""
         if path in self._sound:
-            # Retention or a user may have removed it since.
+            # It may have been removed since, by `retire` or by a user.
             return ranks.first(lambda: manifest.problem(path))
         problem = ranks.first(lambda: manifest.problem(path))
         if problem is not None:
@@ -256,7 +256,7 @@ class CheckpointManager:
             concurrent.futures.wait([self._pending])
 
     def _begin(self, step: int, state: Mapping[str, Any], ranks: Ranks) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Makes room and the folder to write into; gives the tree of the state, and the tensors this rank writes."""
+        """Create the partial folder; return the encoded state and the tensors that this rank writes."""
         meta, tensors = state_tree.encode(_state_dicts(state))
         tensors = share(tensors, ranks)
         with self._failing(step, ranks):
@@ -267,10 +267,10 @@ class CheckpointManager:
     def _write(
         self, step: int, meta: dict[str, Any], tensors: dict[str, Tensor], ranks: Ranks, *, staged: bool = False
     ) -> Path:
-        """Fills the begun folder and makes it a checkpoint. ``staged``: the tensors are :func:`stage`'s copies."""
+        """Write the files and commit the checkpoint. ``staged``: the tensors are copies made by :func:`stage`."""
         final, partial = self._folder.final(step), self._folder.partial(step)
         with self._failing(step, ranks):
-            # 0: DCP's copying from the GPU would use GPU 0 in a new thread, whichever GPU this rank has.
+            # 0: otherwise DCP's copies in a new thread would use GPU 0, whichever GPU this rank has.
             writer = Writer(partial, **({"per_thread_copy_ahead": 0} if staged else {}))
             call_dcp(dcp.save, tensors, ranks, storage_writer=writer)
             ranks.first(lambda: (partial / META).write_text(json.dumps(meta)))
@@ -282,15 +282,15 @@ class CheckpointManager:
 
     @contextmanager
     def _failing(self, step: int, ranks: Ranks) -> Iterator[None]:
-        """Turns what goes wrong inside into a CheckpointError, and removes the half-written folder."""
+        """Context manager that turns any error into a CheckpointError and removes the partial folder."""
         try:
             yield
         except (Exception, CheckpointException) as error:
             if ranks.rank == 0:
                 shutil.rmtree(self._folder.partial(step), ignore_errors=True)
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self._folder.path}: {reason(error)}. Nothing "
-                "of it was kept; earlier checkpoints are untouched. Make room, or choose a folder that can be written."
+                f"the checkpoint of step {step} could not be written to {self._folder.path}: {reason(error)}. Its "
+                "partial files were removed; earlier checkpoints are intact. Free disk space or choose another folder."
             ) from error
 
 
@@ -299,13 +299,13 @@ def _state_dicts(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checksums(folder: Path, names: list[str], ranks: Ranks, sync: bool = False) -> dict[str, Any]:
-    """By name: {"size": bytes, "crc32": hex}, or the error as text. The ranks share the files among them."""
+    """{"size": bytes, "crc32": hex} or an error message by file name. Collective: the ranks divide the files."""
     mine = names[ranks.rank :: ranks.size]
 
     def checksum(name: str) -> dict[str, Any] | str:
         return manifest.checksum(folder / name, sync)
 
-    if sync:  # after a save each rank has about one file; and an interpreter that exits starts no threads any more
+    if sync:  # no pool: each rank has about one file after a save, and an exiting interpreter cannot start threads
         found = {name: checksum(name) for name in mine}
     else:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

@@ -1,4 +1,4 @@
-"""The state of modules and optimizers as a checkpoint holds it: by the names of the bare module, sharded or not."""
+"""State dicts of modules and optimizers for checkpoints, keyed by the names of the unwrapped module."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.distributed.checkpoint.state_dict import (
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:
-    """Parameters and persistent buffers by their names in the bare module, whatever wraps or shards it."""
-    return get_model_state_dict(module) if module.state_dict() else {}  # which PyTorch's own refuses
+    """Parameters and persistent buffers by their names in the unwrapped module, sharded or not."""
+    return get_model_state_dict(module) if module.state_dict() else {}  # PyTorch raises for an empty state dict
 
 
 def load_module_state(module: nn.Module, state: dict[str, Any]) -> None:
-    """Puts a loaded :func:`module_state` into the module."""
+    """Load the result of :func:`module_state`."""
     if state:
         set_model_state_dict(module, state)
 
@@ -30,23 +30,23 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """State and options of an optimizer over parameters of ``module``, keyed by the parameters' names.
+    """State and hyperparameters of an optimizer over parameters of ``module``, keyed by parameter name.
 
-    A parameter that has not been stepped yet receives the state of its first step now (zeros, step 0), so that
-    what is saved and what it is loaded into have the same keys; no weight changes.
+    Initializes the state of parameters that have not been stepped (zeros, step 0), so that saved and loaded states
+    have the same keys; weights do not change.
     """
     _initialise(optimizer)
     return get_optimizer_state_dict(module, optimizer, options=_FLAT)
 
 
 def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Puts a loaded :func:`optimizer_state` into the optimizer, its options (lr, betas, ...) included."""
+    """Load the result of :func:`optimizer_state`, including hyperparameters (lr, betas, ...)."""
     _initialise(optimizer)
     set_optimizer_state_dict(module, optimizer, state, options=_FLAT)
 
 
 def _initialise(optimizer: torch.optim.Optimizer) -> None:
-    # DCP's own initialisation leaves Adam's step counter at 1 and skips optimizers of which one parameter has state.
+    # DCP's own initialization leaves Adam's step counter at 1 and skips optimizers if any parameter has state.
     params = [p for group in optimizer.param_groups for p in group["params"]]
     fresh = [p for p in params if p.requires_grad and not optimizer.state.get(p)]
     if not fresh:

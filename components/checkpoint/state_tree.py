@@ -1,7 +1,7 @@
-"""A nested state as JSON beside a flat dict of tensors, and back into a template.
+"""Encodes a nested state as JSON plus a flat dict of tensors, and decodes it into a template.
 
-The JSON mirrors the state. What JSON lacks (tensors, tuples, keys other than strings) is written as an object with
-one key: ``{"$tensor": [dtype, shape]}``, ``{"$tuple": [...]}``, ``{"$dict": [[key, value], ...]}``.
+The JSON mirrors the state. Types that JSON lacks (tensors, tuples, dicts with non-string keys) are written as an
+object with one key: ``{"$tensor": [dtype, shape]}``, ``{"$tuple": [...]}``, ``{"$dict": [[key, value], ...]}``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ TENSOR, TUPLE, DICT = "$tensor", "$tuple", "$dict"
 
 
 def encode(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Dicts, lists and tuples of tensors and plain values -> what JSON can hold, and the tensors by dotted path.
+    """Split dicts, lists and tuples of tensors and plain values into JSON and the tensors by dotted path.
 
     Raises:
-        TypeError: a value is neither a tensor nor None, bool, int, float or str (no subclass: it would come back
-            as another type).
+        TypeError: a value is neither a tensor nor None, bool, int, float or str. Subclasses are rejected because they
+            would be restored as another type.
         ValueError: two tensors have the same path.
     """
     tensors: dict[str, Tensor] = {}
@@ -29,7 +29,7 @@ def encode(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]
     def walk(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
             if path in tensors:
-                raise ValueError(f"two tensors of the state are both called '{path}'; rename one")
+                raise ValueError(f"two tensors of the state are both named '{path}'; rename one")
             tensors[path] = value
             return {TENSOR: _facts(value)}
         if isinstance(value, Mapping):
@@ -43,8 +43,8 @@ def encode(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]
         if value is None or type(value) in (bool, int, float, str):
             return value
         raise TypeError(
-            f"'{path}' of the state is a {type(value).__name__}, which a checkpoint does not hold; give a tensor, or "
-            "None, bool, int, float, str, or dicts, lists and tuples of them"
+            f"'{path}' of the state is a {type(value).__name__}, which checkpoints do not support; use a tensor, None, "
+            "bool, int, float, str, or dicts, lists and tuples of them"
         )
 
     return walk(state, ""), tensors
@@ -53,13 +53,13 @@ def encode(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]
 def match(
     template: Mapping[str, Any], saved: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, list[str]]]:
-    """Compares a template with an encoded state, of which top-level keys that the template lacks are ignored.
+    """Match an encoded state to a template; ignore top-level keys that the template lacks.
 
-    Where neither side holds a tensor, the saved value is taken as it is; elsewhere the keys must be the same.
+    Subtrees without tensors on either side are taken from the saved state; elsewhere the keys must be the same.
 
     Returns:
-        The state (the template's tensors, the saved plain values), the template's tensors by path, and what does
-        not match: the paths under a title each.
+        The state (the template's tensors, the saved plain values), the template's tensors by path, and mismatches:
+        lists of paths by kind of problem.
     """
     tensors: dict[str, Tensor] = {}
     problems: dict[str, list[str]] = defaultdict(list)
@@ -70,7 +70,7 @@ def match(
             if facts is None:
                 problems["a plain value in the checkpoint, a tensor here"].append(path)
             elif facts != _facts(template):
-                problems["of another shape or dtype"].append(
+                problems["with a different shape or dtype"].append(
                     f"{path}: checkpoint {_show(facts)}, here {_show(_facts(template))}"
                 )
             tensors[path] = template
@@ -79,7 +79,7 @@ def match(
             return _decode(saved)
         ours, theirs = _children(template), _saved_children(saved)
         if theirs is None or ours is None:
-            problems["of another kind"].append(path)
+            problems["of a different type"].append(path)
             return template
         problems["missing in the checkpoint"] += [_join(path, key) for key in ours if key not in theirs]
         if path:
@@ -98,10 +98,10 @@ def match(
 
 
 def part(saved: dict[str, Any], path: str) -> tuple[Any, dict[str, Tensor]] | None:
-    """What an encoded state holds under a dotted path of plain keys, with new tensors in the host's memory.
+    """Decode the subtree of an encoded state at a dotted path, with new tensors in host memory.
 
     Returns:
-        The state below ``path`` and its tensors, still without values, by their whole paths; None if there is none.
+        The state below ``path`` and its uninitialized tensors by their full paths; None if the path does not exist.
     """
     for key in path.split("."):
         children = _saved_children(saved)

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint on their way to the disk: which rank writes which, copies to write from, the writer."""
+"""Writing a checkpoint's tensors: assigning them to ranks, staging copies on the host, and the DCP writer."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.distributed.tensor import DTensor
 
 from components.distributed.ranks import Ranks
 
-# On the disk beside the values of one tensor or shard (headers, its names in the lists): about 2 KB.
+# Bound on the disk space of a tensor or shard besides its values: headers and index entries take about 2 KB.
 OVERHEAD_BYTES = 4096
 
 
 def share(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The tensors of which this rank writes its part, so that of all replicas one is written.
+    """Select the tensors that this rank writes, so that exactly one replica of each is written.
 
-    DCP removes replicas too, but only when every rank has copied everything: with replicated parameters, eight
-    processes of one machine would hold eight copies in its memory.
+    DCP deduplicates replicas too, but only after every rank has staged everything: with replicated parameters, eight
+    processes would hold eight copies in their machine's memory.
     """
 
     def mine(tensor: Tensor, turn: int) -> bool:
@@ -37,27 +37,26 @@ def share(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
                 replica, replicas = replica * size + place, replicas * size
         return turn % replicas == replica
 
-    # By size, so that turns are fair. The same order everywhere: a DTensor's numel is that of the whole.
+    # By size, to balance the ranks. The order is the same on all ranks: a DTensor's numel is that of the full tensor.
     names = sorted(tensors, key=lambda name: (-tensors[name].numel(), name))
     chosen = {name for turn, name in enumerate(names) if mine(tensors[name], turn)}
     return {name: tensor for name, tensor in tensors.items() if name in chosen}
 
 
 def disk_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Upper bound of what this rank's parts of the tensors take on the disk."""
+    """Upper bound on the disk space of this rank's parts of the tensors, in bytes."""
     return sum(_local(tensor).nbytes + OVERHEAD_BYTES for tensor in tensors.values())
 
 
 @torch.no_grad()
 def stage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in the memory of the host, complete when this returns.
+    """Copy tensors to host memory, synchronously; a DTensor becomes a DTensor with a copy of this rank's shard.
 
-    Not pinned: PyTorch rounds pinned memory up to powers of two and never returns it (15.1 GiB for the 11.1 GiB of a
-    SiT-XL REPA-E run), for a copy that is a second faster, once in thousands of steps.
+    Not pinned: PyTorch rounds pinned memory up to powers of two and never frees it (15.1 GiB for the 11.1 GiB of a
+    SiT-XL REPA-E run), and the copy would be only a second faster, once in thousands of steps.
 
-    A DTensor's copy is a DTensor with the copy of this rank's shard. Each copy has a storage of its own size: DCP
-    clones others when it writes them, and a parallel copy in its thread would start a second team of OpenMP threads,
-    whose spinning slows a training on CPUs by a third.
+    Each copy has a storage of exactly its own size. DCP would clone any other when writing it, and a parallel clone in
+    the writer's thread would start a second OpenMP thread pool, whose spinning slows training on CPUs by a third.
     """
     copies = {name: torch.empty_like(tensor, device="cpu", requires_grad=False) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
@@ -66,7 +65,7 @@ def stage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Writer(dcp.FileSystemWriter):
-    """Shows the system's error: torch.save turns a full disk into a RuntimeError about file positions."""
+    """Raises the underlying OSError: torch.save reports a full disk as a RuntimeError about file positions."""
 
     def write_data(self, plan, planner):
         try:
@@ -79,15 +78,15 @@ class Writer(dcp.FileSystemWriter):
 
 
 def call_dcp(call: Callable, tensors: dict[str, Tensor], ranks: Ranks, **storage: Any) -> None:
-    """``dcp.save`` or ``dcp.load`` among these ranks."""
-    # Not in catch_warnings, which would put back other threads' filters.
+    """Call ``dcp.save`` or ``dcp.load`` on these ranks."""
+    # Not in catch_warnings, which would reset filters set by other threads.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     call(tensors, process_group=ranks.group, no_dist=not ranks.distributed, **storage)
 
 
 def reason(error: BaseException) -> str:
-    """One line for users. A KeyboardInterrupt or SystemExit, which DCP wraps, is raised again."""
-    if isinstance(error, CheckpointException):  # a BaseException: `except Exception` does not see it
+    """One-line description of an error for users. Re-raises a KeyboardInterrupt or SystemExit wrapped by DCP."""
+    if isinstance(error, CheckpointException):  # a BaseException, so `except Exception` does not catch it
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, KeyboardInterrupt | SystemExit):
         raise error

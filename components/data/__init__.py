@@ -1,1 +1,1 @@
-"""From a dataset to micro-batches on the device."""
+"""Data loading: from datasets to micro-batches on the device."""

@@ -1,9 +1,9 @@
-"""From a dataset to micro-batches on the host: a pure data order, worker processes, unreadable files.
+"""Data loading on the host: deterministic order, worker processes, handling of unreadable files.
 
-Training reads an endless stream of positions p = 0, 1, 2, ...; position p is place p mod n of the permutation of
-epoch p // n. Step k takes [k * B, (k + 1) * B) for the global batch size B, and within it micro-batch i of rank r
-takes [0, b) + k * B + (i * world + r) * b, where b = B / (world * accumulation). So the number of ranks and of
-micro-batches only cuts the same global batches differently, and the whole state is how many samples were consumed.
+Training reads an endless stream of positions p = 0, 1, 2, ...; position p is entry p mod n of the permutation of
+epoch p // n. Step k takes positions [k * B, (k + 1) * B), where B is the global batch size. Micro-batch i of rank r
+takes the b = B / (world * accumulation) positions from k * B + (i * world + r) * b on. So the numbers of ranks and
+micro-batches only divide the same global batches differently, and the only state is the number of samples consumed.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ logger = logging.getLogger(__name__)
 
 
 class DataError(Exception):
-    """The data cannot be used: missing, empty, too much of it unreadable, or not as promised."""
+    """The data is missing, empty, invalid, or too much of it is unreadable."""
 
 
 class GlobalOrder:
-    """Which sample stands at which position of the endless stream: a pure function of (seed, position).
+    """Maps positions of the endless stream to samples: a pure function of (seed, position).
 
     Args:
-        size: samples n of the dataset, at least 1.
-        seed: of the run.
-        shuffle: permute every epoch anew; else the dataset's own order.
+        size: number of samples n in the dataset, at least 1.
+        seed: seed of the run.
+        shuffle: use a new permutation in every epoch; otherwise the dataset's own order.
     """
 
     def __init__(self, size: int, seed: int, shuffle: bool = True) -> None:
@@ -52,13 +52,13 @@ class GlobalOrder:
         self._permutations: dict[int, Tensor] = {}
 
     def at(self, position: int) -> tuple[int, int]:
-        """Position >= 0 -> (epoch, index into the dataset)."""
+        """Return (epoch, index into the dataset) of a stream position >= 0."""
         epoch, place = divmod(position, self.size)
         return epoch, int(self._permutation(epoch)[place]) if self.shuffle else place
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch not in self._permutations:
-            # Two are kept: a batch may span the boundary of two epochs. 10 MB each for ImageNet.
+            # Keep two, because a batch may span two epochs. 10 MB each for ImageNet.
             for old in sorted(self._permutations)[:-1]:
                 del self._permutations[old]
             self._permutations[epoch] = torch.randperm(self.size, generator=generator(self.seed, epoch, "order"))
@@ -66,18 +66,18 @@ class GlobalOrder:
 
 
 class MicroBatches:
-    """The micro-batches of one rank, in order and without end: a batch sampler of lists of (epoch, index).
+    """Endless batch sampler of one rank's micro-batches, as lists of (epoch, index).
 
     Args:
-        order: of the samples.
-        batch_size: B, images of a step over all ranks and micro-batches.
-        rank: this process's place among the data-parallel ranks.
+        order: order of the samples.
+        batch_size: global batch size B: images per step over all ranks and micro-batches.
+        rank: index of this process among the data-parallel ranks.
         world: number of data-parallel ranks.
         accumulation: micro-batches per step and rank.
-        consumed: samples that earlier steps took, over all ranks: where the stream is entered.
+        consumed: number of samples that earlier steps consumed over all ranks; the stream starts there.
 
     Raises:
-        DataError: B cannot be divided.
+        DataError: B is not a multiple of ``world * accumulation``.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class MicroBatches:
         self.size = batch_size // (world * accumulation)
 
     def positions(self) -> Iterator[int]:
-        """The position in the stream of each micro-batch's first sample; the others follow it."""
+        """Stream position of each micro-batch's first sample; the others follow consecutively."""
         for step in itertools.count(self.consumed, self.batch_size):
             for i in range(self.accumulation):
                 yield step + (i * self.world + self.rank) * self.size
@@ -115,12 +115,12 @@ class MicroBatches:
 
 
 class TrainingView:
-    """A dataset indexed by (epoch, index), whose images are mirrored by a coin that (seed, epoch, index) decides.
+    """View of a dataset indexed by (epoch, index), with random horizontal flips determined by (seed, epoch, index).
 
     Args:
         dataset: see :class:`components.contracts.Dataset`.
-        seed: of the run.
-        flip: False: never mirror, whatever the dataset allows.
+        seed: seed of the run.
+        flip: False disables flips even if the dataset allows them.
     """
 
     def __init__(self, dataset: Dataset, seed: int, flip: bool = True) -> None:
@@ -132,7 +132,7 @@ class TrainingView:
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """Raises :class:`DataError` if the dataset breaks its contract."""
+        """The sample, flipped with probability 0.5; raises :class:`DataError` if it violates the dataset contract."""
         epoch, index = key
         flip = self.flip and bool(torch.rand((), generator=generator(self.seed, epoch, index, "flip")) < 0.5)
         holds_copies = hasattr(self.dataset, "mirrored")
@@ -154,7 +154,7 @@ class TrainingView:
 
 
 class Loaded(NamedTuple):
-    """A micro-batch on the host: ``images`` uint8 (b, 3, R, R), ``labels`` int64 (b,), paths of unreadable files."""
+    """Micro-batch on the host: ``images`` uint8 (b, 3, R, R), ``labels`` int64 (b,), paths of ``unreadable`` files."""
 
     images: Tensor | None
     labels: Tensor
@@ -163,7 +163,7 @@ class Loaded(NamedTuple):
 
 
 def collate(samples: Sequence[Sample]) -> Loaded:
-    """Stacks samples, which must be alike."""
+    """Stack samples; all must have the same fields and shapes."""
     first, cached = samples[0], None
     if first.cached is not None:
         rows = [s.cached for s in samples]
@@ -193,24 +193,24 @@ def make_loader(
     flip: bool = True,
     start_method: str | None = None,
 ) -> StatefulDataLoader:
-    """An endless loader of :class:`Loaded` micro-batches of one rank; ``batch_sampler`` is a :class:`MicroBatches`.
+    """Endless loader of one rank's :class:`Loaded` micro-batches; its ``batch_sampler`` is a :class:`MicroBatches`.
 
-    It has no state to save: to resume, pass what was consumed. Read it through
+    It has no state to save: to resume, pass ``consumed``. Iterate over it through
     :class:`components.data.prefetch.Prefetcher`.
 
     Args:
-        dataset: at least one image; picklable unless ``start_method`` is "fork".
-        seed: of the run; decides order and mirroring.
+        dataset: not empty; picklable unless ``start_method`` is "fork".
+        seed: seed of the run; determines order and flips.
         batch_size, rank, world, accumulation, consumed: see :class:`MicroBatches`.
-        workers: processes that load; 0 loads in the calling thread.
-        prefetch: micro-batches that each worker holds ready.
-        pin_memory: page-locked host memory, for asynchronous copies to a GPU.
-        shuffle: False: the dataset's own order.
-        flip: False: never mirror.
-        start_method: of the workers: "fork", "forkserver", "spawn"; None: the platform's.
+        workers: number of worker processes; 0 loads in the calling thread.
+        prefetch: micro-batches prefetched by each worker.
+        pin_memory: use page-locked host memory, for asynchronous copies to a GPU.
+        shuffle: False keeps the dataset's own order.
+        flip: False disables horizontal flips.
+        start_method: of the workers: "fork", "forkserver", "spawn"; None: the platform's default.
 
     Raises:
-        DataError: the dataset is empty, or the batch cannot be divided.
+        DataError: the dataset is empty, or the batch cannot be divided equally.
     """
     from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -218,8 +218,8 @@ def make_loader(
     batches = MicroBatches(
         order, batch_size=batch_size, rank=rank, world=world, accumulation=accumulation, consumed=consumed
     )
-    # One iterator never ends, so its workers persist without persistent_workers, which would only add an exit hook
-    # that waits five seconds for each. A generator of its own: else the workers' seeds are drawn from the global one.
+    # The iterator never ends, so workers persist without persistent_workers, which would only add an exit hook that
+    # waits five seconds per worker. With generator=None, worker seeds would be drawn from the global generator.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.15
         return StatefulDataLoader(
@@ -237,9 +237,9 @@ def make_loader(
 
 
 def start_worker(_: int) -> None:
-    """What a loading process does first."""
-    # Ctrl-C, torchrun and Slurm signal every process of the job. The workers stay, so that the trainer can finish
-    # its step and save; they end with their loader or with the trainer.
+    """Set up signal handling in a worker process."""
+    # Ctrl-C, torchrun and Slurm signal every process of the job. Workers ignore that, so that the trainer can finish
+    # its step and save; they exit with their loader or with the trainer.
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
@@ -255,17 +255,17 @@ def _obey_trainer() -> None:
 
 
 class UnreadableCounter:
-    """Counts images that were replaced because their file is unreadable, and stops a run with too many of them.
+    """Counts images that were replaced because their file is unreadable; raises if there are too many.
 
     Args:
-        max_rate: the fraction of the images seen that may be unreadable, in [0, 1].
+        max_rate: maximum fraction of unreadable images, in [0, 1].
 
     Attributes:
-        seen: images seen.
-        count: those of them that were replaced.
+        seen: number of images seen.
+        count: number of those that were replaced.
     """
 
-    # The rate of fewer images than this says nothing.
+    # Minimum number of images for a meaningful rate.
     enough = 1000
 
     def __init__(self, max_rate: float) -> None:
@@ -275,27 +275,27 @@ class UnreadableCounter:
         self._logged: dict[str, None] = {}
 
     def update(self, seen: int, unreadable: Sequence[str]) -> None:
-        """Adds a batch of ``seen`` images with these unreadable files; warns once for each path.
+        """Add a batch of ``seen`` images with these unreadable files; warn once per path.
 
         Raises:
-            DataError: ``count`` exceeds ``max_rate`` of the images seen (of 1000, while there are fewer).
+            DataError: ``count`` exceeds ``max_rate * max(seen, 1000)``.
         """
         self.seen += seen
         self.count += len(unreadable)
         for path in unreadable:
             if path not in self._logged:
                 self._logged[path] = None
-                logger.warning("unreadable image, another one takes its place: %s", path)
+                logger.warning("unreadable image, replaced by another one: %s", path)
         if self.count > self.max_rate * max(self.seen, self.enough):
             latest = "\n".join(f"  {path}" for path in list(self._logged)[-5:])
             raise DataError(
-                f"{self.count} of {self.seen} images are unreadable ({self.count / self.seen:.2%}), more than "
-                f"loader.max_unreadable = {self.max_rate:g} allows; the latest:\n{latest}\n"
+                f"{self.count} of {self.seen} images are unreadable ({self.count / self.seen:.2%}), which exceeds "
+                f"loader.max_unreadable = {self.max_rate:g}; the latest:\n{latest}\n"
                 "Repair or remove these files, or raise loader.max_unreadable."
             )
 
     def state_dict(self) -> dict[str, int]:
-        """The two counts."""
+        """Both counts."""
         return {"seen": self.seen, "count": self.count}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

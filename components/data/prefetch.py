@@ -1,4 +1,4 @@
-"""Micro-batches on the device, one ahead of the step that uses them."""
+"""Prefetching of micro-batches to the device, one ahead of the step that uses them."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 
 class Prefetcher:
-    """Iterates over a loader in a thread and has the next micro-batch ready on the device.
+    """Iterates over a loader in a background thread and keeps the next micro-batch ready on the device.
 
-    Yields ``(batch, extra, unreadable)``: a :class:`components.contracts.Batch`, what ``extra`` returned, and the
-    paths of unreadable files that were replaced. An exception in the loader or in ``extra`` is raised again by
-    ``next``, with the traceback of where it happened. Create it in the main thread (PyTorch notices killed workers
-    from there alone); use it as a context manager, or call :meth:`close`.
+    Yields ``(batch, extra, unreadable)``: a :class:`components.contracts.Batch`, the result of ``extra``, and the paths
+    of unreadable files that were replaced. Exceptions in the loader or in ``extra`` are re-raised by ``next`` with
+    their original traceback. Create it in the main thread (PyTorch detects killed workers only from there), and use it
+    as a context manager or call :meth:`close`.
 
-    Memory on the device: one float micro-batch besides the one in use.
+    Device memory: one float micro-batch in addition to the one in use.
 
     Args:
         loader: from :func:`make_loader`.
-        device: where the batches go.
-        extra: called in the thread with the position in the stream of each micro-batch's first sample, for example
-            to draw the micro-batch's random numbers. Tensors on the CPU in what it returns (also in tuples, dicts and
-            dataclasses) are copied to the device, through pinned memory to a GPU.
+        device: device of the batches.
+        extra: called in the thread with the stream position of each micro-batch's first sample, for example to draw
+            the micro-batch's random numbers. CPU tensors in its result (also inside tuples, dicts and dataclasses) are
+            copied to the device, through pinned memory if it is a GPU.
 
     Attributes:
-        waited_s: seconds that ``next`` has spent waiting for data, in total.
+        waited_s: total time in seconds that ``next`` has waited for data.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Prefetcher:
             current.wait_event(copied)
             for tensor in _tensors((batch, extra)):
                 if tensor.is_cuda:
-                    # It belongs to the side stream, which would reuse the memory before this stream is done with it.
+                    # Allocated on the side stream, which could otherwise reuse the memory while this stream needs it.
                     tensor.record_stream(current)
         return batch if self._cuda else _to_batch(batch), extra, unreadable
 
@@ -94,7 +94,7 @@ class Prefetcher:
         self.close()
 
     def close(self) -> None:
-        """Ends the thread and the workers; those that hang are terminated after seconds. May be called twice."""
+        """Stop the thread and the workers; hanging workers are terminated after a few seconds. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -108,7 +108,7 @@ class Prefetcher:
     def _run(self) -> None:
         end: BaseException = StopIteration()
         try:
-            # A thread starts on device 0, where pinning alone would create a context.
+            # A new thread uses device 0, where even pinning memory would create a CUDA context.
             with torch.cuda.device(self.device) if self._cuda else contextlib.nullcontext():
                 for loaded, position in zip(self._batches, self._positions):
                     self._room.acquire()
@@ -121,20 +121,20 @@ class Prefetcher:
 
     def _prepare(self, loaded: Loaded, position: int) -> tuple[Batch | Loaded, Any, list[str], torch.cuda.Event | None]:
         with torch.cuda.stream(self._stream) if self._cuda else contextlib.nullcontext():
-            # On a CPU the consumer does it: a parallel operation in this thread would bring up a second team of OpenMP
-            # threads, whose busy waiting takes the cores from the training.
+            # On a CPU the consumer converts the batch: a parallel operation in this thread would start a second OpenMP
+            # thread pool, whose busy waiting takes cores from training.
             batch = _to_batch(_map(loaded, self._copy)) if self._cuda else loaded
             extra = None if self._extra is None else _map(self._extra(position), self._copy)
             return batch, extra, loaded.unreadable, self._stream.record_event() if self._cuda else None
 
     def _copy(self, tensor: Tensor) -> Tensor:
         if self._cuda and tensor.device.type == "cpu":
-            tensor = tensor.pin_memory()  # returns a pinned tensor as it is; a copy from other memory would wait
+            tensor = tensor.pin_memory()  # no-op if already pinned; copies from pageable memory are synchronous
         return tensor.to(self.device, non_blocking=True)
 
 
 def _to_batch(loaded: Loaded) -> Batch:
-    """uint8 images -> float in [-1, 1]; what is cached -> fp32."""
+    """Convert uint8 images to float in [-1, 1] and cached tensors to fp32."""
     images = None if loaded.images is None else loaded.images.float().div_(127.5).sub_(1)
     if loaded.cached is None:
         return Batch(images, loaded.labels)
@@ -143,7 +143,7 @@ def _to_batch(loaded: Loaded) -> Batch:
 
 
 def _map(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """A record with ``fn`` applied to every tensor in it."""
+    """Apply ``fn`` to every tensor in nested tuples, dicts and dataclasses."""
     if isinstance(value, Tensor):
         return fn(value)
     if isinstance(value, dict):

@@ -1,1 +1,1 @@
-"""Paths, losses, random numbers and samplers of diffusion."""
+"""Diffusion: probability paths, losses, random numbers and samplers."""

@@ -1,4 +1,4 @@
-"""Every random number of a training step, the same for any number of ranks, of micro-batches, and after a resume."""
+"""Random numbers of a training step, independent of the numbers of ranks and micro-batches and of resumes."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from components.contracts import Draws, LatentShape
 
 
 def generator(*key: object) -> torch.Generator:
-    """A CPU generator seeded by all of ``key``: the same key gives the same numbers on every machine."""
+    """CPU generator seeded by a hash of ``key``: the same key yields the same numbers on every machine."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
 
 
 def draw(seed: int, step: int, positions: range, batch_size: int, latent: LatentShape, extra_dim: int = 0) -> Draws:
-    """The numbers that belong to some positions of step ``step``'s global batch.
+    """Random numbers of a micro-batch: those at ``positions`` of the global batch of a step.
 
-    Cost: all ``batch_size`` latents are drawn on the CPU and sliced (2M normals for 256 latents of 4 x 32 x 32,
-    some 20 ms), off the training thread; in return no rank can repeat another's numbers.
+    Cost: the numbers of the whole global batch are drawn on the CPU and sliced (1M normals each for ``noise`` and
+    ``posterior`` of 256 latents of 4 x 32 x 32, about 20 ms in total), outside the training thread. In return, no two
+    ranks can use the same numbers.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         step: counted from 0.
-        positions: this micro-batch's places in the global batch, within [0, batch_size).
-        batch_size: images of the global batch.
+        positions: positions of the micro-batch in the global batch, within [0, batch_size).
+        batch_size: global batch size.
         latent: shape of one latent.
-        extra_dim: features D_e of the vector that the denoiser denoises with the latent; 0: none.
+        extra_dim: dimension D_e of a vector that is denoised together with the latent (class token); 0 for none.
     """
     rows = slice(positions.start, positions.stop)
 

@@ -1,7 +1,7 @@
-"""Interpolants between latents and noise: x_t = alpha(t) x_0 + sigma(t) e, and the velocity that the denoiser learns.
+"""Interpolants between latents and noise, x_t = alpha(t) x_0 + sigma(t) e, and the velocity target of the denoiser.
 
-SiT (arXiv 2401.08740), section 2; REPA-E (arXiv 2504.10483) trains the linear path with uniform times. The shift of
-times is SD3's (arXiv 2403.03206), by the latent's dimensions as in RAE (arXiv 2510.11690).
+SiT (arXiv 2401.08740), section 2; REPA-E (arXiv 2504.10483) uses the linear path with uniform times. The timestep shift
+is from SD3 (arXiv 2403.03206), its dependence on the latent dimension from RAE (arXiv 2510.11690).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from components.contracts.records import LatentShape  # contracts.parts knows Flow
+from components.contracts.records import LatentShape  # not from components.contracts, which would be circular
 
-SHIFT_BASE = 4096  # dimensions of a latent whose times are not shifted: 4 x 32 x 32 (RAE)
+SHIFT_BASE = 4096  # latent dimension without timestep shift: 4 x 32 x 32 (RAE)
 
 
 class Coefficients(NamedTuple):
-    """alpha, sigma and their time derivatives at t; shaped like t."""
+    """alpha, sigma and their time derivatives at t, with the shape of t."""
 
     alpha: Tensor
     sigma: Tensor
@@ -28,7 +28,7 @@ class Coefficients(NamedTuple):
 
 
 class PathPoint(NamedTuple):
-    """The noised latent ``x_t`` and its target ``velocity`` d x_t / dt, both (B, C, h, w)."""
+    """Noisy latent ``x_t`` and velocity target ``velocity`` = d x_t / dt, both (B, C, h, w)."""
 
     x_t: Tensor
     velocity: Tensor
@@ -36,14 +36,14 @@ class PathPoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Flow:
-    """A probability path and the distribution of training times on it.
+    """A probability path and the distribution of training times.
 
     Attributes:
         path: "linear" (alpha = 1 - t, sigma = t) or "cosine" (alpha = cos(pi t / 2), sigma = sin(pi t / 2)).
-        time: "uniform", or "lognormal": sigma / alpha is log-normal, as EDM draws its noise levels; on the linear path
+        time: "uniform", or "lognormal": sigma / alpha is log-normal, like the noise levels of EDM; on the linear path,
             t is then logit-normal, as in SD3.
-        mean, std: for "lognormal", of log(sigma / alpha).
-        shift: factor by which sigma / alpha of every time is multiplied; 1 leaves times alone.
+        mean, std: mean and standard deviation of log(sigma / alpha) for "lognormal".
+        shift: timestep shift: factor that multiplies sigma / alpha at every time; 1 disables it.
     """
 
     path: Literal["linear", "cosine"] = "linear"
@@ -53,7 +53,7 @@ class Flow:
     shift: float = 1.0
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """Of times in [0, 1] of any shape."""
+        """Coefficients at times in [0, 1] of any shape."""
         if self.path == "linear":
             one = torch.ones_like(t)
             return Coefficients(1 - t, t, -one, one)
@@ -62,18 +62,18 @@ class Flow:
         return Coefficients(cos, sin, -quarter * sin, quarter * cos)
 
     def times(self, u: Tensor) -> Tensor:
-        """Training times from uniform draws: the quantile function of the time distribution at u in (0, 1)."""
+        """Training times from uniform samples u in [0, 1): the quantile function of the time distribution."""
         if self.time == "uniform":
             return self.shifted(u)
-        # u = 0 would be t = 0 exactly, but infinite on the way there in float32.
+        # At u = 0, where t is 0, ndtri would be infinite.
         normal = torch.special.ndtri(u.clamp_min(torch.finfo(u.dtype).tiny))
         ratio = (self.mean + self.std * normal).exp()
         return self.shifted(ratio / (1 + ratio) if self.path == "linear" else torch.atan(ratio) * (2 / math.pi))
 
     def shifted(self, t: Tensor) -> Tensor:
-        """Times in [0, 1] with sigma / alpha multiplied by ``shift``; 0 and 1 stay where they are.
+        """Shift times in [0, 1] so that sigma / alpha is multiplied by ``shift``; 0 and 1 are fixed points.
 
-        On the linear path s t / (1 + (s - 1) t), as in SD3.
+        On the linear path this is s t / (1 + (s - 1) t), with s = ``shift``, as in SD3.
         """
         if self.shift == 1:
             return t
@@ -83,27 +83,27 @@ class Flow:
         return torch.atan2(self.shift * c.sigma, c.alpha) * (2 / math.pi)
 
     def at(self, x_0: Tensor, t: Tensor, noise: Tensor) -> PathPoint:
-        """The point of the path from x_0 (t = 0) to noise (t = 1).
+        """Sample of the path from x_0 (t = 0) to noise (t = 1) at time t.
 
         Args:
-            x_0: normalised latents (B, C, h, w).
+            x_0: normalized latents (B, C, h, w).
             t: times (B,) in [0, 1].
-            noise: N(0, I), like x_0.
+            noise: N(0, I), shaped like x_0.
         """
         c = self.coefficients(t.to(x_0.dtype).view(-1, *[1] * (x_0.ndim - 1)))
         noise = noise.to(x_0.dtype)
         return PathPoint(c.alpha * x_0 + c.sigma * noise, c.d_alpha * x_0 + c.d_sigma * noise)
 
     def score(self, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """grad log p_t(x_t) from the velocity (SiT, eq. 9); t in (0, 1], a scalar or broadcastable to x_t."""
+        """Score grad log p_t(x_t) from the velocity (SiT, eq. 9); t in (0, 1], a scalar or broadcastable to x_t."""
         c = self.coefficients(t)
         ratio = c.alpha / c.d_alpha
         return (ratio * velocity - x_t) / (c.sigma.square() - ratio * c.d_sigma * c.sigma)
 
 
 def dimension_shift(latent: LatentShape) -> float:
-    """The shift for latents of this shape: the root of their dimensions over ``SHIFT_BASE`` (RAE).
+    """Timestep shift for latents of this shape: sqrt(C h w / ``SHIFT_BASE``) (RAE).
 
-    More dimensions, more noise: at the same t the noise hides less of a latent whose dimensions are redundant.
+    Latents with more, redundant dimensions need more noise: at the same t, noise corrupts less of their information.
     """
     return math.sqrt(math.prod(latent) / SHIFT_BASE)

@@ -1,4 +1,4 @@
-"""Images by number: image i is the same for every world size and every restart."""
+"""Samples images by number: image i is the same for any number of ranks and after any restart."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from components.diffusion.samplers import Guidance, sample_ode, sample_sde
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """How noise becomes images.
+    """Sampling settings.
 
     Attributes:
-        method: Euler or Heun on the ODE, or Euler-Maruyama on the SDE ("sde").
-        steps: of the integrator, at least 2; Heun evaluates the denoiser twice in each.
-        guidance: its scale and times.
-        seed: of all noise.
-        shift: of the integrator's times, as ``Flow.shift``; 0: the flow's own.
+        method: Euler or Heun for the ODE, or Euler-Maruyama for the SDE ("sde").
+        steps: integrator steps, at least 2; Heun evaluates the denoiser twice in each but the last.
+        guidance: guidance scale and interval.
+        seed: seed of all noise.
+        shift: timestep shift as in ``Flow.shift``; 0 uses the flow's own.
     """
 
     method: Literal["euler", "heun", "sde"] = "euler"
@@ -36,22 +36,23 @@ class SamplingPlan:
 
 
 class ImageSampler:
-    """Draws latents with the denoiser and decodes them.
+    """Samples latents with the denoiser and decodes them.
 
-    A vector that the denoiser denoises with the latent (``extra_dim``) is integrated with it, guided alike, and left.
+    A vector that the denoiser denoises together with the latent (``extra_dim``) is integrated with the same guidance
+    and then discarded.
 
     Args:
         plan: see :class:`SamplingPlan`.
         denoiser: contract ``Denoiser``.
         latent_norm: :class:`components.nn.latent_norm.LatentNorm`, whose inverse leads back to the tokenizer's scale.
         tokenizer: contract ``Tokenizer``.
-        flow: the path that the denoiser was trained on, with its shift.
+        flow: path that the denoiser was trained on, with its shift.
         latent: shape of one latent.
-        guide: a weaker denoiser for autoguidance; none: classifier-free guidance.
+        guide: weaker denoiser for autoguidance; None: classifier-free guidance.
 
     Raises:
-        ValueError: classifier-free guidance of a denoiser that was never trained without labels; a guide that denoises
-            something else besides the latent.
+        ValueError: classifier-free guidance for a denoiser trained without label dropout, or a guide whose
+            ``extra_dim`` differs from the denoiser's.
     """
 
     def __init__(
@@ -66,12 +67,12 @@ class ImageSampler:
     ) -> None:
         if plan.guidance.scale > 1 and guide is None and not denoiser.label_dropout:
             raise ValueError(
-                "guidance needs a denoiser that knows images without label, but denoiser.label_dropout is 0; "
-                "set the guidance scale to 1, or give a weaker checkpoint as guide"
+                "classifier-free guidance needs a denoiser trained with label dropout, but denoiser.label_dropout is "
+                "0; set the guidance scale to 1, or use a weaker checkpoint as guide"
             )
         extra_dim = getattr(denoiser, "extra_dim", 0)
         if guide is not None and getattr(guide, "extra_dim", 0) != extra_dim:
-            raise ValueError("the guide must denoise the same as the denoiser: with the same class token, or without")
+            raise ValueError("the guide and the denoiser must denoise the same class token, or both none")
         if extra_dim:
             denoiser, guide = Joint(denoiser, latent), None if guide is None else Joint(guide, latent)
         self.extra_dim = extra_dim
@@ -81,14 +82,14 @@ class ImageSampler:
 
     @torch.no_grad()
     def __call__(self, ids: Sequence[int], labels: Tensor) -> Tensor:
-        """Images (B, 3, R, R) in [-1, 1], float32.
+        """Sample images (B, 3, R, R) in [-1, 1], float32.
 
-        The noise of image i is a function of (seed, i); bit for bit the image depends on the batch it is computed in,
-        too, since kernels sum in another order for another batch size.
+        The noise of image i is a function of (seed, i). The image may still differ in the last bits between batch
+        sizes, because kernels sum in a different order.
 
         Args:
             ids: numbers of the B images.
-            labels: (B,) int64, on the device of the modules.
+            labels: class labels (B,) int64, on the modules' device.
         """
         plan, device = self.plan, labels.device
         generators = [generator(plan.seed, "image", i) for i in ids]
@@ -113,7 +114,7 @@ class ImageSampler:
 
 
 class Joint:
-    """A denoiser of a latent and a vector, as one of a flat state (B, C h w + D_e): what samplers integrate.
+    """Wraps a denoiser of a latent and a vector as a denoiser of one flat state (B, C h w + D_e) for the samplers.
 
     Args:
         denoiser: contract ``Denoiser`` with ``extra_dim`` D_e.
@@ -125,7 +126,7 @@ class Joint:
         self.null_label, self.parameters = denoiser.null_label, denoiser.parameters
 
     def split(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C h w + D_e) -> (B, C, h, w) and (B, D_e)."""
+        """Split a state (B, C h w + D_e) into latent (B, C, h, w) and vector (B, D_e)."""
         x, extra = state.split([math.prod(self.latent), self.denoiser.extra_dim], dim=1)
         return x.unflatten(1, tuple(self.latent)), extra
 
@@ -136,5 +137,5 @@ class Joint:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """(B, 3, R, R) in [-1, 1] -> the nearest uint8."""
+    """Convert images (B, 3, R, R) in [-1, 1] to uint8, rounding to nearest."""
     return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)

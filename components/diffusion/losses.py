@@ -1,4 +1,4 @@
-"""The losses that recipes share, each as named, weighted terms."""
+"""Losses shared by recipes, as named, weighted terms."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from components.nn.precision import at_least_fp32
 
 
 def reconstruction(m: Modules, x: Tensor, x_hat: Tensor, posterior: Posterior, step: int) -> dict[str, Weighted]:
-    """The tokenizer's own terms: every configured reconstruction loss, and the generator's side of the GAN."""
-    observe(posterior.mean)  # of a recipe without a denoiser, which has shown its latents already
+    """The tokenizer's terms: all configured reconstruction losses and the generator loss of the GAN."""
+    observe(posterior.mean)  # a no-op if the latent norm has already observed this step's latents
     terms = {name: Weighted(loss.weight, loss(x, x_hat, posterior)) for name, loss in m.reconstruction.items()}
     if m.discriminator is not None:
         terms["gan"] = Weighted(m.discriminator.weight, m.discriminator.generator(x_hat, step))
@@ -24,27 +24,27 @@ def reconstruction(m: Modules, x: Tensor, x_hat: Tensor, posterior: Posterior, s
 
 
 def discriminate(m: Modules, x: Tensor, x_hat: Tensor, step: int, update: Update) -> None:
-    """The discriminator's update, where there is one; the reconstruction's graph stays out of it."""
+    """Update the discriminator, if any, with the reconstruction detached."""
     if m.discriminator is not None:
         terms, report = m.discriminator.discriminator(x, x_hat.detach(), step)
         update("discriminator", {name: Weighted(1.0, value) for name, value in terms.items()}, **report)
 
 
 def velocity_mse(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of the velocity (B, C, h, w), in at least float32: a scalar."""
+    """Mean squared error of velocities (B, C, h, w), a scalar in at least fp32."""
     return (at_least_fp32(predicted) - at_least_fp32(target)).square().mean()
 
 
 def alignment(m: Modules, tokens: Tokens, targets: Sequence[Tensor], weight: float, step: int) -> dict[str, Weighted]:
-    """The term "align": the denoiser's hidden tokens against every encoder's, at every depth, through a head each.
+    """The term "align": aligns the denoiser's hidden tokens with each encoder's, with one head per depth and encoder.
 
     Its value is the mean over depths and the weighted mean over encoders.
 
     Args:
-        tokens: as the denoiser gives them.
-        targets: of :func:`encode_targets`; without any there is no term.
-        weight: of the term at full strength.
-        step: counted from 0; the loss may have a schedule.
+        tokens: hidden tokens from the denoiser, a tuple if there are several depths.
+        targets: from :func:`encode_targets`; if empty, there is no term.
+        weight: weight of the term before the loss's schedule.
+        step: counted from 0.
     """
     if not targets:
         return {}
@@ -57,13 +57,13 @@ def alignment(m: Modules, tokens: Tokens, targets: Sequence[Tensor], weight: flo
 
 
 def strength(m: Modules, step: int) -> float:
-    """The factor of the alignment loss at step ``step``, counted from 0, by its schedule; 1 without one."""
+    """Schedule factor of the alignment loss at ``step``, counted from 0; 1 if it has no schedule."""
     schedule = getattr(m.alignment, "strength", None)
     return 1.0 if schedule is None else schedule(step)
 
 
 def frozen_posterior(m: Modules, batch: Batch) -> Posterior:
-    """q(z|x) of a tokenizer that does not learn: as cached, or else of the images, without gradients."""
+    """Posterior q(z|x) of a frozen tokenizer: from the cache, or computed from the images without gradients."""
     if batch.posterior is not None:
         return batch.posterior
     with torch.no_grad(), phase("tokenizer"):
@@ -71,9 +71,9 @@ def frozen_posterior(m: Modules, batch: Batch) -> Posterior:
 
 
 def encode_targets(m: Modules, batch: Batch, step: int) -> list[Tensor]:
-    """Each frozen encoder's patch tokens (B, N, D_k): as cached, or else of the images, without gradients.
+    """Patch tokens (B, N, D_k) of each frozen encoder, from the cache or computed from the images without gradients.
 
-    None at steps (counted from 0) where the alignment loss's schedule has come to zero.
+    Empty if the alignment loss's schedule is 0 at ``step``, counted from 0.
     """
     if not strength(m, step):
         return []
@@ -83,20 +83,20 @@ def encode_targets(m: Modules, batch: Batch, step: int) -> list[Tensor]:
 
 
 def class_tokens(m: Modules, batch: Batch) -> list[Tensor]:
-    """Each frozen encoder's vector of the image (B, D_k), without gradients; every encoder must offer ``embed``."""
+    """Image embedding (B, D_k) of each frozen encoder, without gradients; every encoder must have ``embed``."""
     with torch.no_grad(), phase("encoders"):
         return [encoder.embed(batch.images) for encoder in m.encoders.values()]
 
 
 def drop_labels(m: Modules, labels: Tensor, u: Tensor) -> Tensor:
-    """Replaces labels by the null label where u ~ U[0, 1) falls below the denoiser's ``label_dropout``."""
+    """Replace labels by the null label where u ~ U[0, 1) is below the denoiser's ``label_dropout``."""
     return torch.where(u < m.denoiser.label_dropout, m.denoiser.null_label, labels)
 
 
 def denoising(
     m: Modules, path: PathPoint, t: Tensor, labels: Tensor, targets: Sequence[Tensor] = (), step: int = 0
 ) -> dict[str, Weighted]:
-    """The denoiser's terms: velocity matching, and :func:`alignment` where targets are given."""
+    """The denoiser's terms: velocity matching and, if there are targets, :func:`alignment`."""
     out = m.denoiser(path.x_t, t, labels)
     terms = {"velocity": Weighted(1.0, velocity_mse(out.velocity, path.velocity))}
     if targets:

@@ -1,7 +1,7 @@
-"""From noise to latents: Euler and Heun for the probability-flow ODE, Euler-Maruyama for the SDE.
+"""Samplers: Euler and Heun for the probability-flow ODE, Euler-Maruyama for the SDE.
 
-SiT (arXiv 2401.08740); guidance only inside an interval of times: arXiv 2404.07724. Arithmetic in float64, the
-network in its own dtype, as the published implementation does.
+SiT (arXiv 2401.08740), with guidance limited to an interval of times (arXiv 2404.07724). The integrator computes in
+float64 and the network in its own dtype, as in the published implementation.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ Warp = Callable[[Tensor], Tensor] | None
 
 @dataclass(frozen=True)
 class Guidance:
-    """Guidance away from a worse velocity, at times in [low, high], both included: v = bad + scale (good - bad).
+    """Guidance at times in [low, high], inclusive: v = bad + scale * (good - bad), away from a worse velocity ``bad``.
 
-    Classifier-free guidance (arXiv 2207.12598) takes the velocity without label as the bad one.
+    In classifier-free guidance (arXiv 2207.12598), ``bad`` is the unconditional velocity.
 
     Attributes:
-        scale: 1 turns guidance off.
+        scale: guidance scale; 1 disables guidance.
+        low: start of the time interval.
+        high: end of the time interval.
     """
 
     scale: float = 1.0
@@ -37,22 +39,23 @@ class Guidance:
 
 
 class GuidedVelocity:
-    """The velocity of a denoiser under guidance.
+    """Velocity of a denoiser with guidance.
 
-    Where guidance is active it costs one evaluation of 2B images, or one of B images by each of two networks.
+    Cost while guidance is active: one evaluation of 2B images, or, with ``guide``, one of B images per network.
 
     Args:
         denoiser: contract ``Denoiser``.
-        labels: (B,) int64.
-        dtype: what the network's inputs are cast to.
-        guide: a weaker denoiser in the place of the one without labels (autoguidance, arXiv 2406.02507).
+        labels: class labels (B,) int64.
+        guidance: see :class:`Guidance`.
+        dtype: dtype that the network's inputs are cast to.
+        guide: weaker denoiser that replaces the unconditional one (autoguidance, arXiv 2406.02507).
     """
 
     def __init__(self, denoiser, labels: Tensor, guidance: Guidance, dtype: torch.dtype, guide=None) -> None:
         self.denoiser, self.labels, self.guidance, self.dtype, self.guide = denoiser, labels, guidance, dtype, guide
 
     def __call__(self, x: Tensor, t: float, transform: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-        """Velocity of x (B, C, h, w) at time t, in float64; ``transform(v, x)`` is applied before guidance."""
+        """Velocity at x (B, C, h, w) and time t, in float64; ``transform(v, x)`` is applied before guidance."""
 
         def velocity(denoiser, x: Tensor, labels: Tensor) -> Tensor:
             times = torch.full((x.shape[0],), t, dtype=self.dtype, device=x.device)
@@ -81,17 +84,20 @@ def sample_ode(
     guide=None,
     warp: Warp = None,
 ) -> Tensor:
-    """Integrates dx/dt = v from t = 1 to 0 in ``steps`` steps, equal ones unless ``warp`` says otherwise.
+    """Integrate dx/dt = v from t = 1 to 0 in ``steps`` steps, equally spaced unless ``warp`` is given.
 
     Args:
-        noise: x at t = 1, (B, C, h, w) ~ N(0, I); its dtype is the network's.
-        labels: (B,) int64.
-        heun: second order: averages the slopes at both ends of every step but the last.
+        denoiser: contract ``Denoiser``.
+        noise: x at t = 1, (B, C, h, w) ~ N(0, I), in the network's dtype.
+        labels: class labels (B,) int64.
+        steps: number of steps.
+        guidance: see :class:`Guidance`.
+        heun: second order: average the slopes at both ends of every step but the last.
         guide: see :class:`GuidedVelocity`.
-        warp: maps equally spaced times to those of the integrator; 0 and 1 to themselves, as ``Flow.shifted`` does.
+        warp: maps equally spaced times to the integrator's, with fixed points 0 and 1, like ``Flow.shifted``.
 
     Returns:
-        Normalised latents (B, C, h, w), float64.
+        Normalized latents (B, C, h, w), float64.
     """
     velocity = GuidedVelocity(denoiser, labels, guidance, noise.dtype, guide)
     times = _times(torch.linspace(1, 0, steps + 1, dtype=torch.float64), warp)
@@ -99,7 +105,7 @@ def sample_ode(
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
         slope = velocity(x, t)
         if heun and i < steps - 1:
-            # The interval is tested at the time evaluated (the published code tests t for both).
+            # The guidance interval is tested at t_next here (the published code tests t for both slopes).
             slope = 0.5 * slope + 0.5 * velocity(x + (t_next - t) * slope, t_next)
         x = x + (t_next - t) * slope
     return x
@@ -118,19 +124,21 @@ def sample_sde(
     guide=None,
     warp: Warp = None,
 ) -> Tensor:
-    """Euler-Maruyama on the reverse SDE with diffusion 2t, from t = 1 to 0.04, then one step to 0 without noise.
+    """Integrate the reverse SDE with diffusion 2t by Euler-Maruyama from t = 1 to 0.04, then one step without noise.
 
     Args:
-        noise: x at t = 1, (B, C, h, w) ~ N(0, I); its dtype is the network's.
-        labels: (B,) int64.
-        steps: evaluations of the denoiser, at least 2.
-        step_noise: the N(0, I) noise of step i in [0, steps - 1), like ``noise``.
-        flow: the path that the denoiser was trained on.
+        denoiser: contract ``Denoiser``.
+        noise: x at t = 1, (B, C, h, w) ~ N(0, I), in the network's dtype.
+        labels: class labels (B,) int64.
+        steps: number of evaluations of the denoiser, at least 2.
+        step_noise: returns the N(0, I) noise of step i in [0, steps - 1), shaped like ``noise``.
+        flow: path that the denoiser was trained on.
+        guidance: see :class:`Guidance`.
         guide: see :class:`GuidedVelocity`.
-        warp: as in :func:`sample_ode`; the time before the last step is warped, too.
+        warp: as in :func:`sample_ode`; it also warps the time of the last step, 0.04.
 
     Returns:
-        Normalised latents (B, C, h, w), float64.
+        Normalized latents (B, C, h, w), float64.
     """
     velocity = GuidedVelocity(denoiser, labels, guidance, noise.dtype, guide)
     times = [*_times(torch.linspace(1.0, LAST_SDE_TIME, steps, dtype=torch.float64), warp), 0.0]

@@ -1,1 +1,1 @@
-"""Modules spread over ranks, and what ranks do together."""
+"""Distributed training: sharding, collectives and activation checkpointing."""

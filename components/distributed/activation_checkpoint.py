@@ -1,4 +1,4 @@
-"""Activation checkpointing: recompute in the backward pass what the forward pass then need not keep."""
+"""Activation checkpointing: recompute activations in the backward pass instead of storing them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 FORMS = 'none, full, selective, "every N" (N >= 2), "budget F" (0 <= F <= 1)'
 
 aten = torch.ops.aten
-# What costs more to compute than to keep: matrix products, convolutions, attention (its CPU kernel, too).
+# Operators whose outputs are cheaper to store than to recompute: matrix products, convolutions, attention.
 EXPENSIVE = frozenset(
     {
         aten.mm.default,
@@ -34,14 +34,14 @@ EXPENSIVE = frozenset(
 
 @dataclass(frozen=True)
 class Recompute:
-    """What a network's units recompute.
+    """Activation checkpointing policy of a network's units.
 
     Attributes:
-        mode: ``none``; ``full``: every unit, from its inputs; ``every``: every n-th unit; ``selective``: every unit,
-            but for the outputs of matrix products, convolutions and attention, which are kept; ``budget``: the
-            compiler chooses, keeping at most a fraction of what it would keep otherwise.
-        every: n of ``every``.
-        budget: the fraction, in [0, 1]; 0 is about ``full``, 1 is ``none``.
+        mode: ``none``; ``full``: recompute every unit from its inputs; ``every``: every n-th unit; ``selective``: every
+            unit, but store the outputs of matrix products, convolutions and attention; ``budget``: the compiler
+            decides, storing at most a fraction of what it would otherwise store.
+        every: n of mode ``every``.
+        budget: fraction of mode ``budget``, in [0, 1]; 0 is about ``full``, 1 is ``none``.
     """
 
     mode: Literal["none", "full", "every", "selective", "budget"] = "none"
@@ -50,10 +50,10 @@ class Recompute:
 
     @classmethod
     def parse(cls, text: str) -> Recompute:
-        """From one of :data:`FORMS`.
+        """Parse one of :data:`FORMS`.
 
         Raises:
-            ValueError: anything else.
+            ValueError: ``text`` is none of them.
         """
         if text in ("none", "full", "selective"):
             return cls(text)
@@ -65,9 +65,10 @@ class Recompute:
 
 
 def apply_recompute(module: nn.Module, recompute: Recompute) -> None:
-    """Wraps units of ``module.units()`` in place; parameter names and numbers stay the same.
+    """Wrap units from ``module.units()`` in place; state-dict keys and results do not change.
 
-    Comes before compiling and sharding. ``budget`` wraps nothing: the compiler does it (:func:`backend_within`).
+    Call it before compiling and sharding. ``budget`` wraps nothing: the compiler implements it
+    (:func:`backend_within`).
     """
     if recompute.mode in ("none", "budget"):
         return
@@ -81,9 +82,9 @@ def apply_recompute(module: nn.Module, recompute: Recompute) -> None:
 
 
 def backend_within(budget: float, backend: str | Callable = "inductor") -> str | Callable:
-    """A compiler backend that recomputes so that about ``budget`` of the activations are kept.
+    """Compiler backend that stores about the fraction ``budget`` of the activations and recomputes the rest.
 
-    The switch is a global one of PyTorch's partitioner, read while a graph is compiled.
+    The budget is a global option of PyTorch's partitioner, set here only while a graph is compiled.
     """
     if budget >= 1:
         return backend

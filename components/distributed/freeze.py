@@ -1,4 +1,4 @@
-"""Temporary state of modules, restored on the way out."""
+"""Temporarily freezing modules."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from components.distributed.parallel import reshard, settle
 
 @contextmanager
 def frozen(*modules: nn.Module | None) -> Iterator[None]:
-    """No parameter of ``modules`` takes a gradient inside; gradients still flow through to their inputs.
+    """Context manager in which no parameter of ``modules`` receives a gradient; gradients still reach their inputs.
 
-    Both the forward and the backward pass belong inside: activation checkpointing runs the forward again during
-    the backward, and must meet the same flags.
+    Run both the forward and the backward pass inside: activation checkpointing reruns the forward pass during the
+    backward pass and must see the same ``requires_grad`` flags.
     """
     present = [module for module in modules if module is not None]
-    # FSDP2 copies a flag from the shard to the whole weight when it gathers, and keeps a root gathered after its
-    # forward pass: a flag set on a gathered weight is lost, and gradients leak or vanish without an error.
+    # FSDP2 copies requires_grad from the shard to the full weight when it gathers, and keeps the root gathered after
+    # its forward pass. A flag set while weights are gathered is lost: gradients silently leak or vanish.
     settle(*present)
     reshard(*present)
     flags = [(p, p.requires_grad) for module in present for p in module.parameters()]

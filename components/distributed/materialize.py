@@ -1,7 +1,7 @@
-"""From the meta device to weights: the same numbers for every number of ranks, strategy and device.
+"""Initializes modules created on the meta device, with the same weights for any number of ranks, strategy and device.
 
-A random number of the initial weights is drawn for the whole tensor, on the CPU; each rank keeps its part. So one
-tensor at a time is whole, never a module.
+Random initial weights are drawn for the full tensor on the CPU, and each rank keeps its shard. Only one tensor at a
+time is held in full, never a module.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ RANDOM = (aten.uniform_, aten.normal_, aten.random_, aten.bernoulli_, aten.expon
 
 
 class InitError(PluginError):
-    """A module's ``init_weights`` does not initialise all of it."""
+    """A module's ``init_weights`` leaves some parameter or buffer uninitialized."""
 
 
 @torch.no_grad()
 def materialise(module: nn.Module, device: torch.device, param_device: torch.device | None = None) -> None:
-    """:func:`allocate`, then ``init_weights()``.
+    """Allocate a module's memory (:func:`allocate`) and call its ``init_weights()``.
 
-    The caller seeds torch's global CPU generator; the same seed gives the same weights everywhere.
+    The caller seeds torch's global CPU generator; the same seed yields the same weights everywhere.
 
     Raises:
-        InitError: ``init_weights`` leaves a floating-point parameter or buffer alone.
+        InitError: ``init_weights`` does not fill every floating-point parameter and buffer.
     """
     allocate(module, device, param_device)
     with WholeTensorRandom():
@@ -37,26 +37,26 @@ def materialise(module: nn.Module, device: torch.device, param_device: torch.dev
     forgotten = [name for name, t in _floats(module) if t.isnan().any()]
     if forgotten:
         raise InitError(
-            f"{type(module).__name__}.init_weights() leaves uninitialised: {', '.join(forgotten[:8])}; it must fill "
-            "every parameter and every buffer, those made in __init__ too (the module is made on the meta device)"
+            f"{type(module).__name__}.init_weights() leaves uninitialized: {', '.join(forgotten[:8])}; it must fill "
+            "every parameter and buffer, even those computed in __init__ (the module is created on the meta device)"
         )
 
 
 @torch.no_grad()
 def allocate(module: nn.Module, device: torch.device, param_device: torch.device | None = None) -> None:
-    """Gives memory, full of NaN, to a module on the meta device, sharded or not.
+    """Allocate the memory of a module on the meta device, sharded or not, and fill it with NaN.
 
     Args:
-        module: every parameter and buffer on the meta device.
-        device: where buffers go, and parameters unless
-        param_device: says otherwise (parts that are offloaded to the host).
+        module: all parameters and buffers on the meta device.
+        device: device of the buffers, and of the parameters if ``param_device`` is None.
+        param_device: device of the parameters, if different (CPU offload).
     """
     module.to_empty(device=device if param_device is None else param_device)
     if param_device is not None:
         for owner in module.modules():
             for name, buffer in owner._buffers.items():
                 owner._buffers[name] = None if buffer is None else torch.empty_like(buffer, device=device)
-    # Uninitialised memory often looks plausible; NaN does not.
+    # Uninitialized memory often looks plausible; NaN does not.
     for _, t in _floats(module):
         t.fill_(torch.nan)
 
@@ -67,7 +67,7 @@ def _floats(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 class WholeTensorRandom(TorchDispatchMode):
-    """Inside, random in-place operations on sharded tensors or another device draw the whole tensor on the CPU."""
+    """Mode in which random in-place operations on DTensors or on another device draw the full tensor on the CPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in RANDOM:
@@ -80,13 +80,13 @@ class WholeTensorRandom(TorchDispatchMode):
 
 @torch.no_grad()
 def fill(target: Tensor, whole: Tensor) -> None:
-    """Copies a whole tensor, which every rank has, into a tensor or this rank's part of it."""
+    """Copy a full tensor, held by every rank, into ``target``; if that is sharded, into this rank's shard."""
     if isinstance(target, DTensor):
         mesh = target.device_mesh
         for dim, placement in enumerate(target.placements):
             if placement.is_shard():
                 chunks = whole.chunk(mesh.size(dim), placement.dim)
                 mine = mesh.get_local_rank(dim)
-                # More ranks than rows: the last ranks have none.
+                # If there are more ranks than rows, the last ranks have none.
                 whole = chunks[mine] if mine < len(chunks) else whole.narrow(placement.dim, 0, 0)
     local(target).copy_(whole)

@@ -1,8 +1,8 @@
-"""The process's place among the ranks, how modules are spread over them, and what ranks do together.
+"""Process group setup, data parallelism, tensor collectives and compilation.
 
-Data parallelism is FSDP2 on a mesh of (replicate, shard) ranks whatever the strategy: ``fsdp`` is (1, n), ``ddp``
-(n, 1), ``hsdp`` anything between. One code path then holds for all of them, with gradients reduced while the
-backward pass runs, and with the frozen passes and the methods beside ``forward`` that DistributedDataParallel lacks.
+Every strategy is FSDP2 on a (replicate, shard) mesh: ``fsdp`` is (1, n), ``ddp`` is (n, 1), ``hsdp`` anything in
+between. So all share one code path, which overlaps gradient reduction with the backward pass and supports frozen
+passes and methods other than ``forward``, unlike DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ Strategy = Literal["fsdp", "hsdp", "ddp", "none"]
 
 
 class ParallelError(Exception):
-    """The ranks cannot be arranged as asked, or one of them is lost; the message says what to do."""
+    """The parallel settings do not fit the ranks, or a rank was lost; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class World:
-    """One process of a run.
+    """This process and the number of processes in the run.
 
     Attributes:
         rank: in [0, size).
         size: number of processes.
-        device: where this one computes.
-        local_size: processes on this machine.
+        device: device of this process.
+        local_size: number of processes on this machine.
     """
 
     rank: int = 0
@@ -60,10 +60,10 @@ class World:
 
 
 def join_world(timeout_s: float = 600.0) -> World:
-    """Reads torchrun's environment and joins the process group: NCCL on GPUs, gloo on CPUs.
+    """Join the process group described by torchrun's environment variables: NCCL for GPUs, gloo for CPUs.
 
     Args:
-        timeout_s: seconds after which a rank that waits for a lost one gives up.
+        timeout_s: seconds that a collective waits for a lost rank before it fails.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -79,10 +79,10 @@ def join_world(timeout_s: float = 600.0) -> World:
 
 @contextlib.contextmanager
 def lost_rank_named(where: Callable[[], str]) -> Iterator[None]:
-    """Inside, an error of the communication with other ranks becomes a :class:`ParallelError` that says what it means.
+    """Context manager that turns communication errors into a :class:`ParallelError` that says what to do.
 
     Args:
-        where: tells how far this rank has come.
+        where: returns this rank's progress for the message, such as "at step 100".
     """
     try:
         yield
@@ -92,9 +92,9 @@ def lost_rank_named(where: Callable[[], str]) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and not re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)", text):
             raise
         raise ParallelError(
-            f"this rank lost another one {where()} ({text.splitlines()[0][:200]}). The rank that failed says why in "
-            "its own output (LOG_RANK shows others than 0). All ranks end; the same command goes on from the newest "
-            "checkpoint, and MAX_RESTARTS=n lets run_train.sh do so by itself"
+            f"this rank lost another one {where()} ({text.splitlines()[0][:200]}). The output of the rank that failed "
+            "shows the cause (LOG_RANK shows ranks other than 0). All ranks exit; the same command resumes from the "
+            "newest checkpoint, and MAX_RESTARTS=n makes run_train.sh do so automatically"
         ) from error
 
 
@@ -105,15 +105,15 @@ def leave_world() -> None:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How modules are spread over the ranks.
+    """How parameters are sharded over the ranks.
 
     Attributes:
-        mesh: (replicate, shard); a module is cut into ``shard`` parts, and each part lives on ``replicate`` ranks.
-        param_dtype: what whole weights are gathered and used in (bf16), or None: their own. The parts, the
-            gradients' reduction and the optimizer stay in fp32.
-        reshard_after_forward: free a unit's whole weights between its forward and backward pass: memory for one
-            more gathering.
-        cpu_offload: parts, gradients and optimizer states live on the host.
+        mesh: (replicate, shard); parameters are split into ``shard`` shards, each held by ``replicate`` ranks.
+        param_dtype: dtype in which full weights are gathered and used (bf16); None: their own. Shards, gradient
+            reduction and optimizer stay in fp32.
+        reshard_after_forward: free a unit's full weights between its forward and backward pass: saves memory at the
+            cost of one more all-gather.
+        cpu_offload: keep shards, gradients and optimizer state on the host.
     """
 
     mesh: DeviceMesh
@@ -128,19 +128,19 @@ class Sharding:
 
 
 def mesh_shape(strategy: Strategy, world_size: int, shard: int) -> tuple[int, int]:
-    """(replicate, shard) of a strategy.
+    """Mesh shape (replicate, shard) of a strategy.
 
     Args:
-        strategy: see :class:`Sharding`.
-        world_size: ranks.
-        shard: for hsdp: ranks that share one copy of the weights.
+        strategy: fsdp, hsdp, ddp or none.
+        world_size: number of ranks.
+        shard: for hsdp: number of ranks over which one copy of the weights is sharded.
 
     Raises:
-        ParallelError: ``none`` with several ranks; hsdp whose ``shard`` does not divide the ranks.
+        ParallelError: ``none`` with several ranks, or hsdp with a ``shard`` that does not divide the number of ranks.
     """
     if strategy == "none" and world_size > 1:
         raise ParallelError(
-            f"parallel.strategy = 'none' trains on one process, but there are {world_size}; choose fsdp, hsdp or ddp, "
+            f"parallel.strategy = 'none' needs a single process, but there are {world_size}; choose fsdp, hsdp or ddp, "
             "or start one process (NGPU=1)"
         )
     if strategy != "hsdp":
@@ -154,46 +154,46 @@ def mesh_shape(strategy: Strategy, world_size: int, shard: int) -> tuple[int, in
 
 
 def make_mesh(device_type: str, shape: tuple[int, int]) -> DeviceMesh:
-    """The (replicate, shard) mesh; neighbouring ranks, which share a machine, share a copy of the weights."""
+    """Create the (replicate, shard) mesh; neighboring ranks, which share a machine, shard one copy of the weights."""
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(module: nn.Module, sharding: Sharding, methods: Sequence[str] = (), learns: bool = True) -> None:
-    """Spreads a module's parameters over the ranks, each of ``units()`` by itself, then the rest.
+    """Shard a module's parameters with FSDP2: each of ``units()`` separately, then the rest.
 
-    Gradients become means over all ranks. Buffers stay whole on every rank: whoever changes them must do it alike.
+    Gradients are averaged over all ranks. Buffers are replicated; updates to them must be identical on all ranks.
 
     Args:
-        module: on any device, the meta device included. ``keep_fp32 = True`` on it (or on a unit) says that it
-            computes in fp32 whatever the precision of the run.
-        sharding: where and how.
+        module: on any device, including meta. ``keep_fp32 = True`` on it or on a unit keeps that one in fp32, whatever
+            the precision of the run.
+        sharding: see :class:`Sharding`.
         methods: methods other than ``forward`` that use the parameters.
-        learns: a backward pass follows its forward passes, and frees what they gathered.
+        learns: whether a backward pass follows each forward pass and frees the gathered weights.
     """
     units = list(module.units()) if hasattr(module, "units") else []
     for unit in units:
         _fully_shard(unit, sharding, sharding.reshard_after_forward, _keeps_fp32(module, unit))
     covered = {p for unit in units for p in unit.parameters()}
     if any(p not in covered for p in module.parameters()):
-        # The root's last weights are needed first by the backward pass: freeing them would gain nothing. Without a
-        # backward pass they would stay for ever, and be used when the parts have long changed.
+        # The backward pass needs the root's weights first, so freeing them would save nothing. Without a backward pass
+        # they would never be freed, and become stale when the shards change.
         _fully_shard(module, sharding, not learns, _keeps_fp32(module))
         for method in methods:
             register_fsdp_forward_method(module, method)
-        # A posterior's mean is half of a tensor; nobody writes into it.
+        # A posterior's mean is a view of the encoder's output; nothing writes into it.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def _fully_shard(module: nn.Module, sharding: Sharding, reshard: bool, keep_fp32: bool) -> None:
     dtype = None if keep_fp32 else sharding.param_dtype
-    # Inputs stay as they are: times t would be rounded to bf16, and autocast casts what may be cast.
+    # Do not cast inputs: times t would be rounded to bf16, and autocast already casts where that is safe.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None,
                                   cast_forward_inputs=False)  # fmt: skip
     pinned = torch.cuda.is_available()
     offload = CPUOffloadPolicy(pin_memory=pinned) if sharding.cpu_offload else OffloadPolicy()
-    # Where every rank holds the whole, freeing saves little, and gathering is a copy.
+    # If every rank holds all weights, resharding saves little, and gathering is a copy.
     reshard = reshard and sharding.shape[1] > 1
-    # A second dimension costs another reduction per unit, and DTensor tries the square of an operator's placements.
+    # A second mesh dimension costs another reduction per unit and squares the placements that DTensor searches per op.
     mesh = sharding.mesh if sharding.shape[0] > 1 else sharding.mesh["shard"]
     fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
 
@@ -203,7 +203,7 @@ def _keeps_fp32(*modules: nn.Module) -> bool:
 
 
 def sharded_parts(*modules: nn.Module) -> Iterator[FSDPModule]:
-    """The modules inside (themselves included) that :func:`shard` wrapped."""
+    """Yield all submodules (and the modules themselves) that :func:`shard` has wrapped."""
     for module in modules:
         for part in module.modules():
             if isinstance(part, FSDPModule):
@@ -211,12 +211,12 @@ def sharded_parts(*modules: nn.Module) -> Iterator[FSDPModule]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, sharing its memory; any other tensor as it is."""
+    """This rank's shard of a DTensor, sharing its memory; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """The mean of every rank's tensor, on every rank; asynchronous to the host on a GPU."""
+    """Average a tensor over all ranks, in place, without blocking the host on a GPU."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
@@ -224,7 +224,7 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def gather_floats(*values: float) -> list[list[float]]:
-    """Every rank's values, on every rank, from the host."""
+    """Return the host values of all ranks, in rank order, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [list(values)]
     found = [torch.empty(len(values), dtype=torch.float64) for _ in range(dist.get_world_size())]
@@ -233,7 +233,7 @@ def gather_floats(*values: float) -> list[list[float]]:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Every rank's rows, in the order of the ranks, on every rank; as many on each."""
+    """Concatenate the rows of all ranks, in rank order, on every rank; all must have the same number of rows."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
     found = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
@@ -242,33 +242,33 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def reshard(*modules: nn.Module) -> None:
-    """Frees weights that forward passes without a backward pass have gathered, so that they are gathered anew."""
+    """Free full weights left by forward passes without a backward pass, so that the next use gathers current ones."""
     for part in sharded_parts(*modules):
         part.reshard()
 
 
 def settle(*modules: nn.Module) -> None:
-    """Lets FSDP2 look at parameters while they learn: torch 2.11 keeps the gradient dtypes that it finds first."""
-    for part in sharded_parts(*modules):  # a root comes before its units
-        part._get_fsdp_state()._lazy_init()  # returns at once after the first call
+    """Run FSDP2's lazy initialization while parameters are trainable: torch 2.11 fixes gradient dtypes there."""
+    for part in sharded_parts(*modules):  # yields a root before its units
+        part._get_fsdp_state()._lazy_init()  # no-op after the first call
 
 
 def compile_units(module: nn.Module, backend: str | Callable = "inductor") -> None:
-    """Compiles each part of ``module.units()``, or the module itself; compile time does not grow with depth.
+    """Compile each of ``module.units()``, or the whole module if it has none; compile time does not grow with depth.
 
-    Every size but the first of each input, the batch, is static: stages of one class share their code, and the
-    compiler would else make the sides of all but the first stage's maps symbolic (slower kernels, no layout chosen for
-    convolutions, on some torch versions a crash).
+    All dimensions except the batch are marked static. Stages of one class share code, and the compiler would otherwise
+    make the spatial sizes of all but the first stage symbolic: slower kernels, no layout optimization for
+    convolutions, and a crash on some torch versions.
     """
-    # Graphs are counted by code: a tokenizer's stages share theirs, each of another shape, with and without gradients.
+    # Recompiles are counted per code object, which stages of different shapes share, with and without gradients.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     if torch.__version__ < (2, 12):
-        # It would skip the check of requires_grad on the parameters of an unchanged module: the graph of the frozen
-        # pass would serve the training pass, and the heads never learn (pytorch/pytorch#177158).
+        # Otherwise requires_grad of an unchanged module's parameters is not checked: the training pass would use the
+        # graph of the frozen pass, and the heads would never learn (pytorch/pytorch#177158).
         torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
     for unit in module.units() if hasattr(module, "units") else [module]:
-        # Not unit.compile(), which takes the hooks in, too: FSDP2's break the graph wherever PyTorch's own classes
-        # (nn.Sequential) define forward.
+        # Not unit.compile(), which also traces hooks: FSDP2's break the graph if forward is defined by PyTorch's own
+        # classes (nn.Sequential).
         unit.forward = _static_but_for_batch(torch.compile(unit.forward, fullgraph=True, backend=backend))
 
 

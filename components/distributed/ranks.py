@@ -1,4 +1,4 @@
-"""What the ranks that save and load together say to each other: plain objects, errors, and who does what once."""
+"""Object collectives: gather, run on rank 0 and broadcast, run everywhere."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 
 class Ranks:
-    """Object collectives of a group; in a single process they cost nothing.
+    """Object collectives of a process group; free in a single process.
 
     Args:
-        group: None is the default group, or this process alone.
+        group: None: the default group, or a single process.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -22,7 +22,7 @@ class Ranks:
         self.size = dist.get_world_size(group) if self.distributed else 1
 
     def gather(self, value: Any) -> list[Any]:
-        """Everybody's value on every rank."""
+        """Return the values of all ranks, in rank order, on every rank."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -30,7 +30,7 @@ class Ranks:
         return values
 
     def first(self, function: Callable[[], Any]) -> Any:
-        """What the function gives or raises on rank 0, on every rank. Also a barrier."""
+        """Run the function on rank 0; return its result, or raise its exception, on every rank. Also a barrier."""
         result, error = None, None
         if self.rank == 0:
             try:
@@ -43,7 +43,7 @@ class Ranks:
         return result
 
     def each(self, function: Callable[[], Any]) -> Any:
-        """What the function gives on this rank; where it raises on any rank, it raises on all. Also a barrier."""
+        """Run the function on every rank; return this rank's result, or raise on all if one fails. A barrier."""
         result, error = None, None
         try:
             result = function()
@@ -56,10 +56,10 @@ class Ranks:
 
 
 def background_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """A gloo group of the same ranks for collectives of another thread; made by all of them together.
+    """Create a gloo group of the same ranks for use by another thread; collective.
 
-    Collectives of one group must come in one order on all ranks, which two threads cannot promise; and a save in the
-    background must not queue behind the kernels of the training.
+    Collectives of one group must run in the same order on all ranks, which two threads cannot guarantee, and a
+    background save must not wait for training kernels.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None

@@ -1,5 +1,5 @@
-"""Measures of generated images and of reconstructions: features, their moments, and scores out of them."""
+"""Metrics of generated images and reconstructions: features, their moments, and scores computed from them."""
 
 
 class EvaluationError(Exception):
-    """A measure cannot be had from these images or files; the message says why, and what to do."""
+    """A metric cannot be computed from these images or files; the message says why and what to do."""

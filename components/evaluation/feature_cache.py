@@ -1,8 +1,8 @@
-"""What was measured of each unit of images, on the disk, so that a killed evaluation goes on.
+"""On-disk cache of features per unit of images, so that an interrupted evaluation can be resumed.
 
-A unit is a batch of images by number, so its values do not depend on how many ranks share the work. Each unit is one
-file, whole or absent, in a folder named by a fingerprint of everything the values depend on: units of other settings
-are in other folders, and are never read.
+A unit is a batch of consecutive images, so its values do not depend on the number of ranks. Each unit is one file,
+written atomically, in a folder named by a hash of everything the values depend on; units computed with other settings
+are in other folders and never read.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ FOLDER = ".evaluation"
 
 
 class FeatureCache:
-    """The units of one set of images under one network.
+    """Cached units of one set of images and one network.
 
     Args:
-        place: folder in which the units' folder is made.
-        settings: what the values depend on: images, network, unit size; anything that JSON takes.
+        place: directory in which the cache folder is created.
+        settings: JSON-compatible description of everything the values depend on: images, network, unit size.
 
     Raises:
-        EvaluationError: the place cannot be written to.
+        EvaluationError: ``place`` is not writable.
     """
 
     def __init__(self, place: str | Path, settings: dict[str, Any]) -> None:
@@ -40,29 +40,29 @@ class FeatureCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise EvaluationError(
-                f"cannot write to {place}, where an interrupted evaluation keeps its progress ({error.strerror}); "
+                f"cannot write to {place}, where evaluation stores its progress ({error.strerror}); "
                 "choose another folder with --output FOLDER/evaluation.json"
             ) from error
 
     def has(self, unit: int) -> bool:
-        """Whether the unit is there and whole; a damaged file is removed."""
+        """Whether the unit is cached; removes it if the file is damaged."""
         if not self._path(unit).is_file():
             return False
         try:
             self.read(unit)
-        except Exception:  # safetensors' own exception, or the system's
+        except Exception:  # safetensors' own exception or an OSError
             self._path(unit).unlink(missing_ok=True)
             return False
         return True
 
     def read(self, unit: int) -> dict[str, Tensor]:
-        """Tensors by name, on the CPU."""
+        """Read a unit's tensors by name, on the CPU."""
         from safetensors.torch import load_file
 
         return load_file(self._path(unit))
 
     def write(self, unit: int, values: dict[str, Tensor]) -> None:
-        """Keeps a unit's values; whole or not at all."""
+        """Atomically write a unit's values."""
         from safetensors.torch import save_file
 
         temporary = self._path(unit).with_name(f".{unit}.{os.getpid()}.tmp")
@@ -70,7 +70,7 @@ class FeatureCache:
         os.replace(temporary, self._path(unit))
 
     def remove(self) -> None:
-        """Removes the units, and the folder around them when no others are in it."""
+        """Remove the units, and the parent folder if it is then empty."""
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.folder.parent.rmdir()

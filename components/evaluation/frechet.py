@@ -1,4 +1,4 @@
-"""Frechet distance between two Gaussians: FID (Heusel et al. 2017, arXiv 1706.08500, equation 6)."""
+"""Frechet distance between Gaussians, as in FID (Heusel et al. 2017, arXiv 1706.08500, equation 6)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from components.evaluation.moments import Gaussian
 
 
 class Frechet(NamedTuple):
-    """``value`` = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), at least 0; ``warnings`` say what makes it doubtful."""
+    """``value`` = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), clamped to >= 0; ``warnings`` about its validity."""
 
     value: float
     warnings: list[str]
@@ -21,26 +21,26 @@ class Frechet(NamedTuple):
 def frechet_distance(
     samples: Gaussian, reference: Gaussian, *, allow_singular: bool = False, names: tuple[str, str] = ("", "")
 ) -> Frechet:
-    """The squared 2-Wasserstein distance of two Gaussians, in float64, on the device of ``samples``.
+    """Squared 2-Wasserstein distance between two Gaussians, in float64, on the device of ``samples``.
 
-    tr (C1 C2)^1/2 = tr (C1^1/2 C2 C1^1/2)^1/2, from two symmetric eigen-decompositions: real, and defined for
-    singular matrices, too. Some seconds for D = 2048 on a CPU.
+    Computes tr (C1 C2)^1/2 as tr (C1^1/2 C2 C1^1/2)^1/2 by symmetric eigendecompositions, which are real and also work
+    for singular matrices. Takes a few seconds for D = 2048 on a CPU.
 
     Args:
-        samples: of the images in question.
-        reference: of the real ones.
-        allow_singular: give a number, with a warning, for no more images than features.
-        names: what the two are called in messages.
+        samples: moments of the evaluated images.
+        reference: moments of the reference images.
+        allow_singular: warn instead of raising if there are no more images than features.
+        names: names of the two sets in messages.
 
     Raises:
-        EvaluationError: other features; not finite; all images alike; no more images than features, so that the
-            covariance must be singular and the distance says little.
+        EvaluationError: the numbers of features differ, moments are not finite, all images have the same features, or
+            there are no more images than features, so that the covariance is singular and the distance biased.
     """
     sides = list(zip((samples, reference), (names[0] or "the samples", names[1] or "the reference")))
     dim, warnings = len(samples.mean), []
     if len(reference.mean) != dim:
         raise EvaluationError(
-            f"{sides[0][1]} have {dim} features, {sides[1][1]} {len(reference.mean)}: not of one network"
+            f"{sides[0][1]} have {dim} features, {sides[1][1]} {len(reference.mean)}: they are from different networks"
         )
     for g, name in sides:
         if not (torch.isfinite(g.mean).all() and torch.isfinite(g.covariance).all()):
@@ -58,10 +58,10 @@ def frechet_distance(
     for (g, name), rank in zip(sides, ranks):
         if rank == 0:
             raise EvaluationError(f"the images of {name} all have the same features: their covariance is zero")
-        # A network that ends in a LayerNorm has one dependent feature.
+        # rank == dim - 1 is normal: a final LayerNorm makes one feature dependent.
         if rank < dim - 1 and not few_images(g.count, dim, name):
-            warnings.append(f"the covariance of {name} is degenerate: rank {rank} of {dim}; do images repeat?")
-    # Eigenvalues of rounding size, 1e-16, would have roots of 1e-8 each.
+            warnings.append(f"the covariance of {name} is singular: rank {rank} of {dim}; are there duplicate images?")
+    # Drop eigenvalues of rounding size: 1e-16 would contribute a root of 1e-8 each.
     root = vectors[:, kept] * values[kept].sqrt()
     product = torch.linalg.eigvalsh(root.T @ c2 @ root)
     trace = product[product > _noise(product)].sqrt().sum()
@@ -70,15 +70,15 @@ def frechet_distance(
 
 
 def few_images(count: int | None, dim: int, name: str) -> str:
-    """Why the covariance of ``count`` images must be singular; "" if it need not be."""
+    """Message if ``count`` images are too few for a nonsingular covariance, otherwise ""."""
     if count is None or count > dim:
         return ""
     return (
-        f"{count} images of {name} are too few for {dim} features: the covariance is singular, and the distance "
-        f"is biased; give more than {dim}, many more to compare with published numbers"
+        f"{count} images of {name} are too few for {dim} features: the covariance is singular and the distance "
+        f"biased; use more than {dim}, and many more to compare with published numbers"
     )
 
 
 def _noise(values: Tensor) -> float:
-    """Below this, eigenvalues are rounding errors."""
+    """Threshold below which ascending eigenvalues ``values`` are rounding errors."""
     return float(values[-1].clamp(min=0)) * len(values) * torch.finfo(values.dtype).eps

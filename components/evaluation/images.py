@@ -1,4 +1,4 @@
-"""Sets of images by number, from folders, ``.npz`` files and datasets: uint8 (3, H, W), all of one size."""
+"""Image sets for evaluation from folders, ``.npz`` files and datasets: uint8 (3, H, W), all of one size."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ THREADS = 4
 
 
 class Images(Protocol):
-    """What can be evaluated.
+    """An indexable set of images.
 
     Attributes:
-        name: for messages and reports.
-        identity: changes when the images do, as far as names, sizes and times tell.
+        name: name in messages and reports.
+        identity: changes with the images, as far as file names, sizes and modification times show.
     """
 
     name: str
@@ -34,17 +34,17 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Tensor:
-        """uint8 (3, H, W); raises :class:`EvaluationError` that names the file."""
+        """Image uint8 (3, H, W); raises an :class:`EvaluationError` that names the file if it cannot be read."""
 
 
 class ImageFolder:
-    """Every PNG and JPEG below a folder, sorted by path; hidden files and folders and ``grid.png`` are left out.
+    """All PNG and JPEG files in a folder, recursively, sorted by path; ignores hidden files and ``grid.png``.
 
     Args:
         path: the folder.
 
     Raises:
-        EvaluationError: it holds no images.
+        EvaluationError: the folder contains no images.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -61,7 +61,7 @@ class ImageFolder:
             stat = file.stat()
             digest.update(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         if not self.files:
-            raise EvaluationError(f"'{path}' holds no images ({', '.join(EXTENSIONS)})")
+            raise EvaluationError(f"'{path}' contains no images ({', '.join(EXTENSIONS)})")
         self.identity = f"folder {digest.hexdigest()}"
 
     def __len__(self) -> int:
@@ -77,20 +77,23 @@ class ImageFolder:
                 if image.mode[0] in "IF":
                     raise ValueError(f"{image.mode} pixels, expected 8 bits per channel")
                 array = np.array(image.convert("RGB"))
-        except Exception as error:  # whatever a decoder throws at a broken file
+        except Exception as error:  # decoders raise arbitrary exceptions for broken files
             raise EvaluationError(
-                f"the image {file} cannot be read ({type(error).__name__}: {error}); make it anew or remove it"
+                f"the image {file} cannot be read ({type(error).__name__}: {error}); replace or remove it"
             ) from error
         return torch.from_numpy(array).permute(2, 0, 1)
 
 
 class ArrayImages:
-    """The array ``arr_0`` of an ``.npz``: uint8 (N, H, W, 3), as ADM's suite takes it.
+    """The array ``arr_0`` of an ``.npz`` file: uint8 (N, H, W, 3), the format of ADM's evaluation suite.
 
-    Read from the disk piece by piece where it is stored uncompressed, as ``np.savez`` does.
+    Memory-mapped if stored uncompressed, as by ``np.savez``; otherwise read into memory.
+
+    Args:
+        path: the file.
 
     Raises:
-        EvaluationError: no such array, of another type or shape, or a damaged file.
+        EvaluationError: the file is damaged or has no such array, or its dtype or shape is wrong.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -99,7 +102,7 @@ class ArrayImages:
             self.array = _stored_array(path, "arr_0")
             stat = os.stat(path)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise EvaluationError(f"'{path}' holds no readable array arr_0 ({error})") from error
+            raise EvaluationError(f"'{path}' contains no readable array arr_0 ({error})") from error
         if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[-1] != 3 or not len(self.array):
             raise EvaluationError(
                 f"'{path}': arr_0 is {self.array.dtype} {self.array.shape}, expected uint8 (N, H, W, 3) with N >= 1"
@@ -114,13 +117,13 @@ class ArrayImages:
 
 
 class DatasetImages:
-    """The images of a dataset (:class:`components.contracts.Dataset`), in its own order, never mirrored.
+    """Images of a dataset, in its own order, never mirrored.
 
     Args:
-        dataset: see there.
-        name: for messages.
-        identity: of its options.
-        strict: an unreadable file is an error; else what the dataset puts in its place counts.
+        dataset: see :class:`components.contracts.Dataset`.
+        name: name in messages.
+        identity: identifies the dataset's options.
+        strict: raise for an unreadable file instead of using the image that replaces it.
     """
 
     def __init__(self, dataset: Any, name: str, identity: str, strict: bool = True) -> None:
@@ -138,7 +141,7 @@ class DatasetImages:
 
 
 class First:
-    """The first ``count`` of a set of images."""
+    """The first ``count`` images of a set."""
 
     def __init__(self, images: Images, count: int) -> None:
         self.images, self.count = images, min(count, len(images))
@@ -152,10 +155,12 @@ class First:
 
 
 def read_batches(images: Images, units: Iterable[int], batch_size: int) -> Iterator[tuple[int, Tensor]]:
-    """Unit u is the images [u * batch_size, (u + 1) * batch_size): (u, uint8 (B, 3, H, W)), read ahead in threads.
+    """Yield (u, batch uint8 (B, 3, H, W)) for each unit u of ``units``, reading ahead in threads.
+
+    Unit u consists of the images [u * batch_size, (u + 1) * batch_size).
 
     Raises:
-        EvaluationError: an image cannot be read, or is not of the first one's size.
+        EvaluationError: an image cannot be read, or its size differs from the first image's.
     """
     size = tuple(images[0].shape)
 
@@ -165,7 +170,7 @@ def read_batches(images: Images, units: Iterable[int], batch_size: int) -> Itera
             where = images.files[index] if isinstance(images, ImageFolder) else f"image {index} of {images.name}"
             raise EvaluationError(
                 f"{where} has {image.shape[2]} x {image.shape[1]} pixels, the first one {size[2]} x {size[1]}; all "
-                "must be of one size (for photographs use a dataset, which crops them: --reference dataset)"
+                "must have the same size (for photographs use a dataset, which crops them: --reference dataset)"
             )
         return image
 
@@ -188,13 +193,13 @@ def read_batches(images: Images, units: Iterable[int], batch_size: int) -> Itera
 
 
 def _stored_array(path: str | Path, name: str) -> np.ndarray:
-    """An array of an ``.npz``, mapped from the disk where it is not compressed."""
+    """Open an array of an ``.npz`` file, memory-mapped if it is not compressed."""
     with zipfile.ZipFile(path) as archive:
         entry = archive.getinfo(f"{name}.npy")
         if entry.compress_type != zipfile.ZIP_STORED:
             with np.load(path, allow_pickle=False) as file:
                 return file[name]
-        # The entry's own header: 30 bytes, of which the last four say how long its name and its extra field are.
+        # Local zip header: 30 bytes, the last four of which are the lengths of the name and the extra field.
         with open(path, "rb") as file:
             file.seek(entry.header_offset + 26)
             lengths = np.frombuffer(file.read(4), dtype="<u2")
@@ -205,8 +210,8 @@ def _stored_array(path: str | Path, name: str) -> np.ndarray:
             else:
                 shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
             if dtype.hasobject:
-                raise ValueError("it holds Python objects")
+                raise ValueError("it contains Python objects")
             order = "F" if fortran else "C"
             if file.tell() + dtype.itemsize * int(np.prod(shape)) > os.path.getsize(path):
-                raise ValueError("the file is cut short")
+                raise ValueError("the file is truncated")
             return np.memmap(path, dtype=dtype, mode="r", offset=file.tell(), shape=shape, order=order)

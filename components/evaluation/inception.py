@@ -1,4 +1,4 @@
-"""The Inception network that FID is defined on: torch-fidelity's port of the graph of 2015-12-05."""
+"""The Inception network that defines FID: torch-fidelity's port of the 2015-12-05 TensorFlow graph."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from components.files.weights import WeightsError, read_state
 from components.nn.precision import no_autocast
 
 WHAT = "Inception (FID)"
-PUBLISHED = "6726825d"  # sha256 of the published weights begins so
+PUBLISHED = "6726825d"  # prefix of the published weights' sha256
 POOL, SPATIAL = 2048, 17 * 17 * 7
 DOWNLOAD_TIMEOUT_S = 10
 
 
 class Inception(nn.Module):
-    """Images to the features that FID, sFID and the Inception Score need; frozen, in fp32.
+    """Computes the features for FID, sFID and the Inception Score; frozen, in fp32.
 
     Args:
-        weights: file of weights in torch-fidelity's layout; empty: its own, from PyTorch's cache or downloaded.
+        weights: weights file in torch-fidelity's layout; empty: the published one, from PyTorch's cache or downloaded.
 
     Attributes:
-        dims: features by name.
-        about: which network this is: ``name``, ``sha256``, ``published`` (whether the weights are those that
-            published numbers were measured with) and ``file``.
+        dims: number of features by name.
+        about: identifies the network: ``name``, ``sha256``, ``published`` (whether the weights are those used for
+            published numbers) and ``file``.
 
     Raises:
-        WeightsError: the weights are missing, unreadable or of another network.
+        WeightsError: the weights are missing, unreadable or from another network.
     """
 
     dims = {"pool": POOL, "spatial": SPATIAL}
@@ -46,14 +46,14 @@ class Inception(nn.Module):
         state = read_state(path, WHAT)
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        # It would read the file with pickle; it gets the tensors that were read safely.
+        # torch-fidelity unpickles its file, so pass it tensors that were read safely.
         buffer = io.BytesIO()
         torch.save(state, buffer)
         buffer.seek(0)
         try:
             self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=buffer)
         except RuntimeError as error:
-            raise WeightsError(f"{WHAT}: '{path}' does not fit torch-fidelity's Inception: {error}") from error
+            raise WeightsError(f"{WHAT}: '{path}' does not match torch-fidelity's Inception: {error}") from error
         self.about: dict[str, Any] = {
             "name": "inception-v3-2015-12-05 (torch-fidelity)",
             "sha256": sha256,
@@ -61,23 +61,23 @@ class Inception(nn.Module):
             "file": str(path),
         }
         self._spatial: Tensor | None = None
-        # mixed_6/conv of the graph, behind batch norm and ReLU.
+        # mixed_6/conv of the TensorFlow graph, after batch norm and ReLU.
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Inception:
-        """Stays in evaluation mode whatever ``mode`` says."""
+        """Keep the module in eval mode; ``mode`` is ignored."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """``pool`` (B, 2048) and ``spatial`` (B, 2023), float32.
+        """Return ``pool`` (B, 2048) and ``spatial`` (B, 2023), float32.
 
-        ``spatial`` is what sFID is measured on (Nash et al. 2021, arXiv 2103.03841, as in ADM's suite): the first 7
-        channels of a layer of 17 x 17, flattened rows first and channels last, which is the order in ADM's files.
+        ``spatial`` is used for sFID (Nash et al. 2021, arXiv 2103.03841, as in ADM's suite): the first 7 channels of a
+        17 x 17 feature map, flattened in the order (row, column, channel) of ADM's files.
 
         Args:
-            images: uint8 (B, 3, H, W); resized to 299 x 299 as TensorFlow 1 does (bilinear, corners not aligned).
+            images: uint8 (B, 3, H, W); resized to 299 x 299 as in TensorFlow 1 (bilinear, ``align_corners=False``).
         """
         with no_autocast(images), full_fp32():
             (pool,) = self.network(images)
@@ -86,7 +86,7 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def logits(self, pool: Tensor) -> Tensor:
-        """(B, 2048) -> (B, 1008) without the bias, which the original Inception Score left out."""
+        """Logits (B, 1008) from ``pool`` (B, 2048), without bias as in the original Inception Score."""
         with no_autocast(pool), full_fp32():
             return pool @ self.network.fc.weight.T
 
@@ -95,10 +95,13 @@ class Inception(nn.Module):
 
 
 def find_weights(weights: str | Path = "") -> tuple[Path, str]:
-    """The file and its sha256; a file that was not named must be the published one.
+    """Find or download the weights; return the file and its sha256.
+
+    Args:
+        weights: a file with any weights; empty: the published ones, which are verified.
 
     Raises:
-        WeightsError: there is none; says both ways to provide it.
+        WeightsError: the file is missing or damaged; the message says how to provide it.
     """
     if weights:
         path = Path(weights).expanduser()
@@ -116,13 +119,13 @@ def find_weights(weights: str | Path = "") -> tuple[Path, str]:
         raise WeightsError(
             f"{WHAT}: the weights are not in PyTorch's cache ({path}) and could not be downloaded "
             f"({type(error).__name__}: {error}). Either run once with network access (or copy the file {path.name} "
-            f"there), or name it with --inception-weights FILE, in a config [evaluation] inception_weights; "
+            f"there), or pass it with --inception-weights FILE or [evaluation] inception_weights in the config; "
             f"it is published at {URL}"
         ) from error
     if not sha256.startswith(PUBLISHED):
         raise WeightsError(
             f"{WHAT}: {path} is damaged or another file: its sha256 begins with {sha256[:8]}, expected {PUBLISHED}; "
-            "remove it and start again, or name other weights with --inception-weights FILE"
+            "remove it and run again, or pass other weights with --inception-weights FILE"
         )
     return path, sha256
 
@@ -137,7 +140,7 @@ def file_sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def full_fp32() -> Iterator[None]:
-    """Inside, GPUs compute fp32 products in fp32, not in TF32, which rounds them to 10 bits."""
+    """Context manager that disables TF32, which rounds the inputs of fp32 products to 10 mantissa bits."""
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, conv.allow_tf32
     matmul.allow_tf32 = conv.allow_tf32 = False
@@ -149,7 +152,7 @@ def full_fp32() -> Iterator[None]:
 
 def _download(url: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own for each process: ranks that start together must not write into one file.
+    # Include the process id: ranks that start together must not write to the same file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as answer, open(temporary, "wb") as file:

@@ -1,4 +1,4 @@
-"""From features to measures: what is kept of a set of images, and what two sets say together."""
+"""Metrics from features: summaries of image sets and their comparison."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from components.evaluation.moments import Gaussian, Moments
 from components.evaluation.precision_recall import precision_recall
 from components.evaluation.scores import InceptionScore
 
-# Frechet distances, and the features they are measured on; the ending is that of ADM's names in statistics files.
+# Features that each Frechet distance is computed on, and their suffixes in ADM's statistics files.
 FRECHET = {"fid": "pool", "sfid": "spatial", "fd": "embedding"}
 ENDINGS = {"pool": "", "spatial": "_s"}
 INCEPTION = ("fid", "sfid", "is", "precision", "recall")
 
 
 def needs_neighbours(metrics: tuple[str, ...]) -> bool:
-    """Whether every image's own features are needed, not only their moments."""
+    """Whether the metrics need the features of every image, not only their moments."""
     return "precision" in metrics or "recall" in metrics
 
 
 @dataclass
 class Summary:
-    """What is kept of a set of images under one network.
+    """Summary of a set of images under one network.
 
     Attributes:
-        moments: by feature.
-        pool: features (N, 2048) float32 on the host, where precision or recall is wanted.
-        score: Inception Score.
+        moments: moments by feature name.
+        pool: features (N, 2048) float32 on the host; None unless precision or recall is computed.
+        score: Inception Score; None unless it is computed.
     """
 
     moments: dict[str, Gaussian] = field(default_factory=dict)
@@ -42,16 +42,15 @@ class Summary:
 
 
 class Summariser:
-    """Takes in features in the order of the images.
+    """Accumulates features, in the order of the images, into a :class:`Summary`.
 
-    Only rank 0 counts: 2048 x 2048 products on every rank would gain nothing. All ranks keep what is compared image
-    by image.
+    Only rank 0 computes moments and the Inception Score; all ranks keep the features for precision and recall.
 
     Args:
         network: see :class:`components.evaluation.networks.Network`.
-        metrics: what is wanted of it.
-        device: where moments are computed.
-        generated: whether these are the samples, which alone have an Inception Score.
+        metrics: metrics computed on this network's features.
+        device: device on which moments are computed.
+        generated: whether these are generated images; only those have an Inception Score.
         main: whether this is rank 0.
     """
 
@@ -65,7 +64,7 @@ class Summariser:
         self._pool: list[Tensor] | None = [] if needs_neighbours(metrics) else None
 
     def add(self, features: dict[str, Tensor]) -> None:
-        """Features (B, D) by name, of the next images."""
+        """Add the features (B, D), by name, of the next images."""
         for name, moments in self._moments.items():
             moments.update(features[name].to(self.device))
         if self._score is not None:
@@ -74,7 +73,7 @@ class Summariser:
             self._pool.append(features["pool"].float().cpu())
 
     def summary(self) -> Summary:
-        """What was seen so far."""
+        """Summary of the images so far."""
         return Summary(
             {name: moments.gaussian() for name, moments in self._moments.items()},
             torch.cat(self._pool) if self._pool else None,
@@ -91,17 +90,18 @@ def compare(
     allow_singular: bool = False,
     names: tuple[str, str] = ("", ""),
 ) -> tuple[dict[str, float | None], list[tuple[str, str]]]:
-    """Values by metric, and warnings each with its metric, the same on every rank; None where there is no value.
-
-    Collective.
+    """Compute metrics from two summaries. Collective.
 
     Args:
-        metrics: of one network.
-        samples: their summary.
-        reference: likewise.
-        device: where distances are computed.
+        metrics: metrics of one network.
+        samples: summary of the generated images.
+        reference: summary of the reference images.
+        device: device on which precision and recall are computed.
         allow_singular: see :func:`components.evaluation.frechet.frechet_distance`.
-        names: of the two sets, for messages.
+        names: names of the two sets in messages.
+
+    Returns:
+        Values by metric, None if one cannot be computed, and (metric, warning) pairs; the same on every rank.
     """
     ranks = Ranks(None)
 

@@ -1,4 +1,4 @@
-"""Mean and covariance of features, streaming, in float64; statistics files as ADM's suite writes them."""
+"""Streaming mean and covariance of features in float64, and statistics files in the format of ADM's suite."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from components.evaluation import EvaluationError
 
 @dataclass(frozen=True)
 class Gaussian:
-    """First two moments of D features.
+    """Mean and covariance of D features.
 
     Attributes:
         mean: (D,) float64.
         covariance: (D, D) float64, unbiased (divided by N - 1).
-        count: N images behind them; none where a file does not tell.
+        count: number of images N; None if a statistics file does not state it.
     """
 
     mean: Tensor
@@ -31,15 +31,15 @@ class Gaussian:
 
 
 class Moments:
-    """Mean and scatter matrix of a stream of feature vectors.
+    """Accumulates mean and scatter matrix of a stream of feature vectors.
 
-    Batches are merged by the pairwise update of Chan, Golub and LeVeque (1983), which loses no digits where the mean
-    is large against the deviation. Any division into batches gives the same moments to about 1e-14; the same batches
-    in the same order give the same bits.
+    Batches are merged by the pairwise update of Chan, Golub and LeVeque (1983), which stays accurate if the mean is
+    much larger than the standard deviation. Different batch sizes agree to about 1e-14; the same batches in the same
+    order agree bitwise.
 
     Args:
-        dim: features D.
-        device: where the D x D matrix lives (34 MB for D = 2048).
+        dim: number of features D.
+        device: device of the D x D matrix (34 MB for D = 2048).
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
@@ -48,24 +48,24 @@ class Moments:
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     def update(self, features: Tensor) -> None:
-        """Takes in a batch (B, D), B >= 1, of any floating dtype.
+        """Add a batch (B, D), B >= 1, of any floating dtype.
 
         Raises:
-            EvaluationError: a feature is not finite; names the image by its number in the stream.
+            EvaluationError: a feature is not finite; the message gives the image's index in the stream.
         """
         x = features.to(self.mean)
         bad = (~torch.isfinite(x).all(1)).nonzero()
         if len(bad):
             raise EvaluationError(
-                f"the features of image {self.count + int(bad[0])} (counted from 0) are not finite; the image's "
-                "values or the network's weights are broken"
+                f"the features of image {self.count + int(bad[0])} (counted from 0) are not finite; the image or the "
+                "network's weights are invalid"
             )
         mean = x.mean(0)
         centred = x - mean
         self._merge(len(x), mean, centred.T @ centred)
 
     def merge(self, other: Moments) -> None:
-        """Takes in what another stream has seen."""
+        """Add the data of another accumulator."""
         if other.count:
             self._merge(other.count, other.mean.to(self.mean), other.scatter.to(self.scatter))
 
@@ -78,20 +78,20 @@ class Moments:
         self.count = total
 
     def gaussian(self) -> Gaussian:
-        """The moments of what was seen; raises :class:`EvaluationError` for fewer than two images."""
+        """Moments of the data so far; raises :class:`EvaluationError` for fewer than two images."""
         if self.count < 2:
-            raise EvaluationError(f"{self.count} images have no covariance; give at least 2")
+            raise EvaluationError(f"a covariance needs at least 2 images, got {self.count}")
         return Gaussian(self.mean.clone(), self.scatter / (self.count - 1), self.count)
 
 
 def save_statistics(path: str | Path, statistics: dict[str, Gaussian], about: dict[str, Any]) -> None:
-    """Writes an ``.npz`` with ``mu``, ``sigma`` and ``count`` of each set of features; whole or not at all.
+    """Atomically write an ``.npz`` file with ``mu``, ``sigma`` and ``count`` of each set of features.
 
     Args:
         path: the file.
-        statistics: by the names' ending: "" for Inception's pool features and "_s" for its spatial ones, as in ADM's
+        statistics: moments by key suffix: "" for Inception's pool features and "_s" for its spatial ones, as in ADM's
             reference batches.
-        about: what the features are; kept as JSON under ``about``.
+        about: description of the features; stored as JSON under ``about``.
     """
     arrays: dict[str, Any] = {"about": np.array(json.dumps(about))}
     for ending, g in statistics.items():
@@ -109,10 +109,10 @@ def save_statistics(path: str | Path, statistics: dict[str, Gaussian], about: di
 
 
 def read_statistics(path: str | Path) -> tuple[dict[str, Gaussian], dict[str, Any] | None]:
-    """Reads what :func:`save_statistics` or ADM's suite wrote: moments by ending, and ``about`` (ADM: None).
+    """Read a file from :func:`save_statistics` or ADM's suite: moments by key suffix, and ``about`` (None for ADM).
 
     Raises:
-        EvaluationError: the file cannot be read, or its arrays do not fit each other.
+        EvaluationError: the file cannot be read, or the shapes of its arrays do not match.
     """
     found: dict[str, Gaussian] = {}
     try:

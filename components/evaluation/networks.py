@@ -1,4 +1,4 @@
-"""Networks whose features images are compared on: Inception, and any alignment encoder."""
+"""Feature extractors for evaluation: Inception and any alignment encoder."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ GRID = 16
 
 
 class Network(Protocol):
-    """Images to features.
+    """A feature extractor.
 
     Attributes:
-        dims: features by name.
-        about: which network it is; goes into reports, and tells caches and statistics of other networks apart.
+        dims: number of features by name.
+        about: identifies the network in reports, caches and statistics files.
     """
 
     dims: dict[str, int]
     about: dict[str, Any]
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 (B, 3, H, W) -> float (B, D) by name."""
+        """Map images uint8 (B, 3, H, W) to features float (B, D) by name."""
 
 
 class EncoderNetwork(nn.Module):
-    """An encoder as a network for the Frechet distance: one vector per image.
+    """Adapts an encoder to :class:`Network`: one vector per image.
 
-    An encoder that offers ``embed(images) -> (B, D)``, for images (B, 3, R, R) in [-1, 1], says itself which vector
-    that is (the class token of vision transformers, on which FD-DINOv2 is defined: Stein et al. 2023, arXiv
-    2306.04675); of any other it is the mean of its patch tokens.
+    The vector is ``encoder.embed(images) -> (B, D)``, for images (B, 3, R, R) in [-1, 1], if the encoder has that
+    method (the class token for vision transformers, as in FD-DINOv2: Stein et al. 2023, arXiv 2306.04675); otherwise
+    the mean of its patch tokens.
 
     Args:
-        encoder: with its weights, in its place.
-        about: which one, with a fingerprint of its weights.
+        encoder: with its weights, on its device.
+        about: identifies the encoder, including a fingerprint of its weights.
     """
 
     def __init__(self, encoder: Encoder, about: dict[str, Any]) -> None:
@@ -50,7 +50,7 @@ class EncoderNetwork(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """``embedding`` (B, D), float32, of uint8 (B, 3, R, R)."""
+        """Return ``embedding`` (B, D), float32, of images uint8 (B, 3, R, R)."""
         with no_autocast(images), full_fp32():
             x = images.float() / 127.5 - 1
             embed = getattr(self.encoder, "embed", None)
@@ -58,5 +58,5 @@ class EncoderNetwork(nn.Module):
 
 
 def native_grid(encoder: type) -> int:
-    """Tokens per side with which an encoder is compared: its ``native_grid``, or 16 (224 pixels of patches of 14)."""
+    """Tokens per side for evaluating an encoder: its ``native_grid``, or 16 (224 pixels with patch size 14)."""
     return getattr(encoder, "native_grid", GRID)

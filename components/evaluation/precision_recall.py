@@ -1,4 +1,4 @@
-"""Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), as ADM's suite defines them."""
+"""Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), as defined by ADM's suite."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from components.evaluation import EvaluationError
 
 NEIGHBOURS = 3
-ROWS = 1024  # rows of distances at once: 200 MB against 50,000 columns
+ROWS = 1024  # rows of the distance matrix per block: 200 MB for 50,000 columns
 
 
 class PrecisionRecall(NamedTuple):
-    """``precision``: share of samples within the reference's manifold; ``recall``: the other way round."""
+    """``precision``: fraction of samples in the reference manifold; ``recall``: the same with the sets exchanged."""
 
     precision: float
     recall: float
@@ -24,27 +24,28 @@ class PrecisionRecall(NamedTuple):
 def precision_recall(
     samples: Tensor, reference: Tensor, k: int = NEIGHBOURS, *, rank: int = 0, world: int = 1
 ) -> PrecisionRecall:
-    """A point is in a set's manifold if some member's ball, reaching to its k-th neighbour, holds it.
+    """Compute precision and recall from k-nearest-neighbor manifolds.
 
-    Collective for ``world`` > 1: blocks of rows are dealt out to the ranks. The numbers are the same for every world
-    size. Distances are exact to the features' rounding (ADM's suite computes them in float16 where they fit).
+    A set's manifold is the union of balls around its points, each with the distance to the point's k-th nearest
+    neighbor as radius. Collective if ``world`` > 1: ranks divide the rows of the distance matrix, and the result does
+    not depend on ``world``. Distances are computed in the dtype of the features (ADM's suite uses float16 if possible).
 
     Args:
         samples: features (N, D), the same on every rank.
-        reference: features (M, D), likewise.
-        k: neighbours, the point itself not counted.
-        rank: of this process.
-        world: ranks that call this together.
+        reference: features (M, D), the same on every rank.
+        k: number of neighbors, not counting the point itself.
+        rank: rank of this process.
+        world: number of ranks that call this together.
 
     Raises:
-        EvaluationError: a set has no more than k images.
+        EvaluationError: a set has k or fewer images.
     """
     for name, points in (("the samples", samples), ("the reference", reference)):
         if len(points) <= k:
             raise EvaluationError(
-                f"{len(points)} images of {name} are too few for precision and recall with {k} neighbours"
+                f"{len(points)} images of {name} are too few for precision and recall with {k} neighbors"
             )
-    # Distances come from norms and products, which cancel where all points lie far from the origin.
+    # Center: distances computed from norms and dot products suffer cancellation far from the origin.
     centre = reference.mean(0)
     samples, reference = samples - centre, reference - centre
     share = rank, world
@@ -54,18 +55,18 @@ def precision_recall(
 
 
 def _radii(points: Tensor, k: int, rank: int, world: int) -> Tensor:
-    """Squared distance of each point to its k-th neighbour, (N,)."""
+    """Squared distance of each point to its k-th nearest neighbor, (N,)."""
     radii = points.new_zeros(len(points))
     for first in range(rank * ROWS, len(points), world * ROWS):
         rows = torch.arange(first, min(first + ROWS, len(points)), device=points.device)
         distances = _squared(points[rows], points)
-        distances[rows - first, rows] = 0.0  # nearest of all: itself
+        distances[rows - first, rows] = 0.0  # exactly 0 to itself, so that it sorts first
         radii[rows] = distances.topk(k + 1, largest=False, sorted=True).values[:, k]
     return _summed(radii, world)
 
 
 def _inside(points: Tensor, centres: Tensor, radii: Tensor, rank: int, world: int) -> float:
-    """Share of ``points`` that lie in a ball around some centre."""
+    """Fraction of ``points`` that lie in the ball around any center."""
     count = torch.zeros((), dtype=torch.float64, device=points.device)
     for first in range(rank * ROWS, len(points), world * ROWS):
         count += (_squared(points[first : first + ROWS], centres) <= radii).any(1).sum()
@@ -73,7 +74,7 @@ def _inside(points: Tensor, centres: Tensor, radii: Tensor, rank: int, world: in
 
 
 def _squared(a: Tensor, b: Tensor) -> Tensor:
-    """Squared distances (N, M)."""
+    """Squared distances (N, M) between points (N, D) and (M, D)."""
     return torch.addmm(b.square().sum(1), a, b.T, alpha=-2).add_(a.square().sum(1, keepdim=True)).clamp_(min=0)
 
 

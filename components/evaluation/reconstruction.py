@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MIN_SIDE = 11  # SSIM's window
+MIN_SIDE = 11  # size of the SSIM window
 K1, K2 = 0.01, 0.03
 
 
@@ -14,8 +14,8 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image in dB, (B,) float64; infinite for equal images.
 
     Args:
-        x: uint8 (B, 3, R, R); the peak is 255.
-        y: likewise.
+        x: uint8 (B, 3, R, R); the peak value is 255.
+        y: like ``x``.
     """
     error = (x.double() - y.double()).square().flatten(1).mean(1)
     return 10 * torch.log10(255**2 / error)
@@ -24,15 +24,15 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity of each image (Wang et al. 2004), (B,) float64, at most 1.
 
-    Gaussian window of 11 pixels with a deviation of 1.5, per colour channel, K1 = 0.01, K2 = 0.03; at the borders the
-    image is reflected, and every pixel counts, as in torchmetrics.
+    Gaussian window of 11 pixels with sigma = 1.5, per color channel, K1 = 0.01, K2 = 0.03. Borders use reflection
+    padding, and the mean is over all pixels, as in torchmetrics.
 
     Args:
         x: uint8 (B, 3, R, R), R at least 11.
-        y: likewise.
+        y: like ``x``.
 
     Raises:
-        ValueError: images with a side below 11 pixels.
+        ValueError: a side is smaller than 11 pixels.
     """
     if min(x.shape[-2:]) < MIN_SIDE:
         raise ValueError(f"SSIM needs at least {MIN_SIDE} pixels per side, got {x.shape[-2]} x {x.shape[-1]}")

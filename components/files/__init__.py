@@ -1,1 +1,1 @@
-"""Files of weights and models, in and out."""
+"""Reading and writing weights and model files."""

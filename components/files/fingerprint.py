@@ -1,4 +1,4 @@
-"""What a module's weights are, in one short text: to tell whether two files or runs mean the same network."""
+"""Hashes of a module's weights, to check whether two files or runs have the same network."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.distributed.tensor import DTensor
 
 @torch.no_grad()
 def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over the state dict: every name in sorted order, its shape, and its values in fp32 (integers as int64).
+    """SHA-256 of the state dict: names in sorted order, shapes, and values in fp32 (integers as int64).
 
-    Independent of device, memory layout and precision of storage: weights widened to fp64 keep their fingerprint.
-    Cost: about a second per gigabyte. Collective where the module is sharded.
+    Independent of device, memory layout and storage dtype: weights cast to fp64 keep their fingerprint. Takes about a
+    second per gigabyte. Collective if the module is sharded.
     """
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):

@@ -1,4 +1,4 @@
-"""The manifest of a folder: size and CRC-32 of every file, and its own."""
+"""Manifest of a folder: size and CRC-32 of every file, and the manifest's own CRC-32."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ NAME = "manifest.json"
 
 
 class ManifestError(Exception):
-    """The manifest is missing, damaged or of another format; the message says which."""
+    """The manifest is missing, damaged or of an unsupported format; the message says which."""
 
 
 def write(folder: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
-    """Writes the manifest of ``files`` (:func:`checksum` by name); when it returns, the folder is on the disk."""
+    """Write the manifest of ``files`` (:func:`checksum` by name) and flush the folder to disk."""
     fields = {"format": FORMAT, "step": step, "torch": torch.__version__, "files": files}
     fields["crc32"] = _fields_crc32(fields)
     with open(folder / NAME, "w") as file:
@@ -31,7 +31,7 @@ def write(folder: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
 
 
 def checksum(path: Path, sync: bool) -> dict[str, Any] | str:
-    """{"size": bytes, "crc32": hex} of a file, flushed to the disk first if ``sync``; or the error as text."""
+    """{"size": bytes, "crc32": hex} of a file, or an error message; flushes it to disk first if ``sync``."""
     try:
         with open(path, "rb", buffering=0) as file:
             if sync:
@@ -49,10 +49,10 @@ def _fields_crc32(fields: dict[str, Any]) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The fields "format", "step", "torch" and "files".
+    """Read a folder's manifest: the fields "format", "step", "torch" and "files".
 
     Raises:
-        ManifestError: it is missing, damaged, or of another format.
+        ManifestError: it is missing, damaged or of an unsupported format.
     """
     try:
         fields = json.loads((path / NAME).read_bytes())
@@ -60,16 +60,16 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ManifestError(f"{NAME} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ManifestError(f"{NAME} is damaged: not a complete manifest") from error
+        raise ManifestError(f"{NAME} is damaged: it is incomplete") from error
     if _fields_crc32(fields) != crc32:
         raise ManifestError(f"{NAME} is damaged: its CRC-32 does not match its content")
     if fields["format"] != FORMAT:
-        raise ManifestError(f"{NAME} states format {fields['format']}; this version reads format {FORMAT}")
+        raise ManifestError(f"{NAME} has format {fields['format']}; this version reads format {FORMAT}")
     return fields
 
 
 def problem(path: Path) -> str | None:
-    """What is wrong with a folder as far as its manifest and the files' sizes tell, or None."""
+    """Check a folder's manifest and file sizes, not contents; return what is wrong, or None."""
     if not path.is_dir():
         return "it is not a folder" if path.exists() else "it does not exist"
     try:
@@ -87,12 +87,12 @@ def problem(path: Path) -> str | None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Puts the folder's list of names on the disk."""
+    """Flush a folder's directory entries to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without fsync of folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot fsync folders
             raise
     finally:
         os.close(descriptor)

@@ -1,8 +1,8 @@
-"""Our own files of a trained model: a folder with its config and one safetensors file per module.
+"""Model folders: titanrepa's format for a trained model, with its config and one safetensors file per module.
 
-``config.toml`` is the run's resolved config; ``tokenizer.safetensors``, ``denoiser.safetensors``,
-``latent_norm.safetensors`` and, where they are wanted, ``heads.safetensors`` and ``discriminator.safetensors`` hold
-the modules' own state dicts. Each file stands alone: its metadata carry the config, too.
+``config.toml`` is the run's resolved config. ``tokenizer.safetensors``, ``denoiser.safetensors``,
+``latent_norm.safetensors`` and, optionally, ``heads.safetensors`` and ``discriminator.safetensors`` contain the
+modules' state dicts. Each file is self-contained: its metadata include the config.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ PARTS = ("tokenizer", "denoiser", "latent_norm", "heads", "discriminator")
 def write_model(
     folder: Path, states: Mapping[str, dict[str, Tensor]], config_toml: str, step: int, weights: str
 ) -> list[Path]:
-    """Writes a model folder and returns its files; a kill leaves no ``config.toml``, so no half a model.
+    """Write a model folder and return its files; ``config.toml`` comes last, so a partial folder has none.
 
     Args:
-        folder: made if need be; another model in it is replaced, whole.
+        folder: created if missing; a model already in it is replaced completely.
         states: state dicts by part.
         config_toml: the resolved config.
-        step: optimizer steps behind the weights.
+        step: optimizer steps taken.
         weights: "ema" or "online".
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,14 +51,14 @@ def write_model(
 
 
 def write_part(path: Path, part: str, state: dict[str, Tensor], config_toml: str, step: int, weights: str) -> None:
-    """Writes one module's state dict, whole or not at all.
+    """Atomically write one module's state dict.
 
     Args:
         path: the file; an existing one is replaced.
-        part: the module's name, as ``Modules.named`` has it.
-        state: tensors of any device and memory format; kept in their dtype.
+        part: the module's name, as in ``Modules.named``.
+        state: tensors on any device and in any memory format; dtypes are kept.
         config_toml: the resolved config.
-        step: optimizer steps behind the weights.
+        step: optimizer steps taken.
         weights: "ema" or "online".
     """
     about = {"format": FORMAT, "part": part, "config": config_toml, "step": str(step), "weights": weights}
@@ -66,7 +66,7 @@ def write_part(path: Path, part: str, state: dict[str, Tensor], config_toml: str
 
 
 def save_tensors(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file, whole or not at all; its metadata also get ``titanrepa_version``."""
+    """Atomically write a safetensors file; its metadata also get ``titanrepa_version``."""
     from safetensors.torch import save_file
 
     partial = path.with_name(f"{path.name}.partial")
@@ -77,7 +77,7 @@ def save_tensors(path: Path, state: dict[str, Tensor], metadata: dict[str, str])
 
 
 def save_tree(path: Path, tree: dict[str, Any]) -> None:
-    """Writes nested dicts of tensors and plain values with torch.save, whole or not at all."""
+    """Atomically write nested dicts of tensors and plain values with torch.save."""
     seen: set[int] = set()
 
     def bare(value: Any) -> Any:
@@ -91,7 +91,7 @@ def save_tree(path: Path, tree: dict[str, Any]) -> None:
 
 
 def _alone(tensor: Tensor, seen: set[int]) -> Tensor:
-    """The tensor in host memory of its own: torch.save writes all that a view looks into, safetensors shares none."""
+    """Copy on the host with its own storage: torch.save writes a view's whole storage; safetensors rejects sharing."""
     tensor = tensor.detach().cpu().contiguous()
     memory = tensor.untyped_storage()
     if memory.nbytes() != tensor.nbytes or memory.data_ptr() in seen:
@@ -101,32 +101,32 @@ def _alone(tensor: Tensor, seen: set[int]) -> Tensor:
 
 
 def read_part(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """State dict and metadata ("part", "config", "step", "weights") of one file.
+    """Read the state dict and metadata ("part", "config", "step", "weights") of a model folder's file.
 
     Raises:
-        WeightsError: it is missing, damaged, or not one of ours.
+        WeightsError: the file is missing, damaged, or not from a model folder.
     """
     from safetensors import safe_open
 
     if not Path(path).is_file():
-        raise WeightsError(f"'{path}' does not exist; expected a file of a model folder, as tokenizer.safetensors")
+        raise WeightsError(f"'{path}' does not exist; expected a file of a model folder, e.g. tokenizer.safetensors")
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except Exception as error:
         reason = str(error).split("\n", 1)[0]
-        raise WeightsError(f"'{path}' is damaged or no safetensors file ({type(error).__name__}: {reason})") from error
+        raise WeightsError(f"'{path}' is damaged or not safetensors ({type(error).__name__}: {reason})") from error
     if about.get("format") != FORMAT:
         raise WeightsError(
-            f"'{path}' states format {about.get('format')!r}, expected '{FORMAT}': it was not made by export or "
-            "import; make a model folder of it with python -m trainer import"
+            f"'{path}' has format {about.get('format')!r}, expected '{FORMAT}': it was not written by export or "
+            "import; convert it to a model folder with python -m trainer import"
         )
     return state, about
 
 
 def replace(partial: Path, path: Path) -> None:
-    """Gives a file that was written aside its name, once its content is on the disk."""
+    """Flush ``partial`` to disk and atomically rename it to ``path``."""
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -1,4 +1,4 @@
-"""Weights from files: safe (no pickled code), strict, with errors that name file and keys."""
+"""Loading weights from files: safe (never runs pickled code) and strict, with errors that name the file and keys."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from components.distributed.materialize import fill
 
 HUB_TIMEOUT_S = 10
 HUB_PATH = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)/(?P<filename>[^@]+?)(?:@(?P<revision>.+))?")
-SHOWN = 20  # keys of a kind that a message spells out; more are written as ranges
+SHOWN = 20  # maximum number of keys listed in full in a message; more are abbreviated as ranges
 
 
 class WeightsError(Exception):
-    """Weights are missing, unreadable, or do not fit the module."""
+    """Weights are missing, unreadable, or do not match the module."""
 
 
 class Opaque:
-    """Stands for an object whose class is not loaded: takes any arguments and state, and does nothing with them."""
+    """Placeholder for a pickled object whose class is not imported; ignores its arguments and state."""
 
     def __new__(cls, *_: Any, **__: Any) -> Opaque:
         return object.__new__(cls)
@@ -35,8 +35,8 @@ class Opaque:
         pass
 
 
-# Besides tensors and plain values, a file may hold the options of a command line (published training checkpoints) and
-# what Lightning leaves beside the weights (CompVis checkpoints), which is read as Opaque.
+# Classes allowed in files besides tensors and plain values: argparse.Namespace (published training checkpoints), and
+# classes that Lightning pickles (CompVis checkpoints), which are replaced by Opaque.
 OPAQUE = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "numpy.core.multiarray.scalar",
@@ -47,37 +47,37 @@ ALLOWED = [argparse.Namespace, *((Opaque, name) for name in OPAQUE)]
 
 
 def read_state(path: str | Path, what: str) -> dict[str, Tensor]:
-    """Reads a state dict from ``.safetensors`` or a ``torch.save`` file (tensors only, never code).
+    """Read a state dict from a ``.safetensors`` or ``torch.save`` file (tensors only, never code).
 
-    A wrapper of one level (``state_dict``, ``model``) is opened.
+    Unwraps a ``state_dict`` or ``model`` key.
 
     Args:
-        path: the file, or ``hf://organisation/name/file[@revision]``.
-        what: whose weights they are, for messages ("tokenizer autoencoder_kl").
+        path: the file, or ``hf://organization/name/file[@revision]``.
+        what: owner of the weights in messages, such as "tokenizer autoencoder_kl".
 
     Raises:
-        WeightsError: no such file; not a weights file; it holds no tensors.
+        WeightsError: the file is missing, is not a weights file, or contains no tensors.
     """
     state = read_tree(path, what)
     for wrapper in ("state_dict", "model"):
         if isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not any(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"{what}: checkpoint '{path}' holds no named tensors")
+        raise WeightsError(f"{what}: checkpoint '{path}' contains no named tensors")
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def read_tree(path: str | Path, what: str) -> dict[str, Any]:
-    """Reads everything that a weights file holds: tensors and plain values in nested dicts.
+    """Read all content of a weights file: tensors and plain values in nested dicts.
 
-    Tensors of a ``torch.save`` file stay on the disk until they are used: a training checkpoint is mostly optimizer.
+    Tensors of a ``torch.save`` file are memory-mapped, because most of a training checkpoint is optimizer state.
 
     Args:
-        path: as :func:`read_state`.
-        what: whose weights they are, for messages.
+        path: as in :func:`read_state`.
+        what: owner of the weights in messages.
 
     Raises:
-        WeightsError: no such file; not a weights file; it would run code.
+        WeightsError: the file is missing, is not a weights file, or would run code.
     """
     file = local_file(path, what)
     if file.is_dir():
@@ -92,12 +92,12 @@ def read_tree(path: str | Path, what: str) -> dict[str, Any]:
         with safe_globals(ALLOWED):
             tree = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:
-        # PyTorch's first paragraph advises to read the file with weights_only=False.
+        # Skip PyTorch's first line, which recommends weights_only=False.
         reason = next((line for line in str(error).split("\n") if line and "weights_only" not in line), "")
         if code := _code_in(file, str(error)):
             raise WeightsError(
                 f"{what}: checkpoint '{path}' is refused: it pickles {', '.join(code)}, and reading that could run "
-                "code. Take it as .safetensors, or, only if you trust its source, save its state dict anew with "
+                "code. Use a .safetensors file, or, only if you trust its source, save its state dict again with "
                 "torch.save"
             ) from error
         raise WeightsError(
@@ -105,50 +105,50 @@ def read_tree(path: str | Path, what: str) -> dict[str, Any]:
             f"({type(error).__name__}: {reason})"
         ) from error
     if not isinstance(tree, dict):
-        raise WeightsError(f"{what}: checkpoint '{path}' holds a {type(tree).__name__}; expected named tensors")
+        raise WeightsError(f"{what}: checkpoint '{path}' contains a {type(tree).__name__}; expected named tensors")
     return tree
 
 
 def _code_in(file: Path, message: str) -> list[str]:
-    """Names of the classes and functions that a file pickles and that are not allowed, as far as it can be told."""
+    """Names of pickled classes and functions in a file that are not allowed, as far as they can be determined."""
     try:
         with safe_globals(ALLOWED):
             return sorted(get_unsafe_globals_in_checkpoint(file))
-    except Exception:  # in PyTorch's old format, damaged, or no such file at all
+    except Exception:  # PyTorch's legacy format, damaged, or another kind of file
         return re.findall(r"GLOBAL (\S+) (?:was not an allowed|whose module)", message)
 
 
 def local_file(path: str | Path, what: str) -> Path:
-    """The local path; a file ``hf://organisation/name/file[@revision]`` comes from the cache or is downloaded.
+    """Resolve a path; ``hf://organization/name/file[@revision]`` is taken from the Hugging Face cache or downloaded.
 
     Raises:
-        WeightsError: an ``hf://`` path of another form, or one that cannot be had.
+        WeightsError: an ``hf://`` path is malformed or cannot be downloaded.
     """
     if not str(path).startswith("hf://"):
         return Path(path).expanduser()
     match = HUB_PATH.fullmatch(str(path))
     if match is None:
-        raise WeightsError(f"{what}: '{path}' is not of the form hf://organisation/name/file[@revision]")
+        raise WeightsError(f"{what}: '{path}' is not of the form hf://organization/name/file[@revision]")
     return _from_hub(
         what,
         **match.groupdict(),
-        instead=f"put the file's own path in place of '{path}', where you have {match['filename']} from elsewhere",
+        instead=f"replace '{path}' by the path of a local copy of {match['filename']}",
     )
 
 
 def hub_file(what: str, repo: str, filename: str, *, revision: str | None = None, option: str, file: str) -> Path:
-    """A file of a Hugging Face repository: from the local cache, or downloaded into it.
+    """Return a file of a Hugging Face repository from the local cache, downloading it if necessary.
 
     Args:
-        what: whose weights they are, for messages.
-        repo: "organisation/name".
+        what: owner of the weights in messages.
+        repo: "organization/name".
         filename: within the repository.
-        revision: branch, tag or commit; none: the main branch.
-        option: the key that names a local file instead, as ``[losses.lpips] vgg_checkpoint``.
-        file: which file that may be.
+        revision: branch, tag or commit; None: the main branch.
+        option: config key for a local file instead, such as ``[losses.lpips] vgg_checkpoint``.
+        file: description of that file, for messages.
 
     Raises:
-        WeightsError: neither cached nor to be had; says both ways to provide it.
+        WeightsError: the file is not cached and cannot be downloaded; the message says how to provide it.
     """
     return _from_hub(what, repo, filename, revision, instead=f'set\n  {option} = "FILE"\nwhere FILE is {file}')
 
@@ -162,23 +162,23 @@ def _from_hub(what: str, repo: str, filename: str, revision: str | None, instead
         try:
             return Path(hf_hub_download(**where, local_files_only=True))
         except LocalEntryNotFoundError:
-            # One request first: without a network, hf_hub_download retries for 25 s before it gives up.
+            # Probe first: without network access, hf_hub_download retries for 25 s before it fails.
             get_hf_file_metadata(hf_hub_url(**where), timeout=HUB_TIMEOUT_S)
             return Path(hf_hub_download(**where))
     except Exception as error:
         reason = str(error).split("\n", 1)[0]
         raise WeightsError(
             f"{what}: the weights {repo} are not in the Hugging Face cache and could not be downloaded "
-            f"({type(error).__name__}: {reason}). Either run once with network access (or copy a filled cache and "
-            f"point HF_HOME at it), or {instead}"
+            f"({type(error).__name__}: {reason}). Either run once with network access (or copy a cache that has them "
+            f"and set HF_HOME), or {instead}"
         ) from error
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], what: str, source: str | Path) -> None:
-    """Loads ``state`` into ``module`` in place, all of it or nothing; a sharded module's ranks take their parts.
+    """Load ``state`` into ``module`` in place if all keys and shapes match; a sharded module loads its shards.
 
     Raises:
-        WeightsError: missing, unexpected or mis-shaped keys, every one named.
+        WeightsError: keys are missing, unexpected or of another shape; the message lists all of them.
     """
     own = module.state_dict()
     check_fit(own, state, what, source)
@@ -190,10 +190,11 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], what: str, source: 
 
 
 def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], what: str, source: str | Path) -> None:
-    """Compares names and shapes of a module's state dict (it may be on the meta device) with those of a file.
+    """Check that a file's state dict has the names and shapes of a module's, which may be on the meta device.
 
     Raises:
-        WeightsError: missing, unexpected or mis-shaped keys, every one named; many as ``blocks.{0..27}.mlp.fc1.bias``.
+        WeightsError: keys are missing, unexpected or of another shape; the message lists all of them, long lists
+            abbreviated as ``blocks.{0..27}.mlp.fc1.bias``.
     """
     shapes: dict[str, list[str]] = {}
     for key in own:
@@ -202,7 +203,7 @@ def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], what: str, sourc
             shapes.setdefault(change, []).append(key)
     mis_shaped = sum(len(keys) for keys in shapes.values())
     listed = [f"{key}: {change}" for change, keys in shapes.items() for key in compact(keys, mis_shaped)]
-    problems = [f"  {mis_shaped} of another shape: {', '.join(listed)}"] if listed else []
+    problems = [f"  {mis_shaped} with a different shape: {', '.join(listed)}"] if listed else []
     for title, keys in (
         ("unexpected", [key for key in state if key not in own]),
         ("missing", [key for key in own if key not in state]),
@@ -210,14 +211,15 @@ def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], what: str, sourc
         if keys:
             problems.insert(0, f"  {len(keys)} {title}: {', '.join(compact(keys, len(keys)))}")
     if problems:
-        raise WeightsError(f"{what}: '{source}' does not fit the module:\n" + "\n".join(problems))
+        raise WeightsError(f"{what}: '{source}' does not match the module:\n" + "\n".join(problems))
 
 
 def compact(keys: Sequence[str], count: int = SHOWN + 1) -> Iterable[str]:
-    """The same keys in fewer words, losing none: ``blocks.{0..27}.attn.qkv.weight``; few are left as they are.
+    """Abbreviate a list of keys without loss, as ``blocks.{0..27}.attn.qkv.weight``.
 
     Args:
-        count: of keys in the whole message; up to :data:`SHOWN` are spelt out.
+        keys: dotted names.
+        count: number of keys in the whole message; up to :data:`SHOWN` are listed in full.
     """
     if count <= SHOWN:
         return keys

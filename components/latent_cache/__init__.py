@@ -1,1 +1,1 @@
-"""Latents and features computed once and read every epoch."""
+"""Latent cache: tokenizer posteriors and encoder features, computed once and read in every epoch."""

@@ -1,39 +1,39 @@
-"""Tokenizer posteriors (and encoder features) of a dataset on disk, read by index.
+"""On-disk cache of a dataset's tokenizer posteriors and encoder features, read by index.
 
-A cache is a folder of n images in the dataset's order, s to a shard (the last one holds the rest)::
+A cache is a folder that covers n images in the dataset's order, s per shard (the last one may have fewer)::
 
     latents-00000.safetensors   images 0 to s - 1
     latents-00001.safetensors   images s to 2 s - 1
     ...
-    latents-stats.safetensors   mean, std: float64 (C,), per channel; fits latent_norm.statistics
-    index.json                  written last: without it the cache is not complete
+    latents-stats.safetensors   mean, std: float64 (C,), per channel; a valid file for latent_norm.statistics
+    index.json                  written last: without it the cache is incomplete
 
-Tensors of a shard, m images each; ``dtype`` is fp16, bf16 or fp32, one for all:
+Tensors of a shard of m images; all but ``labels`` have the cache's ``dtype``, one of fp16, bf16 and fp32:
 
 ========================  ============  ============================================================
 mean, std                 (m, C, h, w)  posterior q(z|x) of the image: z = mean + std * noise
 mean_flipped,             (m, C, h, w)  of the image mirrored left-right, if ``flipped``
 std_flipped
 features.LABEL            (m, N, D)     patch tokens of encoder LABEL, if there are ``features``
-features_flipped.LABEL    (m, N, D)     of the mirrored image, if ``flipped``, too
+features_flipped.LABEL    (m, N, D)     of the mirrored image, if also ``flipped``
 labels                    (m,)          class, int64
 ========================  ============  ============================================================
 
-``index.json`` is one object; ``own_crc32`` covers the others (:func:`write_json`):
+``index.json`` is one object; its ``own_crc32`` covers the other keys (:func:`write_json`):
 
 - ``format`` 1, ``count`` n, ``shard_size`` s, ``latent`` [C, h, w], ``dtype``, ``flipped``, and the networks'
   ``precision`` ("bf16": autocast);
 - ``num_classes``, ``class_names``, ``dataset``: name, options, resolution, flip (whether it allows mirroring), and
-  ``probes``, small copies of some images, by which the dataset is recognised;
-- ``tokenizer``: ``fingerprint`` (:func:`components.files.fingerprint.fingerprint`) and ``origin``, for people;
+  ``probes``, small copies of some images that identify the dataset;
+- ``tokenizer``: ``fingerprint`` (:func:`components.files.fingerprint.fingerprint`) and a human-readable ``origin``;
 - ``features`` by label: ``fingerprint``, ``origin``, ``name`` and ``options`` of the encoder, ``shape`` [N, D];
 - ``statistics``: ``mean`` and ``std`` of z per channel, in float64, before rounding to ``dtype``, over all images and
   mirrored copies: std^2 = E[std^2] + Var[mean];
-- ``unreadable``: [index, path] of each image whose file could not be read; another one's latent and label stand in
-  its place;
+- ``unreadable``: [index, path] of each image whose file could not be read; it has the latent and label of another
+  image;
 - ``shards``: ``file``, ``size`` in bytes and ``crc32`` of each, and ``sums`` of mean, mean^2 and std^2 per channel.
 
-While a cache is being made, ``progress/`` holds its settings and a record of every finished shard.
+While a cache is being built, ``progress/`` holds its settings and a record of every finished shard.
 """
 
 from __future__ import annotations
@@ -63,22 +63,22 @@ _CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", to
 
 
 class LatentCache:
-    """A finished cache, read by index from memory-mapped shards. Picklable, and safe to use in forked workers.
+    """Reads a complete cache by index from memory-mapped shards. Picklable; safe in forked workers.
 
     Args:
-        path: the folder.
+        path: folder of the cache.
 
     Attributes:
-        index: what ``index.json`` says.
+        index: content of ``index.json``.
         latent: shape of one latent.
-        flipped: whether mirrored copies are there.
-        replaced: indices of images that another one stands for.
+        flipped: whether the cache has mirrored copies.
+        replaced: indices of images that were replaced by another one.
 
     Raises:
-        DataError: there is no complete cache, or a file of it is damaged; names the file.
+        DataError: the cache is missing, incomplete or damaged; the message names the file.
     """
 
-    # Mapped files that a process keeps; each is a few kilobytes of tables besides the pages that were read.
+    # Maximum number of mapped shards per process; each costs a few kilobytes besides the pages that were read.
     open_shards = 512
 
     def __init__(self, path: str | Path) -> None:
@@ -109,15 +109,16 @@ class LatentCache:
         return torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
 
     def read(self, index: int, flipped: bool = False, features: Sequence[str] = ()) -> tuple[Cached, int]:
-        """Posterior, features and label of image ``index`` in [0, len), in the cache's dtype.
+        """Read the posterior and features, in the cache's dtype, and the class label of an image.
 
         Args:
-            flipped: of the mirrored image.
-            features: labels of the encoders whose features are wanted.
+            index: in [0, len).
+            flipped: read those of the mirrored image.
+            features: labels of the encoders whose features to read.
 
         Raises:
-            IndexError: outside [0, len).
-            DataError: the shard is damaged or gone; names it.
+            IndexError: ``index`` is outside [0, len).
+            DataError: the shard is damaged or missing; the message names it.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"latent cache {self.path}: index {index} is outside its {len(self)} images")
@@ -135,10 +136,10 @@ class LatentCache:
         return self.path / self.index["shards"][number]["file"]
 
     def _shard(self, number: int) -> Any:
-        if self._process != os.getpid():  # forked: the parent's maps are the parent's
+        if self._process != os.getpid():  # forked: do not use the parent's maps
             self._open, self._process = collections.OrderedDict(), os.getpid()
         if number not in self._open:
-            # A map of a file that has become shorter would end the process by SIGBUS.
+            # Reading beyond the end of a truncated file through a map would kill the process with SIGBUS.
             check_size(self._file(number), self.index["shards"][number]["size"])
             self._open[number] = open_shard(self._file(number))
             if len(self._open) > self.open_shards:
@@ -148,21 +149,21 @@ class LatentCache:
 
 
 class ShardWriter:
-    """Writes one shard in safetensors' layout, rows in any order, in constant memory; a file once it is committed.
+    """Writes one safetensors shard in constant memory, with rows in any order; it appears when committed.
 
     Args:
-        path: of the shard; it is written beside, under another name.
+        path: path of the shard; until :meth:`commit` the data is in ``<path>.partial``.
         tensors: dtype and shape by name.
 
     Raises:
-        DataError: the file cannot be written, as on a full disk; also from every method.
+        DataError: the file cannot be written, for example because the disk is full; every method may raise it.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> None:
         self.path, self.partial = path, path.with_name(path.name + ".partial")
-        self._rows: dict[str, tuple[int, int]] = {}  # offset of the first row, bytes of a row
+        self._rows: dict[str, tuple[int, int]] = {}  # offset of the first row, bytes per row
         header, end = {}, 0
-        # The widest first: every tensor then begins at a multiple of its elements' size.
+        # Widest dtype first, so that every tensor is aligned to its element size.
         for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
             size = torch.Size(shape).numel() * dtype.itemsize
             header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
@@ -172,23 +173,23 @@ class ShardWriter:
         text += b" " * (-len(text) % 8)
         self._base = 8 + len(text)
         with self._writing():
-            self._file = open(self.partial, "wb")  # noqa: SIM115, closed by commit or on the way out
+            self._file = open(self.partial, "wb")  # noqa: SIM115, closed by commit or __exit__
             self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, first: int, rows: Tensor) -> None:
-        """Rows ``first`` and following of a tensor, in the shard's dtype, on the CPU."""
+        """Write CPU ``rows``, in the tensor's dtype, to the tensor ``name`` from row ``first`` on."""
         offset, size = self._rows[name]
         with self._writing():
             self._file.seek(self._base + offset + first * size)
             self._file.write(memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy()))
 
     def commit(self) -> dict[str, Any]:
-        """Puts the file on the disk and in its place; its ``size`` and ``crc32``."""
+        """Flush the file to disk and move it into place; return its ``size`` and ``crc32``."""
         with self._writing():
             self._file.close()
             found = manifest.checksum(self.partial, sync=True)
             if isinstance(found, str):
-                raise DataError(f"{self.partial} cannot be read back: {found}")
+                raise DataError(f"{self.partial} could not be read back: {found}")
             os.replace(self.partial, self.path)
             manifest.sync_folder(self.path.parent)
             return found
@@ -199,14 +200,14 @@ class ShardWriter:
             yield
         except OSError as error:
             raise DataError(
-                f"{self.partial} cannot be written: {error.strerror}; the same command goes on once that is mended"
+                f"{self.partial} cannot be written: {error.strerror}; fix this and run the same command to continue"
             ) from error
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # of what could not be written
+        with contextlib.suppress(OSError):  # from flushing buffered data that cannot be written
             self._file.close()
         self.partial.unlink(missing_ok=True)
 
@@ -216,7 +217,7 @@ def shard_name(number: int) -> str:
 
 
 def open_shard(path: Path) -> Any:
-    """A memory-mapped safetensors file; DataError names it if it is none."""
+    """Open a memory-mapped safetensors file; raise a DataError that names the file if it is damaged."""
     from safetensors import safe_open
 
     try:
@@ -225,12 +226,12 @@ def open_shard(path: Path) -> Any:
         raise DataError(f"{path} is damaged: {error}; {REPAIR}") from error
 
 
-REPAIR = "run the same encode command again, which makes damaged shards anew"
+REPAIR = "run the same encode command again to rebuild damaged shards"
 REMAKE = "remove the folder and encode the dataset again"
 
 
 def check_size(path: Path, size: int) -> None:
-    """Raises DataError, naming the file, unless it has this many bytes."""
+    """Raise a DataError that names the file unless it has ``size`` bytes."""
     try:
         found = path.stat().st_size
     except OSError as error:
@@ -240,26 +241,26 @@ def check_size(path: Path, size: int) -> None:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """What the cache's ``index.json`` says.
+    """Read the ``index.json`` of a cache.
 
     Raises:
-        DataError: there is none, or it is damaged or of another format.
+        DataError: it is missing, damaged or of an unsupported format.
     """
     if not (path / INDEX).is_file():
-        make = "make one with: python -m trainer encode SOURCE"
+        make = "create one with: python -m trainer encode SOURCE"
         if not path.is_dir():
             raise DataError(f"latent cache '{path}' does not exist (looked at {path.absolute()}); {make} --out {path}")
         if (path / PROGRESS).is_dir():
-            raise DataError(f"latent cache '{path}' is not complete; run the same encode command again to finish it")
-        raise DataError(f"'{path}' is no latent cache: it has no {INDEX}; {make}")
+            raise DataError(f"latent cache '{path}' is incomplete; run the same encode command again to finish it")
+        raise DataError(f"'{path}' is not a latent cache: it has no {INDEX}; {make}")
     index = read_json(path / INDEX)
     if index.get("format") != FORMAT:
-        raise DataError(f"{path / INDEX} states format {index.get('format')}; this version reads format {FORMAT}")
+        raise DataError(f"{path / INDEX} has format {index.get('format')}; this version reads format {FORMAT}")
     return index
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:
-    """Writes fields and their CRC-32 whole or not at all; when it returns, the file is on the disk."""
+    """Atomically write fields and their CRC-32; the file is on disk when this returns."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w") as file:
         json.dump(fields | {OWN_CRC32: _crc32(fields)}, file, indent=1)
@@ -270,7 +271,7 @@ def write_json(path: Path, fields: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The fields that :func:`write_json` wrote; DataError, naming the file, if it is damaged."""
+    """Read the fields written by :func:`write_json`; raise a DataError that names the file if it is damaged."""
     try:
         fields = json.loads(path.read_bytes())
         crc32 = fields.pop(OWN_CRC32)

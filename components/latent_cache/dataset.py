@@ -1,4 +1,4 @@
-"""A latent cache as a dataset, with the images beside it where something still needs them."""
+"""Dataset over a latent cache, optionally with the images."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from components.latent_cache.cache import LatentCache
 
 
 class CachedDataset:
-    """Samples of a cache in the place of a dataset: the same order, labels and mirroring.
+    """Replaces a dataset by its latent cache: same order, labels and mirroring.
 
     Args:
-        cache: of the same images.
-        images: the dataset itself, whose images are read besides; none: nothing needs them.
-        flip: whether training may mirror; then the cache holds mirrored copies.
-        features: labels of the encoders whose features are taken from the cache.
+        cache: cache of the dataset.
+        images: the original dataset if its images are needed too; otherwise None.
+        flip: whether training may mirror; requires mirrored copies in the cache.
+        features: labels of the encoders whose features to read from the cache.
     """
 
     def __init__(self, cache: LatentCache, images: Dataset | None, *, flip: bool, features: Sequence[str]) -> None:
@@ -39,17 +39,17 @@ class CachedDataset:
         if self.images is None:
             return Sample(None, label, None, cached)
         sample = Sample(*self.images[index])
-        # Where a file has become unreadable, another image, of perhaps another class, stands in its place.
+        # An unreadable file was replaced by another image, perhaps of another class.
         if sample.label != label and sample.unreadable is None and index not in self.cache.replaced:
             raise DataError(
-                f"latent cache {self.cache.path}: image {index} has label {label} there and {sample.label} in the "
-                "dataset; they are not of the same images. Encode the dataset anew, or set latent_cache.path = ''"
+                f"latent cache {self.cache.path}: image {index} has label {label} in the cache and {sample.label} in "
+                "the dataset, so they do not match. Encode the dataset again, or set latent_cache.path = ''"
             )
         return Sample(sample.image.flip(-1) if flipped else sample.image, label, sample.unreadable, cached)
 
 
 class CachedEncoder:
-    """Stands for an encoder whose features are cached: it has no weights, and nobody calls it."""
+    """Placeholder for an encoder whose features are cached: it has no weights and is never called."""
 
     def __init__(self, embed_dim: int) -> None:
         self.embed_dim = embed_dim

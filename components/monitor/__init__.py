@@ -1,1 +1,1 @@
-"""What is measured while training, and the guard that watches it."""
+"""Metrics of training, and the guard that detects failing runs."""

@@ -1,4 +1,4 @@
-"""Floating-point operations of PyTorch's operators; a multiply-add counts as two."""
+"""Counts floating-point operations (FLOPs) of PyTorch operators; a multiply-add counts as two."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ aten = torch.ops.aten
 
 
 def formula(func) -> Callable[..., int] | None:
-    """What computes an operator's operations from its arguments and ``out_val``; None: it counts for nothing.
+    """Function that computes an operator's FLOPs from its arguments and ``out_val``; None if they are not counted.
 
-    Matrix products, convolutions and attention count. Attention's backward pass is that of a fused kernel, which
-    computes the scores once more.
+    Matrix products, convolutions and attention are counted. The backward pass of attention is counted as that of a
+    fused kernel, which recomputes the scores.
     """
     packet = func._overloadpacket
-    # Not in the registry of every version: the CPU's kernel counts as a GPU's.
+    # Missing from the registry of some versions: count the CPU kernel as the GPU's.
     if packet is aten._scaled_dot_product_flash_attention_for_cpu:
         return _attention
     if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
@@ -27,13 +27,13 @@ def formula(func) -> Callable[..., int] | None:
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts the operations inside, of tensors without data: where one asks for a value, it is given 0.
+    """Context manager that counts FLOPs of code on tensors without data; reading a value (``item()``) returns 0.
 
     Attributes:
-        flops: so far.
+        flops: FLOPs so far.
 
     Raises:
-        RuntimeError: an operation would communicate with other ranks, which are not here.
+        RuntimeError: an operation would communicate with other ranks.
     """
 
     def __init__(self) -> None:

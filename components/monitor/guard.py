@@ -1,7 +1,7 @@
-"""Watches what a run measures and says when it is dying: skipped steps, spikes, vanishing gradients, flat latents.
+"""Detects failing runs from their metrics: skipped steps, spikes, vanishing gradients, collapsing latents.
 
-Pure arithmetic on host values that are the same on every rank, so that every rank decides the same. It explains and
-never acts.
+Pure arithmetic on host values that are identical on all ranks, so all ranks reach the same decision. The guard only
+reports; it never acts.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ CHANCE = 1.0  # hinge loss of a discriminator that cannot tell real from fake
 
 
 class Alarm(NamedTuple):
-    """A watch that went off.
+    """An alarm raised by one of the guard's checks.
 
     Attributes:
-        name: of the watch: "skipped", "spike", "collapse", "latent_variance" or "discriminator".
-        metric: the value that gave it away, such as "grad_norm/denoiser".
-        step: when it was raised.
-        onset: first step of the trouble; a checkpoint of a step <= onset, the steps taken before it, is good.
-        message: one sentence: what, since when, against what.
+        name: check that raised it: "skipped", "spike", "collapse", "latent_variance" or "discriminator".
+        metric: metric that triggered it, such as "grad_norm/denoiser".
+        step: step at which it was raised.
+        onset: first bad step; checkpoints taken after ``onset`` or fewer steps are good.
+        message: one sentence: the value, when it went bad, and what it was compared with.
     """
 
     name: str
@@ -52,44 +52,44 @@ class Alarm(NamedTuple):
 
 
 class Guard:
-    """Decides at each step whether a run is in trouble.
+    """Checks after each step whether a run is failing.
 
-    Values are known by name: ``<group>/loss``, ``<group>/<term>``, ``grad_norm/<group>``, ``latent/variance``, and
-    ``adversary/loss``, a copy of the discriminator's loss in the steps that train it. Any may be missing, NaN or
-    infinite in a step. Steps that were not applied count for ``skipped`` alone, and pause the other watches.
+    Metrics are identified by name: ``<group>/loss``, ``<group>/<term>``, ``grad_norm/<group>``, ``latent/variance``,
+    and ``adversary/loss``, a copy of the discriminator's loss in the steps that train it. Any of them may be missing,
+    NaN or infinite in a step. Skipped steps count for ``skipped`` only and pause the other checks.
 
-    An alarm is raised once. The same watch on the same metric speaks again after ``window // 10`` (at least 1)
-    normal steps in a row, or ``window`` steps later if the trouble lasts.
+    Each incident raises one alarm. The same check on the same metric can raise another one after ``window // 10`` (at
+    least 1) consecutive normal steps, or after ``window`` steps if the incident lasts.
 
     Args:
-        window: applied steps over which medians run. 200 steps hold a heavy-tailed norm's median to some per cent,
-            and a new level becomes the usual one after 100.
-        spike: alarm at a ``<group>/loss`` or ``grad_norm/*`` above median + spike * scale, once half a window was
-            seen; scale = max(abs(median), 1.4826 * median absolute deviation), so that losses may cross zero. 10: norms
-            of dying runs reach hundreds of times their median. Norms whose logarithm deviates by 0.5 exceed it once in
-            a million steps, by 0.6 once in 30k: raise it if alarms come without harm. The discriminator's loss must
-            also exceed its median by 1, a hinge loss at chance: coming back from near 0 is no trouble. Spikes enter
-            the window, or a lasting new level would stay a spike for ever.
-        skipped: alarm after so many steps in a row that were not applied. 10: a single bad batch skips one.
-        collapse: alarm at a ``grad_norm/*`` below this fraction of its reference for ``patience`` applied steps in a
-            row, unless the loss of the group is exactly 0. The reference is the largest level that the running median
-            held for a window within the last 50, without the values of the first window, when norms are large. 1e-3:
-            norms of healthy runs shrink tenfold over a run. Losses are not watched: one near zero is no trouble.
-        latent_variance: alarm at ``latent/variance`` below this fraction of its reference for ``patience // 10`` (at
-            least 1) steps in a row; the reference is the largest running median since the first full window. 0.05:
-            naive end-to-end training falls to 0.001 of it (arXiv 2504.10483).
-        discriminator: alarm at ``adversary/loss`` below this for ``patience`` steps in a row, in the loss's own unit.
-            0.01: one per cent of the hinge loss at chance; the tokenizer then learns nothing from it.
-        patience: applied steps in a row before a collapse counts. 100: no batch effect lasts as long.
-        history: steps whose values are kept for reports.
+        window: number of applied steps in the running medians. Over 200 steps the median of a heavy-tailed norm is
+            accurate to a few percent, and a new level becomes the median after 100.
+        spike: alarm if a ``<group>/loss`` or ``grad_norm/*`` exceeds median + spike * scale, once half a window has
+            been seen; scale = max(abs(median), 1.4826 * median absolute deviation), so that losses may cross zero. 10:
+            norms of failing runs reach hundreds of times their median. Log-normal norms with sigma = 0.5 exceed it once
+            in a million steps, with sigma = 0.6 once in 30k; raise it if there are false alarms. The discriminator's
+            loss must also exceed its median by 1, the hinge loss at chance: recovering from near 0 is normal. Spikes
+            are added to the window; otherwise a permanent new level would count as a spike forever.
+        skipped: alarm after this many consecutive skipped steps. 10: a single bad batch skips one.
+        collapse: alarm if a ``grad_norm/*`` is below this fraction of its reference for ``patience`` consecutive
+            applied steps, unless the group's loss is exactly 0. The reference is the highest level that the running
+            median sustained for a full window within the last 50 windows; values of the first window, when norms are
+            large, are excluded. 1e-3: norms of healthy runs shrink tenfold. Losses are exempt: a loss near 0 is normal.
+        latent_variance: alarm if ``latent/variance`` is below this fraction of its reference for ``patience // 10``
+            (at least 1) consecutive steps; the reference is the largest running median since the first full window.
+            0.05: in naive end-to-end training it falls to 0.001 of the reference (arXiv 2504.10483).
+        discriminator: alarm if ``adversary/loss`` is below this for ``patience`` consecutive steps, in units of the
+            loss. 0.01: one percent of the hinge loss at chance; the tokenizer then learns nothing from it.
+        patience: number of consecutive applied steps that make a collapse. 100: no batch effect lasts that long.
+        history: number of steps whose values are kept for reports.
 
-    A threshold of 0 switches its watch off.
+    A threshold of 0 disables its check.
 
     Attributes:
-        history: (step, values) of the last steps, the skipped ones included.
+        history: (step, values) of the most recent steps, including skipped ones.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -106,9 +106,9 @@ class Guard:
     ) -> None:
         for name, value, least in (("window", window, 2), ("patience", patience, 1), ("history", history, 1)):
             if not isinstance(value, int) or value < least:
-                raise ValueError(f"guard: {name} = {value!r}; expected a whole number of steps, at least {least}")
+                raise ValueError(f"guard: {name} = {value!r}; expected an integer number of steps, at least {least}")
         if not isinstance(skipped, int) or skipped < 0:
-            raise ValueError(f"guard: skipped = {skipped!r}; expected a whole number of steps, or 0 for never")
+            raise ValueError(f"guard: skipped = {skipped!r}; expected a number of steps, or 0 (disabled)")
         for name, value, end in (
             ("spike", spike, math.inf),
             ("collapse", collapse, 1.0),
@@ -116,22 +116,22 @@ class Guard:
             ("discriminator", discriminator, math.inf),
         ):
             if not 0 <= value < end:
-                raise ValueError(f"guard: {name} = {value!r}; expected 0 for never, or a number below {end:g}")
+                raise ValueError(f"guard: {name} = {value!r}; expected 0 (disabled) or a number below {end:g}")
         self.window, self.spike, self.skipped, self.patience = window, spike, skipped, patience
         self.collapse, self.latent_variance, self.discriminator = collapse, latent_variance, discriminator
         self.history: deque[tuple[int, dict[str, float]]] = deque(maxlen=history)
-        self._rows: deque[tuple[int, dict[str, float]]] = deque()  # applied steps alone
-        self._sorted: dict[str, list[float]] = {}  # the rows' finite values of each watched metric
+        self._rows: deque[tuple[int, dict[str, float]]] = deque()  # applied steps only
+        self._sorted: dict[str, list[float]] = {}  # finite values in `_rows` of each watched metric
         self._references: dict[str, Reference] = {}
         self._episodes: dict[tuple[str, str], Episode] = {}
 
     def observe(self, step: int, values: Mapping[str, float], applied: bool) -> list[Alarm]:
-        """Looks at a step.
+        """Check one step and return the alarms that it raises.
 
         Args:
-            step: counted from 0, larger than the one before.
-            values: what it measured, by name; the same on every rank.
-            applied: False if it was skipped, since a loss or a gradient norm was not finite.
+            step: counted from 0; must increase from call to call.
+            values: metrics of the step by name; identical on all ranks.
+            applied: False if the step was skipped because a loss or a gradient norm was not finite.
         """
         values = dict(values)
         self.history.append((step, values))
@@ -144,9 +144,9 @@ class Guard:
         return found
 
     def forget(self, step: int) -> None:
-        """Goes back to before ``step``: what was seen of it and later ones is dropped, and no trouble is under way.
+        """Discard ``step``, all later steps and all open incidents, as after a rollback.
 
-        References stay: what is usual was learned in longer than a rollback.
+        References are kept: they cover far more steps than a rollback discards.
         """
         rows = [row for row in self._rows if row[0] < step]
         kept = [entry for entry in self.history if entry[0] < step]
@@ -154,7 +154,7 @@ class Guard:
         self._episodes.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to raise the same alarms: numbers, text, lists and dicts, as JSON can hold them."""
+        """JSON-compatible state with which a resumed run raises the same alarms."""
         applied = {step for step, _ in self._rows}
         table = dict([*self._rows, *self.history])
         steps = sorted(table)
@@ -171,7 +171,7 @@ class Guard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues where :meth:`state_dict` was called; a smaller window or history keeps the newest steps."""
+        """Restore the state; if ``window`` or ``history`` is now smaller, the newest steps are kept."""
         columns = state["values"].items()
         entries = []
         for index, step in enumerate(state["steps"]):
@@ -188,12 +188,12 @@ class Guard:
         }
 
     def first_to_go(self) -> Departure | None:
-        """Which metric left its usual range first, in the trouble that the history ends with; none: no trouble.
+        """First metric to become abnormal in the current incident, or None.
 
-        Trouble is the steps with a departure that no 10 quiet steps separate; where an alarm is up or a watch has
-        been counting for longer, from there. Whatever is not finite comes before values that are merely unusual,
-        unless they are so by a watch's measure. Of a step's metrics, a term comes before the loss that it is part
-        of, and that before the gradient norm; then the order in which the values came.
+        The current incident is the latest series of anomalies without a gap of more than 10 normal steps. It starts
+        earlier if an open alarm, or a check that is still counting, did. Non-finite values take precedence over
+        values that are only unusual, unless a check has flagged them. Within a step, loss terms come before the loss,
+        and the loss before the gradient norm; ties keep the order of the metrics.
         """
         names = list(dict.fromkeys(name for _, values in self.history for name in values))
         groups = {name[: -len("/loss")] for name in names if name.endswith("/loss")}
@@ -222,14 +222,14 @@ class Guard:
         episode = self._see("skipped", "", step, not applied, self.skipped, metric, value, usual)
         if episode is not None:
             message = (
-                f"{episode.count} steps in a row were skipped, and the trouble began at step {episode.onset} with "
-                f"{episode.metric} = {episode.value:.4g} (usually {episode.usual:.4g}): a loss or a gradient norm "
-                "was not finite"
+                f"{episode.count} consecutive steps were skipped because a loss or a gradient norm was not finite; "
+                f"it began at step {episode.onset} with {episode.metric} = {episode.value:.4g} (usually "
+                f"{episode.usual:.4g})"
             )
             yield Alarm("skipped", episode.metric, step, episode.onset, message)
 
     def _watch(self, step: int, name: str, value: float, values: dict[str, float]) -> Iterator[Alarm]:
-        """The watches of a finite value of an applied step, before it enters the medians."""
+        """Run the checks on a finite value of an applied step, before it is added to the medians."""
         usual = self._references[name].largest if name in self._references else 0.0
         if name == LATENT:
             least = self.latent_variance * usual
@@ -240,48 +240,47 @@ class Guard:
         else:
             if self.spike:
                 yield from self._watch_spike(step, name, value, value == values.get(ADVERSARY))
-            # A loss of exactly 0, as a hinge that is met, has no gradient: nothing is left to learn, for now.
+            # A loss of exactly 0, as of a satisfied hinge, has no gradient: that is not a collapse.
             idle = values.get(f"{name.removeprefix(NORM)}/loss") == 0
             if name.startswith(NORM):
                 least = 0.0 if idle else self.collapse * usual
                 yield from self._watch_low("collapse", step, name, value, least, self.patience, usual)
 
     def _watch_spike(self, step: int, name: str, value: float, adversary: bool) -> Iterator[Alarm]:
-        """A loss or norm against its median; the discriminator's loss, against chance as well."""
+        """Compare a loss or norm with its median, and the discriminator's loss also with chance."""
         window = self._sorted.get(name, [])
         median, scale = median_of(window), 0.0
         above = value - median
         bad = 2 * len(window) >= self.window and above > self.spike * abs(median) and (above > CHANCE or not adversary)
-        if bad:  # rare: only now is the other measure of scale worth its sorting
+        if bad:  # rare, so the sort for the second measure of scale is affordable only here
             scale = max(abs(median), MAD_TO_DEVIATION * median_of(sorted(abs(x - median) for x in window)))
-            # No scale: a loss that was always 0 has begun to count.
+            # scale = 0: the loss was 0 until now, as before a scheduled loss starts.
             bad = scale > 0 and above > self.spike * scale
         episode = self._see("spike", name, step, bad, 1, name, value, median)
         if episode is not None:
             since = f" since step {episode.onset}" if episode.onset < step else ""
             message = (
-                f"{name} is {value:.4g} at step {step}{since}: {above / scale:.3g} times its scale of "
-                f"{scale:.4g} above its median of {median:.4g} over the last {len(window)} steps (alarm above "
-                f"{self.spike:g})"
+                f"{name} is {value:.4g} at step {step}{since}, which exceeds its median of {median:.4g} over the last "
+                f"{len(window)} steps by {above / scale:.3g} times its scale of {scale:.4g} (threshold: {self.spike:g})"
             )
             yield Alarm("spike", name, step, episode.onset, message)
 
     def _watch_low(
         self, watch: str, step: int, name: str, value: float, least: float, patience: int, usual: float
     ) -> Iterator[Alarm]:
-        """Values that fall below ``least`` and stay there; a ``least`` of 0 never counts."""
+        """Check for values that stay below ``least``; a ``least`` of 0 disables the check."""
         episode = self._see(watch, name, step, least > 0 and value < least, patience, name, value, usual)
         if episode is not None:
             message = (
-                f"{name} was below {least:.3g} for {episode.count} steps in a row, and the trouble began at step "
-                f"{episode.onset}: it is {value:.4g} now, where {episode.usual:.4g} was usual"
+                f"{name} has been below {least:.3g} for {episode.count} consecutive steps, since step "
+                f"{episode.onset}: it is {value:.4g} now, {episode.usual:.4g} was usual"
             )
             yield Alarm(watch, name, step, episode.onset, message)
 
     def _see(
         self, watch: str, key: str, step: int, bad: bool, patience: int, metric: str, value: float, usual: float
     ) -> Episode | None:
-        """Counts a watch's bad and normal steps; its episode if this step raises the alarm."""
+        """Count a check's bad and normal steps; return its incident if this step raises the alarm."""
         episode = self._episodes.get((watch, key))
         if not bad:
             if episode is not None:
@@ -298,7 +297,7 @@ class Guard:
         return episode
 
     def _remember(self, step: int, values: dict[str, float]) -> None:
-        """An applied step's values enter the medians, and the medians the references."""
+        """Add an applied step's values to the medians, and the medians to the references."""
         self._rows.append((step, values))
         old = self._rows.popleft()[1] if len(self._rows) > self.window else {}
         for name, value in old.items():
@@ -321,9 +320,9 @@ class Guard:
         self._sorted = {name: finite(self._rows, name) for name in names}
 
     def _departures(self, names: list[str]) -> list[Departure]:
-        """Values of the history that are not finite, or outside the usual range of the applied steps before it."""
+        """Anomalies in the history: values that are not finite or outside the range of the preceding applied steps."""
         recent = sum(step >= self.history[0][0] for step, _ in self._rows) if self.history else 0
-        # In a run's first steps there is nothing before the history: its own first half must do.
+        # At the start of a run nothing precedes the history: compare with its own first half.
         before = [*self._rows][: max(len(self._rows) - recent, len(self._rows) // 2)]
         since = before[-1][0] if before else -1
         found = []
@@ -332,14 +331,14 @@ class Guard:
             for step, values in self.history:
                 value = values.get(name, usual)
                 judged = step > since or not math.isfinite(value)
-                if name in values and judged and not low <= value <= high:  # NaN is within nothing
+                if name in values and judged and not low <= value <= high:  # True for NaN
                     found.append(Departure(name, self._module(name), step, value, usual))
         return found
 
     def _module(self, metric: str) -> str:
         if metric.startswith(NORM):
             return metric.removeprefix(NORM)
-        if metric == ADVERSARY:  # a copy: of whose loss?
+        if metric == ADVERSARY:  # a copy of some group's loss: find which
             for _, values in self.history:
                 for name, value in values.items():
                     if name != metric and name.endswith("/loss") and value == values.get(metric):

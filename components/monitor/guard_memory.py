@@ -1,4 +1,4 @@
-"""What a guard remembers of a run: what is usual, and the trouble that is under way."""
+"""State of a guard: reference levels, anomalies and open incidents."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ LATENT = "latent/variance"
 ADVERSARY = "adversary/loss"
 NORM = "grad_norm/"
 
-REFERENCE_WINDOWS = 50  # a norm is compared with its largest median of so many windows: 10k steps by default
-QUIET = 10  # steps without trouble that separate two troubles
-ENOUGH = 5  # values below which a usual range means nothing
+REFERENCE_WINDOWS = 50  # a norm is compared with its largest median in this many windows: 10k steps by default
+QUIET = 10  # number of normal steps that separate two incidents
+ENOUGH = 5  # minimum number of values for a usual range
 LARGEST = sys.float_info.max
 
 
 class Departure(NamedTuple):
-    """A metric that left its usual range.
+    """An anomaly: a metric outside its usual range.
 
     Attributes:
-        metric: which one.
-        module: the parameter group that it belongs to; "latent" for the latents' variance.
-        step: when it left.
-        value: what it was then; may be infinite or NaN.
-        usual: its median before; NaN if too little was seen.
+        metric: name of the metric.
+        module: parameter group that it belongs to; "latent" for the latents' variance.
+        step: step of the anomaly.
+        value: its value at that step; may be infinite or NaN.
+        usual: its median before; NaN if there were no values.
     """
 
     metric: str
@@ -39,7 +39,17 @@ class Departure(NamedTuple):
 
 @dataclass
 class Episode:
-    """A watch's trouble: its first step and value there, bad steps in a row, normal ones in a row, last alarm."""
+    """An open incident of one check.
+
+    Attributes:
+        metric: metric that triggered it.
+        onset: its first bad step.
+        count: consecutive bad steps.
+        calm: consecutive normal steps.
+        raised: step of its last alarm; None before the first.
+        value: the metric at ``onset``.
+        usual: what was usual at ``onset``.
+    """
 
     metric: str
     onset: int
@@ -52,9 +62,9 @@ class Episode:
 
 @dataclass
 class Reference:
-    """What is usual in the long run: the smallest running median of a window's steps, the largest of past windows.
+    """Long-term reference level of a metric: the largest over past windows of each window's smallest running median.
 
-    The smallest, since a spike that lasts for half a window moves the median, and is not usual yet.
+    The smallest, because a spike that lasts half a window moves the median but is not a sustained level.
     """
 
     seen: int
@@ -66,12 +76,18 @@ class Reference:
         return max(self.past, default=0.0)
 
     def see(self, median: float, window: int, forever: bool) -> None:
-        """Another running median; infinite if there is none yet. ``forever`` keeps the largest median of all."""
+        """Add the running median after a step.
+
+        Args:
+            median: infinite if there is none yet.
+            window: steps per window.
+            forever: keep the largest median since the first full window instead of one per window.
+        """
         self.seen += 1
         if forever:
             if self.seen >= window and median < math.inf:
                 self.past = deque([max(self.largest, median)], REFERENCE_WINDOWS)
-        # The first window is warm-up; a norm's, far above all later ones, must have left the median, too.
+        # The first window is warm-up. Its norms are far above later ones and must have left the median, too.
         elif self.seen >= 2 * window:
             self.smallest = min(self.smallest, median)
             if self.seen % window == 0 and self.smallest < math.inf:
@@ -80,17 +96,17 @@ class Reference:
 
 
 def watched(name: str) -> bool:
-    """Whether a guard keeps medians of a metric."""
+    """Whether the guard keeps a running median of a metric."""
     return name.endswith("/loss") or name.startswith(NORM) or name == LATENT
 
 
 def rank(name: str) -> int:
-    """Causes before effects: a term, the loss that sums it, the loss's gradient."""
+    """Sort key that puts causes before effects: 0 for a loss term, 1 for a loss, 2 for a gradient norm."""
     return 2 if name.startswith(NORM) else int(name.endswith("/loss"))
 
 
 def median_of(values: list[float]) -> float:
-    """Of sorted values; NaN of none."""
+    """Median of sorted values; NaN for an empty list."""
     half = len(values) // 2
     if not values:
         return math.nan
@@ -98,22 +114,22 @@ def median_of(values: list[float]) -> float:
 
 
 def finite(rows: Iterable[tuple[int, Mapping[str, float]]], name: str) -> list[float]:
-    """A metric's finite values in (step, values) rows, sorted."""
+    """Sorted finite values of a metric in (step, values) rows."""
     return sorted(values[name] for _, values in rows if math.isfinite(values.get(name, math.nan)))
 
 
 def usual_range(name: str, values: list[float]) -> tuple[float, float, float]:
-    """(low, median, high) of sorted values; what lies outside is rare even for heavy tails."""
+    """(low, median, high) of sorted values; values outside [low, high] are rare even for heavy-tailed metrics."""
     if len(values) < ENOUGH:
         return -LARGEST, median_of(values), LARGEST
     median, tail = median_of(values), len(values) // 50
-    # Losses fall for good; only norms and the variance must not.
+    # Losses are meant to fall; norms and the variance are not.
     low = values[tail] / 4 if name.startswith(NORM) or name == LATENT else -LARGEST
     return low, median, median + max(3 * (values[-1 - tail] - median), 0.1 * abs(median))
 
 
 def last_trouble(departures: list[Departure]) -> list[Departure]:
-    """Those that no QUIET steps separate from the last."""
+    """The last incident: the newest anomalies without a gap of more than QUIET steps, newest first."""
     departures = sorted(departures, key=lambda d: -d.step)
     for index, (later, earlier) in enumerate(zip(departures, departures[1:])):
         if later.step - earlier.step > QUIET:
@@ -122,5 +138,5 @@ def last_trouble(departures: list[Departure]) -> list[Departure]:
 
 
 def pack(value: float | None) -> float | str | None:
-    """JSON has no NaN and no infinities."""
+    """Write NaN and infinities, which JSON lacks, as strings."""
     return value if value is None or math.isfinite(value) else str(value)

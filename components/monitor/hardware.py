@@ -1,10 +1,10 @@
-"""GPUs by name, for estimates."""
+"""Memory and peak throughput of GPUs by name, for estimates."""
 
 from __future__ import annotations
 
 import re
 
-# GiB as PyTorch reports them (the "total capacity" of an out-of-memory message); boards differ by 0.1 GiB.
+# GiB as PyTorch reports it ("total capacity" in an out-of-memory message); boards differ by 0.1 GiB.
 GPU_GIB = {
     "rtx3090": 23.5,
     "rtx4090": 23.5,
@@ -16,7 +16,7 @@ GPU_GIB = {
     "b200": 178.3,
 }
 
-# Dense bf16 matrix products with fp32 accumulation, TFLOP/s, by the makers' data sheets.
+# TFLOP/s of dense bf16 matrix products with fp32 accumulation, from vendor data sheets.
 GPU_TFLOPS = {
     "rtx3090": 71,
     "rtx4090": 165,
@@ -28,7 +28,7 @@ GPU_TFLOPS = {
     "b200": 2250,
 }
 
-# The same by what `torch.cuda.get_device_name()` says; the first that is found in it. Cards of one chip differ by form.
+# The same by `torch.cuda.get_device_name()`: the first pattern that matches. Form factors of one chip differ.
 _BY_DEVICE_NAME = (
     (r"\b(H100|H800) PCIe\b", 756),
     (r"\b(H100|H200) NVL\b", 835),
@@ -50,9 +50,9 @@ _BY_DEVICE_NAME = (
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Dense bf16 TFLOP/s of a GPU, by the maker's data sheet; None: not known here.
+    """Dense bf16 TFLOP/s of a GPU according to the vendor's data sheet, or None if unknown.
 
     Args:
-        device_name: as ``torch.cuda.get_device_name()`` has it, such as "NVIDIA H100 80GB HBM3".
+        device_name: as returned by ``torch.cuda.get_device_name()``, such as "NVIDIA H100 80GB HBM3".
     """
     return next((tflops for pattern, tflops in _BY_DEVICE_NAME if re.search(pattern, device_name)), None)

@@ -1,4 +1,4 @@
-"""Statistics of the latents that a step works on, and what they look like; all of it on the device."""
+"""Statistics and visualization of a step's latents, computed on the device."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _current: list[Tensor] | None = None
 
 
 def observe(z: Tensor) -> None:
-    """Shows latents (B, C, h, w) to whoever collects them; free where nobody does. The first of a micro-batch count."""
+    """Record latents (B, C, h, w) inside :func:`observed`, only the first per micro-batch; elsewhere a no-op."""
     if _current is not None and not _current:
         _current.append(z.detach())
 
 
 @contextlib.contextmanager
 def observed() -> Iterator[list[Tensor]]:
-    """Inside, collects the first latents that are shown; empty or one tensor (B, C, h, w)."""
+    """Context manager that collects the first observed latents: a list, empty or of one tensor (B, C, h, w)."""
     global _current
     before, _current = _current, []
     try:
@@ -32,18 +32,18 @@ def observed() -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def statistics(z: Tensor) -> dict[str, Tensor]:
-    """Scalars that tell whether latents collapse. Means over images: ranks and micro-batches may be averaged.
+    """Scalars that show whether latents collapse, as means over images, so ranks and micro-batches may be averaged.
 
     Args:
         z: (B, C, h, w).
 
     Returns:
-        mean: over everything.
-        spatial_variance: the variance over the h w positions, divided by h w, of each image and channel; averaged over
-            channels and images. REPA-E (arXiv 2504.10483) reports it: sending the diffusion loss into the VAE takes it
+        mean: over all elements.
+        spatial_variance: biased variance over the h * w positions of each image and channel, averaged over channels and
+            images. REPA-E (arXiv 2504.10483) reports it: backpropagating the diffusion loss into the VAE reduces it
             from 17 to 0.02.
-        total_variation: absolute difference of neighboring positions, averaged over both directions: large against
-            the square root of the spatial variance where latents are noisy, small where they are smooth.
+        total_variation: mean absolute difference of neighboring positions, averaged over both directions. Compared with
+            the square root of the spatial variance, it is large for noisy latents and small for smooth ones.
     """
     z = at_least_fp32(z)
     down, right = (z[..., 1:, :] - z[..., :-1, :]).abs().mean(), (z[..., 1:] - z[..., :-1]).abs().mean()
@@ -56,27 +56,27 @@ def statistics(z: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def principal_components(z: Tensor) -> Tensor:
-    """Latents as colors: their first three principal components over all positions of all images.
+    """RGB images of latents: their first three principal components over all positions of all images.
 
-    Red is the component of the largest variance. Each is turned so that it is skewed to bright, and scaled from its 1st
-    to its 99th percentile. Rotating the channels of ``z`` changes nothing.
+    Red is the component with the largest variance. Each component's sign is chosen for positive skewness, and its 1st
+    to 99th percentiles map to [0, 1]. The result is invariant to rotations of the channels of ``z``.
 
     Args:
         z: (B, C, h, w).
 
     Returns:
-        (B, 3, h, w) float32 in [0, 1], comparable between the images of a call; 0.5 where there is no component.
+        (B, 3, h, w) float32 in [0, 1], comparable between the images of a call; 0.5 for missing components.
     """
     batch, channels, height, width = z.shape
     rows = z.double().nan_to_num().permute(0, 2, 3, 1).reshape(-1, channels)
     rows = rows - rows.mean(0)
-    _, vectors = torch.linalg.eigh(rows.T @ rows)  # in the order of rising variance
+    _, vectors = torch.linalg.eigh(rows.T @ rows)  # in ascending order of variance
     projected = rows @ vectors.flip(1)[:, :3]
     projected = projected * torch.where((projected**3).sum(0) < 0, -1.0, 1.0)
     low, high = projected.quantile(0.01, dim=0), projected.quantile(0.99, dim=0)
     spread = high - low
     scaled = ((projected - low) / spread.clamp_min(torch.finfo(spread.dtype).tiny)).clamp(0, 1)
-    # Fewer channels, or no variance but that of rounding.
+    # Fewer than three components, or variance from rounding only.
     scaled = torch.where(spread > 1e-6 * spread.max(), scaled, 0.5)
     colors = torch.full((len(rows), 3), 0.5, dtype=torch.float64, device=z.device)
     colors[:, : scaled.shape[1]] = scaled

@@ -1,4 +1,4 @@
-"""What a step measured: gathered on the device, read by the host one step later, averaged until it is logged."""
+"""Step metrics: collected on the device, read by the host one step later, averaged between log entries."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 
 from components.monitor.phases import PhaseTimes
 
-TIME = "time/"  # how long this rank took; no two ranks, and no two runs, measure the same
+TIME = "time/"  # durations on this rank; differ between ranks and between runs
 
 
 @dataclass
 class StepRecord:
-    """One step's scalars on their way from the device to the host; the same on every rank, but for ``time/*``.
+    """Scalars of one step, copied from the device to the host; identical on all ranks except ``time/*``.
 
-    Making one starts the copy; :meth:`read` waits for it. Read a step later, it costs the device no wait.
+    The constructor starts the copy and :meth:`read` waits for it. Read one step later, it does not stall the device.
 
     Attributes:
         step: counted from 0.
-        names: of the scalars.
+        names: names of the scalars.
         values: (n,) float64 on the device.
-        host: more scalars, which the host knows.
+        host: further scalars that are already on the host.
         layers: by parameter group: names of its parameters, and the norms of their gradients (k,) on the device.
-        times: of this rank, by phase.
+        times: phase times of this rank.
     """
 
     step: int
@@ -46,7 +46,7 @@ class StepRecord:
             self._copied.record()
 
     def read(self) -> dict[str, float]:
-        """The scalars by name; ``time/<phase>`` and ``time/step`` in milliseconds, where a clock ran."""
+        """The scalars by name, with ``time/<phase>`` and ``time/step`` in milliseconds if the step was timed."""
         if self._copied is not None:
             self._copied.synchronize()
         times = {} if self.times is None else self.times.read()
@@ -55,19 +55,19 @@ class StepRecord:
 
 
 def same_on_all_ranks(values: Mapping[str, float]) -> dict[str, float]:
-    """What may decide how a run goes on: all that a record holds but for the times, which each rank has its own of."""
+    """Values without ``time/*``, which differ between ranks and so must not influence control flow."""
     return {name: value for name, value in values.items() if not name.startswith(TIME)}
 
 
 class Metrics:
-    """Means of host values by name, from one reading to the next."""
+    """Means of host values by name since the last :meth:`read`."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
 
     def add(self, values: Mapping[str, float]) -> None:
-        """Adds a step's values but for those that are not finite, which would hide all others of the interval."""
+        """Add a step's values, except non-finite ones, which would make the interval's mean useless."""
         for name, value in values.items():
             if not math.isfinite(value):
                 continue
@@ -75,7 +75,7 @@ class Metrics:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading, and a new start."""
+        """Return the means since the last call and reset them."""
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return means

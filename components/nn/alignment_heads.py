@@ -1,4 +1,4 @@
-"""Alignment heads: from the denoiser's hidden tokens to an encoder's features."""
+"""Alignment heads: project the denoiser's hidden tokens to an encoder's features."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 
 class MLPHead(nn.Sequential):
-    """Three linear layers with SiLU between them (REPA, arXiv 2410.06940).
+    """MLP of three linear layers with SiLU (REPA, arXiv 2410.06940).
 
-    Takes tokens (B, N, width) to (B, N, embed_dim). State-dict keys are those of the published projectors:
-    ``0``, ``2`` and ``4``, ``weight`` and ``bias`` each.
+    Maps tokens (B, N, width) to (B, N, embed_dim). State-dict keys match the published projectors: ``weight`` and
+    ``bias`` of ``0``, ``2`` and ``4``.
 
     Args:
-        width: features of a hidden token.
-        hidden: features of the two inner layers.
-        embed_dim: features D_k of the encoder's tokens.
+        width: width of the denoiser's hidden tokens.
+        hidden: width of the hidden layers.
+        embed_dim: embedding dimension D_k of the encoder.
     """
 
     def __init__(self, width: int, hidden: int, embed_dim: int) -> None:
@@ -38,14 +38,14 @@ class MLPHead(nn.Sequential):
 
 
 class ConvHead(nn.Module):
-    """One 3 x 3 convolution over the grid of tokens (iREPA, arXiv 2512.10794): neighbours stay tied to each other.
+    """3 x 3 convolution over the token grid (iREPA, arXiv 2512.10794), which preserves spatial structure.
 
-    Takes tokens (B, N, width) of a square grid, rows first, to (B, N, embed_dim). State-dict keys are those of the
+    Maps tokens (B, N, width) of a square grid in row-major order to (B, N, embed_dim). State-dict keys match the
     published projectors: ``projection_layer.weight`` and ``projection_layer.bias``.
 
     Args:
-        width: features of a hidden token.
-        embed_dim: features D_k of the encoder's tokens.
+        width: width of the denoiser's hidden tokens.
+        embed_dim: embedding dimension D_k of the encoder.
     """
 
     def __init__(self, width: int, embed_dim: int) -> None:
@@ -53,16 +53,16 @@ class ConvHead(nn.Module):
         self.projection_layer = nn.Conv2d(width, embed_dim, 3, padding=1)
 
     def init_weights(self) -> None:
-        """PyTorch's own initialisation of a convolution, as published."""
+        """PyTorch's default initialization of a convolution, as published."""
         self.projection_layer.reset_parameters()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Raises ValueError for a number of tokens that is no square, as of a grid and a class token."""
+        """Project tokens; raise ValueError if N is not a square, for example because of a class token."""
         side = math.isqrt(tokens.shape[1])
         if side**2 != tokens.shape[1]:
             raise ValueError(
-                f"the convolutional head takes the tokens of a square grid alone; got {tokens.shape[1]} tokens. Set "
-                'head = "mlp" in the alignment loss for a denoiser that has a class token besides'
+                f"the convolutional head needs the tokens of a square grid; got {tokens.shape[1]} tokens. Set "
+                'head = "mlp" in the alignment loss for a denoiser with a class token'
             )
         planes = tokens.transpose(1, 2).unflatten(2, (side, side))
         return self.projection_layer(planes).flatten(2).transpose(1, 2)

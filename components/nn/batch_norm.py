@@ -1,8 +1,8 @@
-"""Batch norm whose statistics cover every rank: on CPU and GPU, under gloo and NCCL, differentiable.
+"""Differentiable batch norm with statistics over all ranks, on CPU and GPU, with gloo and NCCL.
 
-With one rank it is ``F.batch_norm``. With several, two reductions: first the mean, then the second moment
-about it. One reduction of (sum, sum of squares) would be cheaper, but subtracts two large numbers where the
-mean is large against the deviation.
+With one rank it is ``F.batch_norm``. With several it uses two all-reduces: one for the mean, one for the second central
+moment. A single all-reduce of (sum, sum of squares) would be cheaper, but suffers cancellation if the mean is large
+compared with the standard deviation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from components.nn.precision import at_least_fp32
 
 
 class BatchStats(NamedTuple):
-    """Per channel over batch and positions: ``mean`` (C,), biased ``var`` (C,); ``count`` () of values."""
+    """Statistics over batch and positions: ``mean`` (C,), biased ``var`` (C,), and ``count`` () values per channel."""
 
     mean: Tensor
     var: Tensor
@@ -32,7 +32,7 @@ _alone = False
 
 
 def world_size() -> int:
-    """Ranks that share a batch; 1 outside ``torch.distributed``, and inside :func:`alone`."""
+    """Number of ranks that share a batch; 1 without ``torch.distributed`` and inside :func:`alone`."""
     if _alone:
         return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -40,7 +40,7 @@ def world_size() -> int:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Inside, a batch is this rank's alone: nothing waits for other ranks, which may be elsewhere."""
+    """Context manager in which statistics cover this rank only, without communication."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -50,16 +50,16 @@ def alone() -> Iterator[None]:
 
 
 def batch_mean(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean per channel over a batch, its positions and all ranks.
+    """Mean per channel over batch, positions and all ranks.
 
-    Ranks may hold batches of different sizes. Differentiable: the gradient is that of the sum of all ranks'
-    losses, which data parallelism then averages.
+    Batch sizes may differ between ranks. Differentiable: the gradient is that of the sum of all ranks' losses, which
+    data parallelism then averages.
 
     Args:
         x: (B, C, ...) of any floating dtype.
 
     Returns:
-        The mean (C,) and the number of values behind it (), both in at least fp32.
+        The mean (C,) and the number of values per channel (), both in at least fp32.
     """
     x = at_least_fp32(x)
     dims = _all_but_channels(x)
@@ -70,13 +70,13 @@ def batch_mean(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def batch_stats(x: Tensor) -> BatchStats:
-    """Mean and biased variance per channel over a batch, its positions and all ranks.
+    """Mean and biased variance per channel over batch, positions and all ranks.
 
     Args:
         x: (B, C, ...) of any floating dtype.
 
     Returns:
-        Statistics in at least fp32; differentiable as :func:`batch_mean`.
+        Statistics in at least fp32; differentiable like :func:`batch_mean`.
     """
     x = at_least_fp32(x)
     mean, count = batch_mean(x)
@@ -93,22 +93,22 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``F.batch_norm(training=True)`` with the statistics of all ranks.
+    """``F.batch_norm(training=True)`` with statistics over all ranks.
 
     Args:
         x: (B, C, ...) of any floating dtype.
-        running_mean: (C,), moved in place towards the batch's mean by ``momentum``; None leaves it out.
-        running_var: (C,), likewise towards the batch's unbiased variance.
-        weight: (C,) factor of the normalised values.
-        bias: (C,) added last.
-        momentum: share of the batch in the running statistics.
+        running_mean: (C,), updated in place with the batch mean; None: not tracked.
+        running_var: (C,), updated in place with the unbiased batch variance; None: not tracked.
+        weight: scale (C,), or None.
+        bias: (C,), or None.
+        momentum: weight of the batch in the running statistics.
         eps: added to the variance.
 
     Returns:
         (B, C, ...) in at least fp32.
 
     Raises:
-        ValueError: one rank with a single value per channel, which has no variance.
+        ValueError: there is one rank and only one value per channel, which has no variance.
     """
     x = at_least_fp32(x)
     if world_size() == 1:
@@ -127,10 +127,10 @@ def batch_norm(
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` with the statistics of all ranks, and of the batch in eval mode, too.
+    """``nn.BatchNorm2d`` with batch statistics over all ranks, even in eval mode.
 
-    The running statistics are kept (same state-dict keys as ``nn.BatchNorm2d``) but never used to normalise:
-    a discriminator's batch norm belongs to the batch that it judges, whatever mode the module was left in.
+    Running statistics are tracked, with the state-dict keys of ``nn.BatchNorm2d``, but not used for normalization: a
+    discriminator always normalizes with the batch that it classifies.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,5 +150,5 @@ def _per_channel(value: Tensor, x: Tensor) -> Tensor:
 def _sum_over_ranks(value: Tensor) -> Tensor:
     if world_size() == 1:
         return value
-    # The result waits lazily, and views of it stay lazy; a copy is an ordinary tensor.
+    # The result is a lazy AsyncCollectiveTensor, and so are views of it; clone() returns an ordinary tensor.
     return collectives.all_reduce(value, "sum", dist.group.WORLD).clone()

@@ -1,4 +1,4 @@
-"""Batch norm on latents: the denoiser sees zero mean and unit variance per channel, however z drifts."""
+"""Batch norm on latents, so that the denoiser sees zero mean and unit variance per channel while z changes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from components.nn.precision import at_least_fp32
 class LatentNorm(nn.Module):
     """Affine-free batch norm between tokenizer and denoiser (REPA-E, arXiv 2504.10483, section 3.2).
 
-    Train and eval mode mean nothing here: the caller says which statistics it wants. ``forward`` and
-    ``invert`` use the running ones and change nothing; ``batch`` uses those of the batch over all ranks.
-    Everything is computed in at least fp32.
+    Train and eval mode have no effect: the caller chooses the statistics. ``forward`` and ``invert`` use the running
+    statistics without updating them; ``batch`` uses those of the batch over all ranks. Computes in at least fp32.
 
     Args:
         channels: latent channels C.
-        momentum: share of a batch in the running statistics.
+        momentum: weight of a batch in the running statistics.
         eps: added to the variance.
     """
 
@@ -27,29 +26,31 @@ class LatentNorm(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.eps = eps
-        # Named as in nn.BatchNorm2d: released checkpoints keep this module as `bn`.
+        # Named as in nn.BatchNorm2d, because published checkpoints have this module as `bn`.
         self.register_buffer("running_mean", torch.empty(channels))
         self.register_buffer("running_var", torch.empty(channels))
         self.register_buffer("num_batches_tracked", torch.empty((), dtype=torch.long))
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Zero mean, unit variance, no batch seen."""
+        """Reset to zero mean, unit variance and no batches."""
         self.running_mean.zero_()
         self.running_var.fill_(1.0)
         self.num_batches_tracked.zero_()
 
     def forward(self, z: Tensor) -> Tensor:
-        """Latents (B, C, h, w) normalised with the running statistics."""
+        """Normalize latents (B, C, h, w) with the running statistics."""
         observe(z)
         return (at_least_fp32(z) - _map(self.running_mean)) * torch.rsqrt(_map(self.running_var) + self.eps)
 
     def batch(self, z: Tensor, update: bool = True) -> Tensor:
-        """Latents (B, C, h, w) normalised with their own statistics, through which gradients flow.
+        """Normalize latents (B, C, h, w) with batch statistics over all ranks, through which gradients flow.
+
+        Collective.
 
         Args:
-            z: latents of this rank; the statistics cover all ranks, which must all call.
-            update: move the running statistics towards the batch's (unbiased variance).
+            z: latents of this rank.
+            update: update the running statistics (with the unbiased variance).
         """
         observe(z)
         if not update:
@@ -58,11 +59,11 @@ class LatentNorm(nn.Module):
         return batch_norm(z, self.running_mean, self.running_var, momentum=self.momentum, eps=self.eps)
 
     def invert(self, z_normalised: Tensor) -> Tensor:
-        """Undoes ``forward``: (B, C, h, w) back to the tokenizer's scale."""
+        """Inverse of ``forward``: maps normalized latents (B, C, h, w) back to the tokenizer's scale."""
         return at_least_fp32(z_normalised) * torch.sqrt(_map(self.running_var) + self.eps) + _map(self.running_mean)
 
     def summary(self) -> dict[str, Tensor]:
-        """Scalars over the channels of the running statistics."""
+        """Scalar summaries of the running statistics over channels."""
         mean, var = self.running_mean, self.running_var
         low, high = torch.aminmax(var)
         return {
@@ -75,14 +76,14 @@ class LatentNorm(nn.Module):
 
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Sets the running statistics from measured ones.
+        """Set the running statistics.
 
         Args:
             mean: C values, of any shape.
             std: C positive values, of any shape.
 
         Raises:
-            ValueError: not C values each, not finite, or a standard deviation that is not positive.
+            ValueError: a count other than C, a value that is not finite, or a standard deviation that is not positive.
         """
         channels = self.running_mean.numel()
         if mean.numel() != channels or std.numel() != channels:
@@ -97,5 +98,5 @@ class LatentNorm(nn.Module):
 
 
 def _map(value: Tensor) -> Tensor:
-    """(C,) -> (C, 1, 1), to broadcast over positions."""
+    """Reshape (C,) to (C, 1, 1) to broadcast over positions."""
     return value[:, None, None]

@@ -1,4 +1,4 @@
-"""LightningDiT's blocks (arXiv 2501.01423), which DiT-DH (arXiv 2510.11690) is made of, too."""
+"""Blocks of LightningDiT (arXiv 2501.01423), also used by DiT-DH (arXiv 2510.11690)."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_fp32(x)
         wide = wide * (wide.square().mean(-1, keepdim=True) + self.EPS).rsqrt()
-        # Under autocast the weight is fp32, and what follows stays so until the next product.
+        # Under autocast the weight is fp32, so the result is fp32 until the next matrix product.
         return (wide * self.weight).to(torch.promote_types(x.dtype, self.weight.dtype))
 
 
 class Rotary(nn.Module):
-    """Rotary positions on a grid: the first half of a head's features turns with the row, the second with the column.
+    """2-D rotary position embedding: rotates the first half of a head's features by row, the second by column.
 
-    Pairs of neighbouring features turn by position / 10_000^(2 i / (d / 2)), i in [0, d / 4) (RoFormer,
-    arXiv 2104.09864; in two dimensions as EVA-02, arXiv 2303.11331). The tables are persistent: published weights
-    carry theirs.
+    Pairs of adjacent features rotate by position / 10_000^(2 i / (d / 2)), where d is the head dimension and i in
+    [0, d / 4) (RoFormer, arXiv 2104.09864; in 2-D as in EVA-02, arXiv 2303.11331). The tables are persistent buffers
+    because published weights contain them.
     """
 
     def __init__(self, head_dim: int, grid: int) -> None:
@@ -42,7 +42,7 @@ class Rotary(nn.Module):
         self.register_buffer("freqs_sin", torch.empty(grid * grid, head_dim))
 
     def init_weights(self) -> None:
-        """Fills both tables."""
+        """Compute both tables."""
         if self.freqs_cos.is_meta:
             return
         half = self.freqs_cos.shape[1] // 2
@@ -59,14 +59,14 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns neighbouring pairs of features of x (..., N, d) by the angles of ``cos`` and ``sin`` (N, d)."""
+    """Rotate adjacent pairs of features of x (..., N, d) by the angles given as ``cos`` and ``sin`` (N, d)."""
     x = at_least_fp32(x)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return x * cos + torch.stack([-b, a], dim=-1).flatten(-2) * sin
 
 
 class RotaryAttention(nn.Module):
-    """Self-attention with rotary positions; ``qk_norm``: RMS norm on queries and keys."""
+    """Self-attention with rotary positions; ``qk_norm`` applies RMSNorm to queries and keys."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class RotaryAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated MLP: w3(silu(a) * b) with a, b the halves of w12(x) (arXiv 2002.05202)."""
+    """Gated MLP: w3(silu(a) * b), where a and b are the halves of w12(x) (arXiv 2002.05202)."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -97,9 +97,9 @@ class SwiGLU(nn.Module):
 
 
 class LightningBlock(nn.Module):
-    """Block of LightningDiT (arXiv 2501.01423): RMS norms, rotary attention and SwiGLU under adaLN-Zero.
+    """LightningDiT block (arXiv 2501.01423): RMSNorm, rotary attention and SwiGLU, modulated by adaLN-Zero.
 
-    The SwiGLU has 2 / 3 of ``mlp_ratio`` * width hidden features, as many weights as a plain MLP.
+    The SwiGLU has 2 / 3 * ``mlp_ratio`` * width hidden features, so it has as many weights as a plain MLP.
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool) -> None:
@@ -111,14 +111,14 @@ class LightningBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, N, width); c (B, 1, width), or (B, N, width) for a condition of each token's own."""
+        """Apply the block to tokens x (B, N, width), conditioned on c: (B, 1, width), or (B, N, width) per token."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
 class LightningFinalLayer(nn.Module):
-    """RMS norm under adaLN, then linear to ``out_features``."""
+    """RMSNorm with adaLN modulation, then a linear layer to ``out_features``."""
 
     def __init__(self, width: int, out_features: int) -> None:
         super().__init__()
@@ -127,13 +127,13 @@ class LightningFinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x and c as in :class:`LightningBlock`."""
+        """Map x to (B, N, out_features); x and c as in :class:`LightningBlock`."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         return self.linear(self.norm_final(x) * (1 + scale) + shift)
 
 
 def init_lightning(blocks: Iterable[nn.Module], final: LightningFinalLayer) -> None:
-    """Zero modulation and output, so that a new block is the identity; norms of ones."""
+    """Zero-initialize modulation and output layers, so that blocks start as the identity; norm weights become 1."""
     for module in (*blocks, final):
         nn.init.zeros_(module.adaLN_modulation[-1].weight)
         nn.init.zeros_(module.adaLN_modulation[-1].bias)
@@ -145,9 +145,9 @@ def init_lightning(blocks: Iterable[nn.Module], final: LightningFinalLayer) -> N
 
 
 def check_rotary(key: str, width: int, heads: int) -> None:
-    """Raises ValueError unless the heads divide the width into multiples of 4 features."""
+    """Raise ValueError unless the head dimension, width / heads, is a multiple of 4."""
     if width < 4 or heads < 1 or width % heads or width // heads % 4:
         raise ValueError(
             f"denoiser.{key}width = {width} with denoiser.{key}heads = {heads}: each head needs a multiple of 4 "
-            "features (rotary positions in two dimensions)"
+            "features (2-D rotary position embedding)"
         )

@@ -1,4 +1,4 @@
-"""fp32 islands inside bf16 regions: norms, cosines and losses."""
+"""Dtype helpers: fp32 for norms, cosines and losses inside bf16 regions."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """fp16 and bf16 become fp32; fp32 and fp64 stay (tests run whole steps in fp64)."""
+    """Cast fp16 and bf16 to fp32; leave fp32 and fp64 unchanged (tests run whole steps in fp64)."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def parameter_dtype(module: nn.Module) -> torch.dtype:
-    """What a module's inputs must be: its parameters' dtype; fp32 where it has none."""
+    """Dtype of a module's parameters, which its inputs must have; fp32 if it has none."""
     return next((p.dtype for p in module.parameters()), torch.float32)
 
 
 def no_autocast(x: Tensor) -> torch.autocast:
-    """Context in which operations on x's device keep their inputs' dtype."""
-    # Autocast does not know the meta device; the CPU's flag stands for it (trainer.estimate.fake_ranks reads it).
+    """Context manager that disables autocast on the device of x."""
+    # Autocast does not support the meta device; use the CPU's flag, which trainer.estimate.fake_ranks reads.
     return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)

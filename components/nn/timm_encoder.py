@@ -1,4 +1,4 @@
-"""Alignment encoders out of timm's models: what every such plugin shares."""
+"""Base class of alignment encoders built on timm models."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ HUB_FILE = "model.safetensors"  # unless timm names another
 
 
 class TimmEncoder(nn.Module):
-    """A frozen model of timm as a :class:`components.contracts.Encoder`; plugins derive from it.
+    """A frozen timm model as :class:`components.contracts.Encoder`; base class for plugins.
 
-    Vision transformers: images are resized to ``grid * patch_size`` pixels per side, so that the transformer's patches
-    are the denoiser's tokens whatever the resolution. A position embedding of another grid is resampled when the
-    weights are read (as :attr:`position_resize` says). Class and register tokens take part in attention and are
-    dropped from the result.
+    Vision transformers: images are resized to ``grid * patch_size`` pixels per side, so that patches match the
+    denoiser's tokens at any resolution. Position embeddings of another grid are resampled when weights are loaded (see
+    :attr:`position_resize`). Class and register tokens take part in attention but are not returned.
 
-    Models of feature maps (hierarchical transformers, convolutional networks): images are resized to the size of the
-    pretraining, and the last feature map to ``grid`` per side.
+    Models with feature maps (hierarchical transformers, convolutional networks): images are resized to the pretraining
+    resolution, and the last feature map to ``grid`` per side.
 
-    Features of another size than ``grid`` are averaged over blocks where the grid divides it, else resized
-    (bilinear, antialiased).
+    Features whose size differs from ``grid`` are average-pooled if it is a multiple of ``grid``, otherwise resized
+    (bilinear; antialiased when downsampling).
 
-    The weights stay random before ``load_weights``.
+    Weights are random until ``load_weights`` is called.
 
     Args:
-        model: name in timm, with the tag of its weights: "vit_base_patch14_dinov2.lvd142m".
+        model: timm model name with weights tag, such as "vit_base_patch14_dinov2.lvd142m".
         grid: the denoiser's tokens per side.
-        pretrained: read the weights that belong to ``model`` from the Hugging Face cache, or download them.
-        checkpoint: file to read instead (.safetensors, or tensors saved by torch.save), in timm's layout or in
-            any that timm converts to it, which includes the original authors' for DINOv2 and OpenAI's CLIP.
-        final_norm: whether the features pass the model's last norm.
-        resize_first: resize before the normalisation instead of after it. The weights of either resize sum to one, so
-            this matters to the last bits only.
-        resize: how images are resized: without antialiasing, or "bilinear_antialias" with it.
-        layer: block whose tokens are taken (of models of feature maps: the stage); negative ones count from the last.
-        image_size: pixels per side that the model sees, where that is not as above.
-        options: what timm's constructor of the model takes: {"global_pool": "token"}.
+        pretrained: load the pretrained weights of ``model`` from the Hugging Face cache, or download them.
+        checkpoint: file to load instead (.safetensors, or tensors saved by torch.save), in timm's layout or one that
+            timm converts, which includes the original files of DINOv2 and OpenAI's CLIP.
+        final_norm: whether to apply the model's final norm to the features.
+        resize_first: resize before normalization instead of after it. The resize weights sum to one, so the order
+            affects only the last bits.
+        resize: interpolation mode, without antialiasing except for "bilinear_antialias".
+        layer: block whose tokens are returned (stage, for models with feature maps); negative values count from the
+            last.
+        image_size: input pixels per side; overrides the sizes above.
+        options: further arguments of timm's model constructor, such as {"global_pool": "token"}.
 
     Attributes:
-        embed_dim: features D of a token.
-        side: pixels per side that the model sees.
-        position_resize: options of timm's ``resample_abs_pos_embed``; none: bicubic, antialiased.
+        embed_dim: embedding dimension D of a token.
+        side: input pixels per side.
+        position_resize: options of timm's ``resample_abs_pos_embed``; its defaults are bicubic and antialiased.
 
     Raises:
-        ValueError: timm knows no such model or tag, or cannot make it with these options, or it gives no features.
+        ValueError: timm has no such model or tag, cannot create it with these options, or it provides no features.
     """
 
     position_resize: dict[str, Any] = {}
@@ -90,7 +90,7 @@ class TimmEncoder(nn.Module):
             if not -depth <= layer < depth:
                 raise ValueError(f"{self._what}: layer = {layer}, but '{model}' has {depth} blocks: 0 to {depth - 1}")
             if image_size is not None and (image_size <= 0 or image_size % patch):
-                raise ValueError(f"{self._what}: image_size = {image_size} is no multiple of the patch, {patch} pixels")
+                raise ValueError(f"{self._what}: image_size = {image_size} is no multiple of the patch size {patch}")
             self.is_last = layer % depth == depth - 1
             self.side = image_size or grid * patch
             self.model.set_input_size(img_size=self.side)
@@ -108,12 +108,12 @@ class TimmEncoder(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> TimmEncoder:
-        """Stays in evaluation mode whatever ``mode`` says."""
+        """Keep the module in eval mode; ``mode`` is ignored."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Patch tokens (B, grid * grid, D), rows first, fp32 (fp64 from a module in fp64).
+        """Patch tokens (B, grid * grid, D) in row-major order, fp32 (fp64 if the module is in fp64).
 
         Args:
             images: (B, 3, R, R) in [-1, 1].
@@ -127,10 +127,11 @@ class TimmEncoder(nn.Module):
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """One vector per image (B, D), fp32.
+        """Image embedding (B, D), fp32.
 
-        Of a transformer's last block it is what timm's model pools to: the class token behind the final norm, the
-        mean of the patch tokens, or what an attention pool makes of them. Else it is the mean of the features.
+        If ``layer`` is a vision transformer's last block, this is the timm model's pooled output: the class token after
+        the final norm, the mean of the patch tokens, or the output of attention pooling. Otherwise it is the mean of
+        the features.
 
         Args:
             images: (B, 3, R, R) in [-1, 1].
@@ -141,14 +142,14 @@ class TimmEncoder(nn.Module):
         return at_least_fp32(self.model.forward_head(tokens, pre_logits=True))
 
     def load_weights(self) -> None:
-        """Reads ``checkpoint``, or else the pretrained weights, or else nothing; every key must fit.
+        """Load ``checkpoint`` if set, otherwise the pretrained weights if ``pretrained``; all keys must match.
 
-        Keys of a classifier are left out; the encoder has none.
+        Classifier keys are ignored.
 
         Raises:
-            WeightsError: the file is missing, unreadable or of another architecture; or the download failed.
+            WeightsError: the file is missing, unreadable or of another architecture, or the download failed.
         """
-        # On the meta device, where the module may have been made, the constants were lost.
+        # Constants are lost if the module was created on the meta device.
         self._fill_buffers()
         if self.checkpoint is None and not self.pretrained:
             return
@@ -161,13 +162,13 @@ class TimmEncoder(nn.Module):
         try:
             return timm.create_model(model, pretrained=False, num_classes=0, **(options or {}))
         except (RuntimeError, TypeError) as error:
-            raise ValueError(f"{self._what}: timm cannot make '{model}': {error}") from error
+            raise ValueError(f"{self._what}: timm cannot create '{model}': {error}") from error
 
     def _map_features(self, model: str, options: dict[str, Any] | None) -> int:
-        """Features D of a model of feature maps, found by running it on the meta device.
+        """Embedding dimension D of a model with feature maps, found by running it on the meta device.
 
         Raises:
-            ValueError: it cannot run on images of this size, has no such layer, or cannot normalise its features.
+            ValueError: it cannot process images of this size, has no such layer, or cannot apply its final norm.
         """
         with torch.device("meta"):
             probe = self._made(model, options).eval()
@@ -177,12 +178,12 @@ class TimmEncoder(nn.Module):
                 shape = self._features(probe, torch.empty(1, 3, self.side, self.side)).shape
             except Exception as error:
                 raise ValueError(
-                    f"{self._what}: timm's '{model}' gives no features of layer {self.layer} of images of {self.side} "
-                    f"pixels, {'with' if self.final_norm else 'without'} its final norm: "
+                    f"{self._what}: timm's '{model}' returns no features of layer {self.layer} for images of "
+                    f"{self.side} pixels, {'with' if self.final_norm else 'without'} its final norm: "
                     f"{type(error).__name__}: {error}"
                 ) from error
         if len(shape) != 4 or shape[-1] != shape[-2]:
-            raise ValueError(f"{self._what}: timm's '{model}' gives features {tuple(shape)}, expected (B, D, n, n)")
+            raise ValueError(f"{self._what}: timm's '{model}' returns features {tuple(shape)}, expected (B, D, n, n)")
         return shape[1]
 
     def _features(self, model: nn.Module, x: Tensor) -> Tensor:
@@ -198,7 +199,7 @@ class TimmEncoder(nn.Module):
         return features
 
     def _prepared(self, images: Tensor) -> Tensor:
-        """Images in [-1, 1], as the model takes them."""
+        """Resize and normalize images in [-1, 1] for the model."""
         x = (at_least_fp32(images) + 1) / 2
         if self.resize_first:
             x = self._normalised(self._resized(x))
@@ -225,19 +226,20 @@ class TimmEncoder(nn.Module):
                     module.init_non_persistent_buffers()
                 elif module._non_persistent_buffers_set and not self.mean.is_meta:
                     raise WeightsError(
-                        f"{self._what}: made on the meta device, where {name} lost what its constructor computed, and "
-                        "this timm cannot compute it again; make the encoder on the CPU, or install a newer timm"
+                        f"{self._what}: created on the meta device, where {name} lost buffers that its constructor "
+                        "computed, and this timm cannot recompute them; create the encoder on the CPU, or install a "
+                        "newer timm"
                     )
 
     def _read(self, path: str | Path) -> dict[str, Tensor]:
-        """The named tensors of a file, in timm's layout or one that timm converts; plugins know more layouts."""
+        """Read the named tensors of a file, in timm's layout or one that timm converts; plugins may support more."""
         return read_state(path, self._what)
 
     def _converted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict in timm's layout, position embedding on our grid, without the classifier."""
+        """Convert a state dict to timm's layout, resample its position embedding and drop the classifier."""
         convert = getattr(sys.modules[type(self.model).__module__], "checkpoint_filter_fn", None)
         if convert is not None:
-            # Another architecture may break timm's conversion half way: then load_strict names the file's own keys.
+            # timm's conversion may fail for another architecture; load_strict then lists the file's own keys.
             with contextlib.suppress(Exception):
                 state = convert(dict(state), self.model, **self.position_resize)
         classifier = self.model.pretrained_cfg.get("classifier") or ()
@@ -245,7 +247,7 @@ class TimmEncoder(nn.Module):
         return {key: value for key, value in state.items() if not key.startswith(heads)}
 
     def _hub_file(self) -> Path:
-        """The pretrained weights' file in the Hugging Face cache, downloaded if need be."""
+        """Path of the pretrained weights in the Hugging Face cache; downloads them if necessary."""
         config = self.model.pretrained_cfg
         option = f"[encoders.{self._name}] checkpoint"
         url = config.get("url")
@@ -253,7 +255,7 @@ class TimmEncoder(nn.Module):
             raise WeightsError(
                 f"{self._what}: timm publishes no weights for '{config['architecture']}'; set\n"
                 f'  {option} = "FILE"\n{f"where FILE is the original {url}, " if url else ""}'
-                "or pretrained = false for random weights"
+                "or pretrained = false to use random weights"
             )
         repo, _, revision = config["hf_hub_id"].partition("@")
         filename = config.get("hf_hub_filename") or HUB_FILE
@@ -263,7 +265,7 @@ class TimmEncoder(nn.Module):
 
     @property
     def _name(self) -> str:
-        """The plugin's name, for messages."""
+        """Name of the plugin in messages."""
         return next((p.name for p in encoders if p.cls is type(self)), type(self).__name__)
 
     @property
@@ -272,7 +274,7 @@ class TimmEncoder(nn.Module):
 
 
 def _on_grid(planes: Tensor, grid: int) -> Tensor:
-    """(B, D, n, n) -> (B, D, grid, grid)."""
+    """Resize feature maps (B, D, n, n) to (B, D, grid, grid)."""
     n = planes.shape[-1]
     if n % grid == 0:
         return F.adaptive_avg_pool2d(planes, grid)

@@ -1,4 +1,4 @@
-"""Parts that diffusion transformers share: embeddings of patches, times and positions, and their checks."""
+"""Shared parts of diffusion transformers: patch, time and position embeddings, and checks of their options."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from components.nn.precision import at_least_fp32
 
 
 class PatchEmbedding(nn.Module):
-    """(B, C, h, w) -> (B, N, width), rows first."""
+    """Embeds patches of latents (B, C, h, w) as tokens (B, N, width) in row-major order."""
 
     def __init__(self, channels: int, patch_size: int, width: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size)
 
     def init_weights(self) -> None:
-        """As a linear layer on the patch: Xavier-uniform."""
+        """Xavier-uniform, as for a linear layer on flattened patches; zero bias."""
         nn.init.xavier_uniform_(self.proj.weight.view(self.proj.weight.shape[0], -1))
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Sums keep the layout of their first term: without a copy here every block would work on transposed tokens.
+        # Residual sums keep the memory format of their first term: without a copy, all blocks would get strided tokens.
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 class TimeEmbedding(nn.Module):
-    """256 sinusoids of t, then an MLP to (B, width)."""
+    """Embeds times t (B,) as (B, width): 256 sinusoids followed by an MLP."""
 
     FREQUENCIES, MAX_PERIOD = 256, 10_000
 
@@ -39,7 +39,7 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(self.FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        # At least float32 whatever the network's dtype: bf16 cannot tell t = 0.999 from 1.
+        # In at least fp32, whatever the network's dtype: in bf16, t = 0.999 rounds to 1.
         half = self.FREQUENCIES // 2
         exponent = torch.arange(half, dtype=torch.float32, device=t.device) * -math.log(self.MAX_PERIOD) / half
         angles = at_least_fp32(t)[:, None] * exponent.exp()[None]
@@ -47,7 +47,7 @@ class TimeEmbedding(nn.Module):
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
-    """Fixed 2-D sine-cosine embedding (1, grid * grid, width), rows first: columns' half, then rows' half (MAE)."""
+    """Fixed 2-D sine-cosine position embedding (1, grid * grid, width), row-major: column half, then row half (MAE)."""
     frequency = 1.0 / 10_000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency[None]
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)
@@ -57,19 +57,19 @@ def sincos_positions(width: int, grid: int) -> Tensor:
 
 
 def unpatchify(x: Tensor, channels: int) -> Tensor:
-    """Tokens (B, n * n, p * p * C), channels fastest -> (B, C, n * p, n * p)."""
+    """Map tokens (B, n * n, p * p * C), channels last within a patch, to (B, C, n * p, n * p)."""
     n, p = math.isqrt(x.shape[1]), math.isqrt(x.shape[2] // channels)
     x = x.view(-1, n, n, p, p, channels).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(-1, channels, n * p, n * p)
 
 
 def check_patches(name: str, latent: LatentShape, patch_size: int) -> None:
-    """Raises ValueError unless the latent of the denoiser ``name`` is square and divides into patches."""
+    """Raise ValueError unless the latent is square and its side is a multiple of ``patch_size``."""
     if latent.height != latent.width:
-        raise ValueError(f"denoiser.name = '{name}' takes square latents; got {latent.height} x {latent.width}")
+        raise ValueError(f"denoiser.name = '{name}' needs square latents; got {latent.height} x {latent.width}")
     if patch_size < 1 or latent.height % patch_size:
         raise ValueError(
-            f"denoiser.patch_size = {patch_size} does not divide the latent's side of {latent.height}; "
+            f"denoiser.patch_size = {patch_size} does not divide the latent size {latent.height}; "
             f"allowed: {', '.join(str(p) for p in range(1, latent.height + 1) if latent.height % p == 0)}"
         )
 
@@ -77,7 +77,14 @@ def check_patches(name: str, latent: LatentShape, patch_size: int) -> None:
 def run_blocks(
     blocks: Iterable[nn.Module], x: Tensor, *condition: Tensor, align_depth: int | Sequence[int]
 ) -> tuple[Tensor, Tokens]:
-    """x behind all blocks, and behind those that ``align_depth`` names, counted from 1: a tuple for a list of them."""
+    """Run the blocks; return the output and the tokens after the blocks in ``align_depth``.
+
+    Args:
+        blocks: called as ``block(x, *condition)``.
+        x: tokens (B, N, width).
+        condition: further arguments of each block.
+        align_depth: block number counted from 1, or a list of them, for which a tuple of tokens is returned.
+    """
     depths = [align_depth] if isinstance(align_depth, int) else align_depth
     taken = []
     for depth, block in enumerate(blocks, 1):
@@ -88,18 +95,18 @@ def run_blocks(
 
 
 def last_depth(align_depth: int | Sequence[int]) -> int:
-    """The deepest block that ``align_depth`` names."""
+    """The deepest block in ``align_depth``, counted from 1."""
     return align_depth if isinstance(align_depth, int) else align_depth[-1]
 
 
 def check_blocks(depth: int, align_depth: int | Sequence[int], label_dropout: float) -> None:
-    """Raises ValueError for a depth, an alignment depth or a probability out of range."""
+    """Raise ValueError if the depth, an alignment depth or the label dropout is out of range."""
     if depth < 1:
         raise ValueError(f"denoiser.depth = {depth}: expected at least 1 block")
     depths = [align_depth] if isinstance(align_depth, int) else list(align_depth)
     if not depths or depths != sorted(set(depths)) or not 1 <= depths[0] <= depths[-1] <= depth:
         raise ValueError(
-            f"denoiser.align_depth = {align_depth}: expected 1 to {depth} (the denoiser's depth), or a rising list"
+            f"denoiser.align_depth = {align_depth}: expected 1 to {depth} (the denoiser's depth), or an increasing list"
         )
     if not 0 <= label_dropout < 1:
         raise ValueError(f"denoiser.label_dropout = {label_dropout}: expected a probability in [0, 1)")

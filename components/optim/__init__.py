@@ -1,1 +1,1 @@
-"""Optimizers and averages of weights."""
+"""Optimizers and weight averaging."""

@@ -1,4 +1,4 @@
-"""Exponential moving averages of modules: parameters and buffers."""
+"""Exponential moving average (EMA) of modules' parameters and buffers."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from components.distributed.parallel import local
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy to average into: frozen, in eval mode. Comes before sharding, which forbids copies."""
+    """Deep copy for EMA weights: frozen, in eval mode. Call it before sharding; sharded modules cannot be copied."""
     return copy.deepcopy(module).eval().requires_grad_(False)
 
 
 class Ema:
-    """Averaged copies of some modules.
+    """Exponential moving average of modules.
 
     Args:
-        modules: by name; with ``copies``, sharded alike.
+        modules: modules to average, by name.
         decay: per step, in [0, 1).
-        copies: what to average into (:func:`frozen_copy`), by name; none: made here. They start equal to ``modules``.
+        copies: modules for the averages (:func:`frozen_copy`), by name, sharded like ``modules`` and overwritten with
+            their values; None: created here.
 
     Attributes:
-        modules: the copies, by name; frozen and in eval mode.
+        modules: the averages, by name; frozen and in eval mode.
     """
 
     def __init__(
@@ -38,15 +39,15 @@ class Ema:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Makes the copies equal to their sources."""
+        """Reset the averages to the current values."""
         for average, value in self._pairs():
             average.copy_(value)
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
-        """Moves every copy by (1 - decay) towards its source where ``finite`` (a bool scalar), else not at all.
+        """Update the averages, average += (1 - decay) * (value - average), if ``finite`` (a bool scalar) is true.
 
-        Integer buffers are copied.
+        Integer buffers are always copied.
         """
         amount: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         for average, value in self._pairs():
@@ -59,7 +60,7 @@ class Ema:
             average.lerp_(value, amount[kind])
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each tensor of the copies with its source; of sharded ones this rank's parts."""
+        """Pairs of average and source tensor; this rank's shards for sharded ones."""
         for name, module in self.modules.items():
             source = self._sources[name]
             pairs = [*zip(module.parameters(), source.parameters()), *zip(module.buffers(), source.buffers())]

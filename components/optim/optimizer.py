@@ -1,4 +1,4 @@
-"""Parameter groups: AdamW, its learning-rate schedule and its gradient clipping, one set per module that learns."""
+"""Parameter groups: AdamW with a learning-rate schedule and gradient clipping."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from components.distributed.parallel import local
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate of each step.
+    """Learning-rate schedule.
 
     Attributes:
-        lr: peak.
-        shape: after the warm-up: constant, or linear or cosine down to ``final_ratio * lr`` at the last step.
-        steps: of the whole run.
-        warmup_steps: steps of linear warm-up; the first step already has lr / warmup_steps.
-        final_ratio: in [0, 1].
+        lr: peak learning rate.
+        shape: after warm-up: constant, or linear or cosine decay to ``final_ratio * lr`` at the last step.
+        steps: total number of steps.
+        warmup_steps: number of linear warm-up steps; the first step uses lr / warmup_steps.
+        final_ratio: final learning rate divided by ``lr``, in [0, 1].
     """
 
     lr: float
@@ -46,17 +46,18 @@ class Schedule:
 
 
 class ParameterGroup:
-    """The parameters that one loss trains.
+    """Parameters trained by one loss, with their optimizer.
 
     Args:
         name: as in the recipe's ``trains``.
         modules: by name; their parameters with ``requires_grad`` are trained.
-        schedule: learning rate of every step.
-        betas, eps, weight_decay: of AdamW.
-        clip_norm: gradient norm above which the gradients are scaled down; 0 never scales.
+        schedule: learning-rate schedule.
+        betas, eps, weight_decay: AdamW hyperparameters.
+        clip_norm: maximum gradient norm; larger gradients are scaled down. 0 disables clipping.
 
     Attributes:
-        parameters, names: what is trained, and its names, which begin with the module's.
+        parameters: the trained parameters.
+        names: their names, prefixed by the module's.
     """
 
     def __init__(
@@ -77,25 +78,25 @@ class ParameterGroup:
         self.parameters = [p for _, p in named]
         self.schedule = schedule
         self.clip_norm = clip_norm
-        # Fused: one kernel per step, and the only AdamW that can be told on the device to skip a step.
+        # Fused: one kernel per step, and the only AdamW that can skip a step based on a flag on the device.
         self.settings = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         self.optimizer = torch.optim.AdamW(self.parameters, lr=schedule.lr, fused=True, **self.settings)
 
     def has_gradients(self) -> bool:
-        """Whether a backward pass has reached the group; false for a discriminator before its start step."""
+        """Whether any parameter has a gradient; false for a discriminator before its start step."""
         return any(p.grad is not None for p in self.parameters)
 
     def norms(self) -> Tensor:
-        """L2 norms of the whole gradients, (n,) in the order of ``names``, in float64; 0 for a missing one.
+        """L2 norms of the full gradients, (n,) float64 in the order of ``names``; 0 for missing gradients.
 
-        Every rank must call it: the parts of sharded gradients are summed in one reduction. Needs
+        Collective: squared norms of sharded gradients are summed over ranks in one all-reduce. Requires
         :meth:`has_gradients`.
         """
         grads = [p.grad for p in self.parameters]
         parts = [local(g) for g in grads if g is not None]
         norms = iter(torch._foreach_norm(parts))
         zero = parts[0].new_zeros(())
-        # float64: squares of large norms would overflow.
+        # float64, because squares of large norms could overflow.
         squares = torch.stack([zero if g is None else next(norms) for g in grads]).double().square()
         sharded = next((g for g in grads if isinstance(g, DTensor)), None)
         if sharded is not None:
@@ -105,16 +106,17 @@ class ParameterGroup:
         return squares.sqrt()
 
     def apply(self, step: int, norm: Tensor | None, finite: Tensor) -> float:
-        """Clips, steps where ``finite``, and forgets the gradients; returns the learning rate.
+        """Clip gradients, step the optimizer if ``finite``, and clear the gradients; return the learning rate.
 
         Args:
             step: counted from 0.
-            norm: of all gradients together, a scalar; None where there are none, and nothing to do.
-            finite: bool scalar on the device; where false nothing changes, without a synchronisation.
+            norm: total gradient norm, a scalar; None if there are no gradients, then nothing is updated.
+            finite: bool scalar on the device; if false, weights and optimizer state stay unchanged. Does not
+                synchronize with the host.
         """
         lr = self.schedule.at(step)
         for group in self.optimizer.param_groups:
-            # A loaded optimizer brings the settings it was saved with; this run's count.
+            # Loading a checkpoint restores the saved settings; the current run's take precedence.
             group.update(self.settings, lr=lr)
         if norm is not None:
             device = self.parameters[0].device

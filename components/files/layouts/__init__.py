@@ -1,1 +1,1 @@
-"""Names and files of other programs: key mappings as data, in both directions."""
+"""Weight formats of other projects, with key mappings in both directions."""

@@ -1,8 +1,8 @@
-"""diffusers' ``AutoencoderKL``: its keys, its config.json, and the latent statistics in it.
+"""diffusers' ``AutoencoderKL``: its keys, its config.json, and the latent statistics in that file.
 
-Our keys are those of CompVis's latent diffusion. An architecture is the dict that a tokenizer states as its
-``architecture``: latent_channels, channels (at full resolution), multipliers (of them, per level), attention_levels
-(with attention behind each residual block), res_blocks (per encoder level), mid_attention, norm_groups, quant_conv.
+Our keys are those of CompVis's latent diffusion. An architecture is the dict in a tokenizer's ``architecture``:
+latent_channels, channels (at full resolution), multipliers (of channels, per level), attention_levels (levels with
+attention after each residual block), res_blocks (per encoder level), mid_attention, norm_groups, quant_conv.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from components.files.model_file import replace, save_tensors
 from components.files.weights import WeightsError
 from components.version import version
 
-# Ours, theirs, and what the place holds. "#": a number; "^": a level, which the decoder's blocks count from the other
-# end in diffusers.
+# Our name, diffusers' name, and the kind of module. "#": an index; "^": a decoder level, which diffusers counts in
+# reverse.
 PLACES = (
     ("encoder.down.#.block.#", "encoder.down_blocks.#.resnets.#", "block"),
     ("encoder.down.#.attn.#", "encoder.down_blocks.#.attentions.#", "attention"),
@@ -40,20 +40,20 @@ INSIDE = {
     "attention": (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")),
     "": (),
 }
-# Names of files from before diffusers 0.17, as the SD-VAE's on its hub page.
+# Names used before diffusers 0.17, as in the SD-VAE weights on the hub.
 OLD = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
 DOWN, UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
-# diffusers' own defaults of what a config.json may leave out, and the only values that we have.
+# diffusers' defaults for keys missing in a config.json; the only values that we support.
 FIXED = {"in_channels": 3, "out_channels": 3, "act_fn": "silu"}
 
 
 def is_diffusers(keys: Iterable[str]) -> bool:
-    """Whether some key of an autoencoder is named as in diffusers."""
+    """Whether any of an autoencoder's keys is in diffusers' naming."""
     return any("_blocks." in key or ".mid_block." in key for key in keys)
 
 
 def to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A tokenizer's state dict under diffusers' names; its attention has linear layers, not 1 x 1 convolutions."""
+    """Convert a tokenizer's state dict to diffusers' keys; 1 x 1 convolutions of attention become linear layers."""
     levels = _levels(state, "encoder.down.")
     converted = {}
     for key, value in state.items():
@@ -63,12 +63,12 @@ def to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of :func:`to_diffusers`; keys that are not diffusers' keep their names."""
+    """Inverse of :func:`to_diffusers`; unknown keys are kept."""
     levels = _levels(state, "encoder.down_blocks.")
     converted = {}
     for key, value in state.items():
         *rest, leaf, kind = key.split(".")
-        if leaf in OLD and "attentions" in rest:  # by our name, which no rule of the way back changes
+        if leaf in OLD and "attentions" in rest:  # rename to our name, which _translate leaves unchanged
             key = ".".join([*rest, OLD[leaf], kind])
         name = _translate(key, levels, 1)
         projection = _is_projection(key) or leaf in OLD
@@ -77,16 +77,17 @@ def from_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def config(architecture: dict[str, Any], resolution: int, mean: Tensor | None, std: Tensor | None) -> dict[str, Any]:
-    """The config.json of an architecture.
+    """Content of config.json for an architecture.
 
-    ``latents_mean`` and ``latents_std`` are per channel. ``scaling_factor`` and ``shift_factor`` say the same in two
-    numbers, for programs that know no more: z -> (z - shift_factor) * scaling_factor has mean 0 and variance 1 over
-    all elements. Use one pair or the other, never both.
+    ``latents_mean`` and ``latents_std`` are per channel. ``scaling_factor`` and ``shift_factor`` are scalars for
+    programs that support only those: (z - shift_factor) * scaling_factor has mean 0 and variance 1 over all elements.
+    Use one pair or the other, never both.
 
     Args:
-        resolution: images' side in pixels, the ``sample_size``.
-        mean: of the latents, per channel (C,); None: unknown, and z is left as it is.
-        std: of the latents, per channel (C,).
+        architecture: see the module docstring.
+        resolution: image side in pixels, the ``sample_size``.
+        mean: mean of the latents per channel (C,); None if unknown, then ``scaling_factor`` is 1.
+        std: standard deviation of the latents per channel (C,).
     """
     a = architecture
     attention = [level in a["attention_levels"] for level in range(len(a["multipliers"]))]
@@ -116,16 +117,16 @@ def config(architecture: dict[str, Any], resolution: int, mean: Tensor | None, s
 
 
 def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> list[Path]:
-    """Writes what ``diffusers.AutoencoderKL.from_pretrained`` loads, and returns the files.
+    """Write a folder for ``diffusers.AutoencoderKL.from_pretrained`` and return its files.
 
     Args:
-        folder: made if need be; an autoencoder in it is replaced.
-        state: a tokenizer's state dict under our names.
-        config: as :func:`config` makes it.
+        folder: created if missing; an autoencoder already in it is replaced.
+        state: a tokenizer's state dict with our keys.
+        config: from :func:`config`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     about, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
-    about.unlink(missing_ok=True)  # a kill leaves none, so no half an autoencoder
+    about.unlink(missing_ok=True)  # written last, so that a partial folder has none
     save_tensors(weights, to_diffusers(state), {"format": "pt"})
     partial = folder / "config.json.partial"
     config = config | {"_titanrepa_version": version()}  # diffusers ignores keys that begin with an underscore
@@ -135,17 +136,18 @@ def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any])
 
 
 def architecture(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """The architecture that a config.json states.
+    """Read the architecture from the content of a config.json.
 
     Args:
-        source: the file, for messages.
+        config: the parsed file.
+        source: name of the file in messages.
 
     Raises:
-        WeightsError: it is not an AutoencoderKL, or one that we cannot build.
+        WeightsError: it is not an AutoencoderKL, or one that we do not support.
     """
 
     def refuse(why: str) -> WeightsError:
-        return WeightsError(f"{source}: {why}, which our autoencoders do not have")
+        return WeightsError(f"{source}: {why}, which our autoencoders do not support")
 
     if config.get("_class_name") != "AutoencoderKL":
         raise refuse(f"_class_name = {config.get('_class_name')!r} instead of 'AutoencoderKL'")
@@ -156,10 +158,10 @@ def architecture(config: dict[str, Any], source: str) -> dict[str, Any]:
     up = list(config.get("up_block_types", UP[:1]))[::-1]
     strange = [name for name in (*down, *up) if name not in (*DOWN, *UP)]
     if strange:
-        raise refuse(f"blocks of the kind {strange[0]}")
+        raise refuse(f"blocks of type {strange[0]}")
     attention = [DOWN.index(name) for name in down]
     if attention != [UP.index(name) for name in up]:
-        raise refuse("attention in other levels of the encoder than of the decoder")
+        raise refuse("attention in different levels of encoder and decoder")
     quant_conv = config.get("use_quant_conv", True)
     if quant_conv != config.get("use_post_quant_conv", True):
         raise refuse("only one of use_quant_conv and use_post_quant_conv")
@@ -178,7 +180,7 @@ def architecture(config: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Options to set so that an architecture becomes another, as TOML lines; channels times multipliers counts."""
+    """Options, as TOML lines, that turn our architecture into theirs; compares channels * multipliers, not each."""
     found = {key: theirs[key] for key in ours if ours[key] != theirs[key]}
     if _widths(ours) == _widths(theirs):
         found = {key: value for key, value in found.items() if key not in ("channels", "multipliers")}
@@ -186,9 +188,9 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 
 def statistics(config: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """Mean and standard deviation of the latents, per channel, as far as a config.json states them.
+    """Mean and standard deviation (C,) of the latents from the content of a config.json; None if it has neither.
 
-    ``latents_mean`` and ``latents_std``, or else ``shift_factor`` and 1 / ``scaling_factor`` for every channel.
+    Uses ``latents_mean`` and ``latents_std``, or ``shift_factor`` and 1 / ``scaling_factor`` for every channel.
     """
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
@@ -205,7 +207,7 @@ def _widths(architecture: dict[str, Any]) -> list[int]:
 
 
 def _is_projection(key: str) -> bool:
-    """Whether a diffusers key is the weight of one of an attention's linear layers."""
+    """Whether a diffusers key is the weight of a linear layer in attention."""
     return ".attentions." in key and ".to_" in key and key.endswith(".weight")
 
 
@@ -214,7 +216,7 @@ def _levels(state: Iterable[str], prefix: str) -> int:
 
 
 def _translate(key: str, levels: int, side: int) -> str:
-    """Our key by diffusers' name (``side`` 0), or theirs by ours (1); unknown ones as they are."""
+    """Translate our key to diffusers' (``side`` = 0) or theirs to ours (1); return unknown keys unchanged."""
     for place in PLACES:
         source, target = place[side], place[1 - side]
         match = re.fullmatch(re.escape(source).replace(r"\#", r"(\d+)").replace(r"\^", r"(\d+)") + r"\.(.+)", key)

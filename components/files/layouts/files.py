@@ -1,4 +1,4 @@
-"""Finding a module's weights in a file of any layout, and saying what else was in it."""
+"""Finds a module's weights in a file of any layout and reports what else the file contains."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from components.files.layouts import diffusers_kl
 from components.files.weights import WeightsError, local_file, read_tree
 
-# Where a module's keys may be, in the published REPA-E code's checkpoints, Lightning's (CompVis, SD), and bare.
+# Possible key prefixes of a module: in checkpoints of the published REPA-E code and of Lightning (CompVis, SD), or "".
 PREFIXES = {
     "tokenizer": ("vae.", "state_dict.first_stage_model.", "first_stage_model.", "state_dict.", "model.", ""),
     "discriminator": (
@@ -30,10 +30,10 @@ PREFIXES = {
     "ema": ("ema.", "state_dict.", ""),
     "model": ("model.", "state_dict.", ""),
 }
-# What training leaves beside a tokenizer: losses, averages, and VA-VAE's alignment with a foundation model.
+# Training state stored with a tokenizer: losses, EMA, and VA-VAE's alignment with a foundation model.
 BESIDE_TOKENIZER = ("loss.", "model_ema.", "foundation_model.", "linear_proj.")
-OUTER = ("state_dict", "loss")  # what is inside tells more
-# Segments of keys that wrappers add: DistributedDataParallel and torch.compile.
+OUTER = ("state_dict", "loss")  # reports include the next key segment for these
+# Key segments added by wrappers: DistributedDataParallel and torch.compile.
 WRAPPERS = ("module", "_orig_mod")
 DIFFUSERS_FILES = (
     "diffusion_pytorch_model.safetensors",
@@ -46,14 +46,14 @@ logger = logging.getLogger("titanrepa")
 
 @dataclass
 class WeightsFile:
-    """What a file or folder holds.
+    """Content of a weights file or folder.
 
     Attributes:
-        source: as the user named it.
+        source: path as given by the user.
         tensors: by dotted key; "vae.encoder.conv_in.weight" is ``vae["encoder.conv_in.weight"]`` of a checkpoint.
         values: everything else, by dotted key.
-        config: config.json of a diffusers folder.
-        used: keys of the tensors that were taken.
+        config: config.json of a diffusers folder, or None.
+        used: keys of the tensors that have been taken.
     """
 
     source: str
@@ -64,15 +64,15 @@ class WeightsFile:
 
 
 def read(path: str | Path, what: str, part: str = "tokenizer") -> WeightsFile:
-    """Reads a weights file, a diffusers folder, or a part of a model folder.
+    """Read a weights file, a diffusers folder, or a part of a model folder.
 
     Args:
-        path: local, or ``hf://organisation/name/file[@revision]``.
-        what: whose weights they are, for messages.
-        part: of a model folder (:mod:`components.files.model_file`).
+        path: local path, or ``hf://organization/name/file[@revision]``.
+        what: owner of the weights in messages.
+        part: part to read from a model folder (:mod:`components.files.model_file`).
 
     Raises:
-        WeightsError: nothing of the kind is there; it is damaged; it would run code; it holds no tensors.
+        WeightsError: there is no such file, or it is damaged, would run code, or contains no tensors.
     """
     found = WeightsFile(str(path))
     file = local_file(path, what)
@@ -89,28 +89,29 @@ def read(path: str | Path, what: str, part: str = "tokenizer") -> WeightsFile:
         _flatten(read_tree(file / f"{part}.safetensors", what), "", found)
     else:
         raise WeightsError(
-            f"{what}: the folder '{path}' holds neither {part}.safetensors (a model folder) nor config.json (a "
+            f"{what}: the folder '{path}' contains neither {part}.safetensors (a model folder) nor config.json (a "
             "diffusers folder)"
         )
     if not found.tensors:
-        raise WeightsError(f"{what}: checkpoint '{path}' holds no named tensors")
+        raise WeightsError(f"{what}: checkpoint '{path}' contains no named tensors")
     return found
 
 
 def holds(file: WeightsFile, role: str, own: Collection[str]) -> bool:
-    """Whether a file has some tensor of a module; see :func:`take`."""
+    """Whether a file has any tensor of a module; arguments as in :func:`take`."""
     if role == "tokenizer" and diffusers_kl.is_diffusers(file.tensors):
         return True
     return any(prefix + key in file.tensors for prefix in PREFIXES[role] for key in own)
 
 
 def take(file: WeightsFile, role: str, own: Collection[str]) -> tuple[str, dict[str, Tensor]]:
-    """A module's tensors, and the prefix under which they were.
+    """Take a module's tensors from a file; return the prefix of their keys, and the tensors by key without it.
 
     Args:
+        file: content of the file; its ``used`` is updated.
         role: a key of :data:`PREFIXES`.
-        own: keys that the module has; most of them decide among prefixes. With none found the file is taken as it is,
-            so that a strict load can name what is there.
+        own: the module's keys. The prefix that matches the most of them is used; if none matches, all tensors are
+            returned, so that a strict load can list them.
     """
     counts = [sum(prefix + key in file.tensors for key in own) for prefix in PREFIXES[role]]
     prefix = PREFIXES[role][counts.index(max(counts))] if max(counts) else ""
@@ -122,26 +123,26 @@ def take(file: WeightsFile, role: str, own: Collection[str]) -> tuple[str, dict[
 def tokenizer_state(
     file: WeightsFile, own: Collection[str], architecture: dict[str, Any] | None, what: str
 ) -> dict[str, Tensor]:
-    """A tokenizer's state dict from any layout: CompVis, REPA-E, diffusers, ours.
+    """Take a tokenizer's state dict from any layout: CompVis, REPA-E, diffusers or ours.
 
-    What is known to lie beside a tokenizer is left out.
+    Ignores training state that is stored with tokenizers (:data:`BESIDE_TOKENIZER`).
 
     Args:
+        file: content of the file; its ``used`` is updated.
         own: the tokenizer's keys.
-        architecture: what :mod:`components.files.layouts.diffusers_kl` compares with a config.json; None: not
-            expressible.
-        what: whose weights they are, for messages.
+        architecture: see :mod:`components.files.layouts.diffusers_kl`; None if diffusers cannot express it.
+        what: owner of the weights in messages.
 
     Raises:
-        WeightsError: a diffusers folder of another architecture, naming the options to set.
+        WeightsError: a diffusers folder has another architecture; the message lists the options to set.
     """
     if file.config is not None:
         theirs = diffusers_kl.architecture(file.config, f"{what}: '{file.source}'")
         if architecture is None:
-            raise WeightsError(f"{what}: '{file.source}' is a diffusers folder, which this tokenizer cannot take")
+            raise WeightsError(f"{what}: '{file.source}' is a diffusers folder, which this tokenizer cannot load")
         if options := diffusers_kl.differences(architecture, theirs):
             raise WeightsError(
-                f"{what}: '{file.source}' is of another architecture; to take it, set under [tokenizer]\n  "
+                f"{what}: '{file.source}' has another architecture; to load it, set under [tokenizer]\n  "
                 + "\n  ".join(options)
             )
     if diffusers_kl.is_diffusers(file.tensors):
@@ -154,13 +155,13 @@ def tokenizer_state(
 
 
 def note_left_out(file: WeightsFile, what: str) -> None:
-    """One log line that names the tensors of a file that were not taken."""
+    """Log which tensors of a file were not taken, in one line."""
     if rest := left_out(file):
         logger.info("%s: of '%s', left out: %s", what, file.source, rest)
 
 
 def left_out(file: WeightsFile) -> str:
-    """What was not taken, as "opt.* (600 tensors), loss.discriminator.* (22 tensors), ...", in order."""
+    """Tensors that were not taken, as "opt.* (600 tensors), loss.discriminator.* (22 tensors), ...", in file order."""
     groups: Counter[str] = Counter()
     for key in file.tensors:
         if key not in file.used:
@@ -182,14 +183,14 @@ def _flatten(tree: Mapping[Any, Any], prefix: str, found: WeightsFile) -> None:
 
 
 def _diffusers_files(folder: Path, what: str) -> Sequence[Path]:
-    """The weights of a diffusers folder: one file, or the shards that an index names."""
+    """The weight files of a diffusers folder: one file, or the shards in an index."""
     file = next((folder / name for name in DIFFUSERS_FILES if (folder / name).is_file()), None)
     if file is None:
-        raise WeightsError(f"{what}: the diffusers folder '{folder}' holds none of {', '.join(DIFFUSERS_FILES)}")
+        raise WeightsError(f"{what}: the diffusers folder '{folder}' contains none of {', '.join(DIFFUSERS_FILES)}")
     if file.suffix != ".json":
         return [file]
     try:
         names = json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()
     except (ValueError, KeyError, AttributeError) as error:
-        raise WeightsError(f"{what}: '{file}' is not an index of shards: {error!r}") from error
+        raise WeightsError(f"{what}: '{file}' is not a shard index: {error!r}") from error
     return [folder / name for name in sorted(set(names))]
