@@ -2,14 +2,19 @@
 
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # All commands the scripts may call; nvidia-smi and real Pythons are hidden.
 TOOLS = (
-    *("basename", "bash", "cat", "chmod", "cksum", "cp", "dirname", "env", "flock", "getconf", "grep", "head"),
-    *("mkdir", "mktemp", "nproc", "pgrep", "readlink", "rm", "sed", "sleep", "tail", "tr"),
+    *("basename", "bash", "cat", "chmod", "cksum", "cp", "dirname", "env", "flock", "head"),
+    *("mkdir", "readlink", "rm", "sed", "sleep"),
+)
+FILES = (
+    *("run_train.sh", "run_tests.sh", ".ci/run", "pyproject.toml", "trainer/setup_env.sh", "trainer/__init__.py"),
+    *(f"trainer/launch/{file}.py" for file in ("__init__", "__main__", "settings", "torchrun")),
 )
 
 # Each call is logged under the name of the stub's file. Its answers are read from files next to the log.
@@ -19,6 +24,7 @@ name=$(basename "$0")
 answer() { cat "$LOG.$name.$1" 2>/dev/null || echo "$2"; }
 case $1 in
   -) cat >/dev/null; echo "$name check ${*:3}" >>"$LOG"; exit "$(answer check 0)" ;;
+  -S) exec "$REAL_PYTHON" "$@" ;; # the launcher, which finds this stub in PYTHON
   --version) echo "Python $(answer version 3.12.1)" ;;
   -c)
     case $2 in
@@ -37,7 +43,7 @@ case $1 in
     case $2 in
       venv) mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python" ;;
       pip) sleep "$(answer slow 0)"; exit "$(answer pip 0)" ;;
-      trainer) env >"$LOG.env" ;;
+      trainer) env >"$LOG.env"; echo "PID=$$" >>"$LOG.env" ;;
       ruff) exit "$(answer "$2-$3" 0)" ;;
       mypy | pytest) exit "$(answer "$2" 0)" ;;
     esac
@@ -53,7 +59,7 @@ class Repository:
         self.root = folder / "re po"
         self.bin = folder / "bin"
         self.log = folder / "log"
-        for file in ("run_train.sh", "run_tests.sh", ".ci/run", "trainer/setup_env.sh", "pyproject.toml"):
+        for file in FILES:
             (self.root / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, self.root / file)
         (self.root / "train_configs").mkdir()
@@ -74,7 +80,8 @@ class Repository:
             Path(f"{self.log}.{name}.{key.replace('_', '-')}").write_text(f"{value}\n")
 
     def environment(self, **extra: str) -> dict[str, str]:
-        return {"PATH": str(self.bin), "LOG": str(self.log), "HOME": str(self.bin)} | extra
+        ours = {"PATH": str(self.bin), "LOG": str(self.log), "HOME": str(self.bin), "REAL_PYTHON": sys.executable}
+        return ours | extra
 
     def run(self, script: str | Path, *arguments: str, cwd: Path | None = None, **env: str):
         return subprocess.run(

@@ -36,6 +36,10 @@ def die(*_):
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, die)
 worker = ["bash", __file__ + ".worker"]
+if os.environ.get("WORKERS") == "0":
+    with open(os.environ["LOG"], "a") as log:
+        log.write("launcher ready\\n")
+    signal.pause()
 for attempt in range(1 + int(os.environ["RESTARTS"])):
     workers = [subprocess.Popen([*worker, str(i)], start_new_session=True) for i in range(2)]
     status = max(abs(w.wait()) for w in workers)
@@ -59,12 +63,16 @@ def launch(repo, tmp_path):
     (tmp_path / "launcher.worker").write_text(WORKER)
     started = []
 
-    def start(saving: float = 0.1, status: int = 0, restarts: int = 0, **extra) -> tuple[subprocess.Popen, int]:
+    def start(
+        saving: float = 0.1, status: int = 0, restarts: int = 0, ignored: tuple = (), **extra
+    ) -> tuple[subprocess.Popen, int]:
         terminal, inside = pty.openpty()
 
         def own_terminal():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-                signal.signal(number, signal.SIG_DFL)  # bash cannot trap signals that pytest was started with ignored
+                # What pytest was started with ignored would stay so.
+                signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN if signal.SIGCHLD in ignored else signal.SIG_DFL)
             os.setsid()
             fcntl.ioctl(inside, termios.TIOCSCTTY, 0)
 
@@ -88,7 +96,7 @@ def launch(repo, tmp_path):
         )
         os.close(inside)
         started.append((process, terminal))
-        wait_for(repo, "worker 0 ready", "worker 1 ready")
+        wait_for(repo, *(["launcher ready"] if extra.get("WORKERS") == "0" else ["worker 0 ready", "worker 1 ready"]))
         return process, terminal
 
     yield start
@@ -187,20 +195,41 @@ def test_without_a_signal_the_stop_file_changes_nothing(repo, launch, tmp_path):
     assert file.read_text() == "of an earlier run\n"
 
 
-def test_a_second_ctrl_c_ends_at_once(repo, launch):
-    process, terminal = launch(saving=60)
+@pytest.mark.parametrize("restarts", [0, 5])
+def test_a_second_ctrl_c_ends_at_once(repo, launch, restarts):
+    process, terminal = launch(saving=60, restarts=restarts, MAX_RESTARTS=str(restarts))
     os.write(terminal, b"\x03")
     wait_for(repo, "worker 0 saves", "worker 1 saves")
     os.write(terminal, b"\x03")
-    assert process.wait(20) == signal.SIGKILL
-    assert report(repo) == ["worker 0 saves", "worker 1 saves"]
+    assert process.wait(20) == 9  # of the killed workers, or of torchrun's stub, which must not start new ones
+    ended = ["launcher signalled"] if restarts else []
+    assert report(repo) == [*ended, "worker 0 saves", "worker 1 saves"]
+    assert repo.calls.count("worker 0 ready") == 1
 
 
-def test_workers_are_found_without_pgrep(repo, launch):
-    (repo.bin / "pgrep").unlink(missing_ok=True)
-    process, _ = launch()
+def test_a_signal_before_the_workers_start_ends_torchrun(repo, launch):
+    process, _ = launch(WORKERS="0")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 9
+    assert report(repo) == ["launcher signalled"]
+
+
+def test_a_signal_that_was_ignored_stays_so(repo, launch):
+    """As nohup does with SIGHUP, and a shell that starts the script in the background with SIGINT."""
+    process, _ = launch(ignored=(signal.SIGHUP, signal.SIGINT))
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert report(repo) == [] and process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
+    assert report(repo) == SAVED
+
+
+def test_the_status_is_known_where_sigchld_was_ignored(repo, launch):
+    process, _ = launch(status=3, ignored=(signal.SIGCHLD,))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 3
     assert report(repo) == SAVED
 
 
@@ -241,7 +270,6 @@ def torchrun(repo):
 
 
 def start_torchrun(repo: Repository, **env: str) -> tuple[subprocess.Popen, list[int]]:
-    (repo.root / "trainer" / "__init__.py").touch()
     (repo.root / "trainer" / "__main__.py").write_text(TRAINER)
     process = subprocess.Popen(
         [repo.root / "run_train.sh", "train_configs/a.toml"],

@@ -8,6 +8,8 @@
 #   2. .venv in the repository, if its stamp says that it was completed for this pyproject.toml;
 #   3. .venv, made now.
 #
+# Calls before_installation PYTHON, which a script may define, with the Python that .venv is about to be made with.
+#
 # With TITANREPA_TORCH=2.11, that release of PyTorch in an environment of its own, .venv-torch-2.11, and nothing else.
 
 setup_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -74,6 +76,8 @@ sys.exit(4 if lacking else 0)
 EOF
 }
 
+declare -F before_installation >/dev/null || before_installation() { :; }
+
 setup_checksum() { cksum <"$setup_root/pyproject.toml"; }
 
 setup_venv_complete() { # [test]
@@ -137,6 +141,7 @@ setup_python() { # [test]
     PYTHON=$setup_venv/bin/python
   else
     base=$(setup_base "$wanted")
+    before_installation "$base"
     if command -v flock >/dev/null && [[ -w $setup_root/pyproject.toml ]]; then
       # Two starts at once: the second waits here, then finds the work done.
       exec 9>>"$setup_root/pyproject.toml"
