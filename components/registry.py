@@ -165,7 +165,6 @@ class ImportFailure:
 
     where: str
     error: str
-    trace: str
 
 
 failures: list[ImportFailure] = []
@@ -231,7 +230,7 @@ def _attempt(where: str, load: Callable[[], Any]) -> None:
     except PluginError:
         raise
     except Exception as error:
-        failures.append(ImportFailure(where, _describe(error) + _failing_place(error), traceback.format_exc()))
+        failures.append(ImportFailure(where, _describe(error) + _failing_place(error)))
 
 
 def _import_file(name: str) -> ModuleType:

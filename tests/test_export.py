@@ -127,7 +127,7 @@ def test_model_folder_is_the_same_model(run, tmp_path, capsys):
         "denoiser.safetensors",
         "heads.safetensors",
     }
-    assert "there is no part 'vae'" in refused(capsys, run, "--format=safetensors", "--parts=vae")
+    assert "unknown part 'vae'" in refused(capsys, run, "--format=safetensors", "--parts=vae")
     said = refused(capsys, tmp_path / "two", "--format=safetensors", "--parts=discriminator", f"--out={tmp_path}/x")
     assert "holds no discriminator" in said and not (tmp_path / "x").exists()
 
@@ -159,8 +159,8 @@ def test_published_checkpoint(run, tmp_path, capsys):
 
 
 def test_options_of_another_format_are_refused(run, capsys):
-    assert "--parts is for --format=safetensors" in refused(capsys, run, "--format=repae", "--parts=denoiser")
-    assert "--name is for --format=repae" in refused(capsys, run, "--format=diffusers", "--name=x")
+    assert "--parts applies only to --format=safetensors" in refused(capsys, run, "--format=repae", "--parts=denoiser")
+    assert "--name applies only to --format=repae" in refused(capsys, run, "--format=diffusers", "--name=x")
     assert "holds both" in refused(capsys, run, "--format=repae", "--weights=ema")
     assert "does not exist" in refused(capsys, run / "nowhere", "--format=repae")
     (run / "file").write_text("")

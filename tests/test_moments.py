@@ -34,17 +34,6 @@ def test_moments_are_those_of_numpy_for_every_batch_size(batch, offset):
     assert g.count == 101
 
 
-def test_ranks_merge_to_the_whole():
-    x = features(50, offset=100.0)
-    whole, merged = moments(x, 50), Moments(8)
-    for rank in (2, 0, 1, 3):
-        merged.merge(moments(x[rank::4], 6))
-    merged.merge(Moments(8))  # a rank without images
-    assert merged.count == 50
-    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-13, atol=0)
-    torch.testing.assert_close(merged.scatter, whole.scatter, rtol=1e-10, atol=1e-9)
-
-
 def test_a_feature_that_is_not_finite_is_named_by_its_image():
     x = features(10)
     x[7, 3] = float("nan")

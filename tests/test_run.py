@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(toml, tmp_path, capl
     damaged = next((tmp_path / "run" / "checkpoints" / "step_00000004").glob("*.distcp"))
     damaged.write_bytes(damaged.read_bytes()[:-100])
     train(toml, tmp_path / "run")
-    assert "step_00000004 is skipped" in caplog.text and damaged.name in caplog.text
+    assert "skipping checkpoint" in caplog.text and f"step_00000004: {damaged.name}" in caplog.text
     assert_same_run(whole, tmp_path / "run")
 
 

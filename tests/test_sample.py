@@ -195,7 +195,7 @@ def test_what_is_no_model_is_named(capsys, tmp_path, monkeypatch):
     (tmp_path / "outputs" / "other" / "checkpoints").mkdir(parents=True)
     assert sample("outputs/othre") == 2
     message = capsys.readouterr().err
-    assert "'outputs/othre' is no trained model (it does not exist)" in message
+    assert "'outputs/othre' is not a trained model (it does not exist)" in message
     assert "outputs/other" in message
     assert sample("outputs/other") == 2
     assert "no valid checkpoint" in capsys.readouterr().err

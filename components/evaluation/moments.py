@@ -64,11 +64,6 @@ class Moments:
         centred = x - mean
         self._merge(len(x), mean, centred.T @ centred)
 
-    def merge(self, other: Moments) -> None:
-        """Add the data of another accumulator."""
-        if other.count:
-            self._merge(other.count, other.mean.to(self.mean), other.scatter.to(self.scatter))
-
     def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         total = self.count + count
         delta = mean - self.mean

@@ -182,12 +182,12 @@ class Trainer:
             self._unread.append((record, self.consumed))
             reporter.bar.update()
             collect_garbage(self.step)
-            alarm = self._read(self.lag)
-            if alarm is None and (self.stopping or self._due()):
+            alarm, due = self._read(self.lag), self._due()
+            if alarm is None and (self.stopping or due):  # what follows needs all records
                 alarm = self._read(0)
             if alarm is not None:
                 return alarm
-            self._after_step(reporter, batches)
+            self._after_step(due | {"log", "save"} if self.stopping else due, reporter, batches)
         return None
 
     def _read(self, lag: int) -> Alarm | None:
@@ -202,34 +202,37 @@ class Trainer:
                 return alarm
         return None
 
-    def _after_step(self, reporter: Reporter, batches: Prefetcher) -> None:
-        run, every = self.config.run, self.config.sampling.every
-        last = self.step == self.config.training.steps
-        if last or self.stopping or self.step % run.log_every == 0 or self.step == 1:
+    def _due(self) -> set[str]:
+        """What the config schedules after this step: "log", "save", "draw", "evaluate"."""
+        c, last = self.config, self.step == self.config.training.steps
+        cadences = {"save": c.run.checkpoint_every, "draw": c.sampling.every, "evaluate": c.evaluation.every}
+        due = {name for name, every in cadences.items() if every and self.step % every == 0}
+        if last:
+            due |= {"save", "draw"} | ({"evaluate"} if c.evaluation.every else set())
+        if last or self.step == 1 or self.step % c.run.log_every == 0:
+            due.add("log")
+        return due
+
+    def _after_step(self, due: set[str], reporter: Reporter, batches: Prefetcher) -> None:
+        outside, ends = reporter.stopwatch.outside, self.stopping or self.step == self.config.training.steps
+        if "log" in due:
             values = self.metrics.read()
             values["data/unreadable"] = float(self.unreadable.count)
             values["data/epoch"] = self.consumed / len(self.parts.dataset)
             reporter.report(self.step, values, batches.waited_s)
-        outside = reporter.stopwatch.outside
         # Save first: drawing needs memory, and a failure there must not lose the step.
-        if last or self.stopping:
+        if "save" in due:
             with outside("saving"):
-                self.saves.save(self.step)
-        elif run.checkpoint_every and self.step % run.checkpoint_every == 0:
-            with outside("saving"):
-                self.saves.try_to_save(self.step, in_background=run.async_checkpoints)
-        if last or (every and self.step % every == 0):
+                if ends:
+                    self.saves.save(self.step)
+                else:
+                    self.saves.try_to_save(self.step, in_background=self.config.run.async_checkpoints)
+        if "draw" in due:
             with outside("pictures"), self.train_step.evaluating():
                 reporter.draw(self.step, self.parts, self.ema)
-        if self.evaluation is not None and (last or self.step % self.config.evaluation.every == 0):
+        if "evaluate" in due:
             with outside("evaluation"), self.train_step.evaluating():
                 reporter.evaluated(self.step, *self.evaluation(self.parts, self.ema))
-
-    def _due(self) -> bool:
-        """Whether logging, saving, drawing or evaluation, which need all records, follows this step."""
-        run, every = self.config.run, self.config.sampling.every
-        cadences = [run.log_every, run.checkpoint_every, every, self.config.evaluation.every]
-        return self.step in (1, self.config.training.steps) or any(n and self.step % n == 0 for n in cadences)
 
     @contextlib.contextmanager
     def _profiling(self, reporter: Reporter) -> Iterator[None]:
