@@ -371,6 +371,7 @@ def _count(rank: int, world: int, folder: Path) -> list[tuple[int, int]]:
     return counts
 
 
+@pytest.mark.long
 def test_the_ranks_share_the_bytes_so_that_each_is_counted_once(tmp_path):
     by_rank = run_ranks(_count, 4, tmp_path)
     for index, counts in enumerate(zip(*by_rank)):

@@ -364,6 +364,7 @@ def test_bad_options_of_the_head_are_named():
         DiTDH(LatentShape(3, 4, 6), CLASSES)
 
 
+@pytest.mark.long
 def test_one_graph_for_each_kind_of_block():
     """At any depth, without breaks, and with fixed shapes: base and head share code, but not their width."""
     torch._dynamo.reset()
@@ -419,6 +420,7 @@ def sharded(rank: int, world: int) -> dict[str, float]:
     return found
 
 
+@pytest.mark.long
 def test_sharded_ranks_compute_what_one_process_does():
     for found in run_ranks(sharded, 2):
         assert len(found) > 60 and max(found.values()) < 1e-10, max(found.items(), key=lambda item: item[1])
@@ -431,6 +433,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.long
 def test_trains_end_to_end(name, tmp_path):
     """REPA-E on the embedded dataset: tokenizer, discriminator, denoiser and heads learn."""
     (tmp_path / "toy.toml").write_text(toys.TOML)

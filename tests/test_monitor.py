@@ -230,6 +230,7 @@ def test_images_per_second_are_without_the_time_of_pictures_and_saving(toml, tmp
         ("--training.channels_last=false",),
     ],
 )
+@pytest.mark.long
 def test_operations_equal_those_of_check(options):
     loaded = config.load(str(ROOT / "train_configs" / "quickstart.toml"), list(options))
     cost = dry_run(loaded, 1, 1, bf16=False)
@@ -271,6 +272,7 @@ def on_rank(rank: int, world: int, toml: str, folder: str) -> tuple[int, list[di
     return alone, lines(Path(folder)) if rank == 0 else []
 
 
+@pytest.mark.long
 def test_rank_0_of_several_counts_by_itself_and_each_shares_the_speed(toml, tmp_path):
     alone, found = run_ranks(on_rank, 2, toml, str(tmp_path / "run"))[0]
     loaded = config.load(toml)

@@ -104,6 +104,7 @@ def test_a_record_reads_its_times_in_milliseconds(ticks):
     assert record.read() == pytest.approx({"a": 1.0, "time/optimizer": 5.0, "time/step": 5.0})
 
 
+@pytest.mark.long
 def test_a_trace_shows_the_phases_by_name_where_asked():
     step = make_step(toys.modules(), "repae", 1)
     step.clock = PhaseClock(torch.device("cpu"))

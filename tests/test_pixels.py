@@ -32,6 +32,7 @@ def test_images_come_back_bit_for_bit():
     assert Identity().encode(x.bfloat16()).mean.dtype == torch.float32
 
 
+@pytest.mark.long
 def test_trains_resumes_samples_exports_and_caches(toml, tmp_path):
     run, options = tmp_path / "run", ["--recipe.name=ldm", "--training.steps=2", "--sampling.every=2"]
     assert main(["train", str(toml), f"--run.dir={run}", *options]) == 0
