@@ -124,7 +124,7 @@ def test_the_two_sources_of_labels_must_agree(place):
     mixed = CachedDataset(cache, dataset, flip=False, features=[])
     assert mixed[3].label == dataset[3].label and torch.equal(mixed[3].image, dataset[3].image)
     shifted = CachedDataset(cache, [dataset[i + 1] for i in range(SIZE - 1)], flip=False, features=[])
-    with pytest.raises(Exception, match="image 3 has label 3 there and 4 in the dataset"):
+    with pytest.raises(Exception, match="image 3 has label 3 in the cache and 4 in the dataset"):
         shifted[3]
 
 

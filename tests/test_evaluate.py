@@ -159,7 +159,7 @@ def test_archives_and_kept_statistics_give_the_same_number(data, whole, tmp_path
         assert results(tmp_path / f"{name}.evaluation.json")["metrics"]["fd_tiny_vit"] == whole
     # Another network is never used silently.
     assert evaluate(tmp_path / "stored.npz", "--reference", tmp_path / "kept.npz", "--encoder=tiny_vit:grid=4") == 2
-    assert "holds mu_tiny_vit" in capsys.readouterr().err
+    assert "only mu_tiny_vit" in capsys.readouterr().err
     np.savez(tmp_path / "other.npz", **dict(np.load(tmp_path / "kept.npz")) | {"about": json.dumps({"tiny_vit": {}})})
     assert evaluate(tmp_path / "stored.npz", "--reference", tmp_path / "other.npz", *words) == 2
     assert "another network" in capsys.readouterr().err
@@ -257,7 +257,7 @@ def test_errors_name_the_file_and_what_to_do(data, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(measured, "Inception", NoInception)
     assert "110 images of the samples are too few for 2048" in refused(samples, *to_reference[:2], "--metrics=fid")
     few = ["--metrics=recall", "--max-images=3"]
-    assert "need more than 3 images" in refused(samples, *to_reference[:2], *few)
+    assert "need more than 3 samples and reference images" in refused(samples, *to_reference[:2], *few)
     assert "--reference is missing" in refused(samples)
     assert "add --config=TOML_OR_RUN" in refused(samples, "--reference=dataset", "--encoder=tiny_vit")
     assert "nowhere does not exist" in refused(samples, "--reference=nowhere", "--encoder=tiny_vit")
@@ -269,7 +269,7 @@ def test_errors_name_the_file_and_what_to_do(data, tmp_path, monkeypatch, capsys
     assert "expected uint8 (N, H, W, 3)" in refused(tmp_path / "wrong.npz", *to_reference)
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     text = refused(samples, "--reference", tmp_path / "adm.npz", "--metrics=precision,sfid")
-    assert "precision, recall: " in text and "holds statistics only" in text and "no mu_s" in text
+    assert "precision, recall: " in text and "holds statistics only" in text and "nor mu_s, only mu" in text
 
 
 def test_reconstructions_are_measured(tmp_path, monkeypatch):
