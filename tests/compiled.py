@@ -10,9 +10,8 @@ from components.diffusion.draws import generator
 from components.distributed.parallel import World
 from trainer.config import Config
 from trainer.estimate.dry_run import micro_batches
-from trainer.run.assemble import build, make_ema, parameter_groups
-from trainer.run.prepare import image_format
-from trainer.run.step import Step
+from trainer.run.assemble import build
+from trainer.run.step import make_step
 
 ZERO = 2e-5  # relative to its group's norm: gradients that are zero in theory, such as of a bias before a norm
 
@@ -26,33 +25,32 @@ class Learned:
     moved: dict[str, float]
 
 
-def learn(config: Config, backend: str | None, steps: int = 2) -> Learned:
-    """Run ``steps`` steps in one process.
+def learn(config: Config, backend: str | None, steps: int = 2, device: str = "cpu") -> Learned:
+    """Run ``steps`` steps in one process, without autocast.
 
     Args:
         config: read without its files: frozen modules and images are random, and the same in every call.
         backend: of torch.compile; None: eager.
+        steps: at the end of the run, so that losses with a late start are active.
+        device: to run on.
     """
     config = config.model_copy(update={"training": config.training.model_copy(update={"compile": backend is not None})})
     torch.manual_seed(config.training.seed)  # for the frozen modules
-    parts = build(config, World(), files=False, backend=backend or "inductor")
-    groups = parameter_groups(config, parts)
-    step = Step(
-        parts.recipe, parts.modules, groups, ema=make_ema(config, parts), accumulation=1, autocast_dtype=None,
-        device=torch.device("cpu"), **image_format(config),
-    )  # fmt: skip
+    world = World(device=torch.device(device))
+    parts = build(config, world, files=False, backend=backend or "inductor")
+    step = make_step(config, parts, world.device, accumulation=1, bf16=False)
+    groups = step.groups
     with torch.no_grad():
         for group in groups.values():
             for name, p in zip(group.names, group.parameters):
                 # No weight stays at zero: a zero modulation would hide whether a block learns.
-                p.add_(0.02 * torch.randn(p.shape, generator=generator("not zero", name)))
+                p.add_(0.02 * torch.randn(p.shape, generator=generator("not zero", name)).to(device))
     before = {name: p.detach().clone() for g in groups.values() for name, p in zip(g.names, g.parameters)}
     found = Learned([], [], {})
     for k in range(steps):
         with torch.random.fork_rng():
             torch.manual_seed(k)
-            batches = list(micro_batches(config, parts, World(), 1))
-        # Use the run's last steps, so that losses with a late start are active.
+            batches = list(micro_batches(config, parts, world, 1))
         record = step(config.training.steps - steps + k, batches)
         found.values.append(record.read())
         found.norms.append(

@@ -7,6 +7,7 @@ import torch
 
 from components.distributed.parallel import World
 from tests import toys
+from tests.compiled import assert_learns_alike, learn
 from tests.ranks import run_ranks
 from trainer import config
 from trainer.run.loop import Trainer
@@ -42,6 +43,16 @@ def test_bf16_compiled_trains_and_resumes(tmp_path):
     train(tmp_path, "parts", *options, "--training.steps=3")
     compiled = train(tmp_path, "parts", *options)
     assert compiled == pytest.approx(eager, rel=0.05)
+
+
+@pytest.mark.parametrize("recipe", ["repae", "naive_e2e"])
+def test_every_parameter_learns_compiled_as_in_eager_mode(tmp_path, recipe):
+    """Gradient by gradient: losses that agree within 5 % would hide heads that never learn."""
+    (tmp_path / "toy.toml").write_text(toys.TOML)
+    rates = [f"--optimizer.{group}lr=1e-6" for group in ("", "tokenizer.", "discriminator.", "denoiser.")]
+    loaded = config.load(str(tmp_path / "toy.toml"), [f"--recipe.name={recipe}", "--training.num_classes=10", *rates])
+    eager, compiled = learn(loaded, None, device="cuda"), learn(loaded, "inductor", device="cuda")
+    assert_learns_alike(eager, compiled, rtol=2e-2)  # convolutions in TF32
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective", "budget 0.5"])
