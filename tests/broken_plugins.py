@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from components.conformance import toys
-from components.contracts import DenoiserOutput, Posterior, Sample, Weighted
+from components.contracts import DatasetItem, DenoiserOutput, LossTerm, Posterior
 from components.registry import Plugin, Registry
 
 CASES: list[tuple[Plugin, str, str]] = []
@@ -263,14 +263,14 @@ class Dropout(toys.ToyDenoiser):
         return F.dropout(super().tokens(x_t, t, labels), 0.1, self.training)
 
 
-class _Initialised(toys.ToyDenoiser):
+class _Initialized(toys.ToyDenoiser):
     """Initializes itself correctly; base of the broken ones."""
 
     def __init__(self, latent, num_classes) -> None:
         super().__init__(latent, num_classes)
         self.register_buffer("positions", torch.empty(self.grid**2))
         self.register_buffer("order", torch.empty(self.grid**2, dtype=torch.int64))
-        _Initialised.init_weights(self)
+        _Initialized.init_weights(self)
 
     def init_weights(self):
         for module in (self.embed, self.labels, self.out, *self.blocks):
@@ -284,7 +284,7 @@ class _Initialised(toys.ToyDenoiser):
 
 
 @broken("denoiser", "can_be_made_without_memory", "leaves uninitialized: positions")
-class ForgetsABuffer(_Initialised):
+class ForgetsABuffer(_Initialized):
     """Initializes its parameters but not its buffers."""
 
     def init_weights(self):
@@ -294,7 +294,7 @@ class ForgetsABuffer(_Initialised):
 
 
 @broken("denoiser", "can_be_made_without_memory", "init_weights() sets order to other values than __init__")
-class ForgetsIndices(_Initialised):
+class ForgetsIndices(_Initialized):
     """Leaves an integer buffer uninitialized."""
 
     def init_weights(self):
@@ -494,7 +494,7 @@ class Repels(toys.ToyAlignment):
 # Datasets
 
 
-class _Grey:
+class _Gray:
     """Gray images of two classes; a correct dataset."""
 
     num_classes, class_names, flip = 2, ("dark", "light"), False
@@ -505,51 +505,51 @@ class _Grey:
     def __len__(self) -> int:
         return 100
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> DatasetItem:
         if not 0 <= index < 100:
             raise IndexError(index)
         side = self.resolution
-        return Sample(torch.full((3, side, side), index % 2 * 255, dtype=torch.uint8), index % 2)
+        return DatasetItem(torch.full((3, side, side), index % 2 * 255, dtype=torch.uint8), index % 2)
 
 
 @broken("dataset", "labels_lie_in_range", "is 2, outside [0, num_classes = 2)")
-class LabelsFromOne(_Grey):
+class LabelsFromOne(_Gray):
     """Counts classes from 1."""
 
     def __getitem__(self, index):
         item = super().__getitem__(index)
-        return Sample(item.image, item.label + 1)
+        return DatasetItem(item.image, item.label + 1)
 
 
 @broken("dataset", "gives_images_at_every_resolution", "expected torch.uint8")
-class FloatImages(_Grey):
+class FloatImages(_Gray):
     """Returns images that are already scaled to float."""
 
     def __getitem__(self, index):
         item = super().__getitem__(index)
-        return Sample(item.image / 255, item.label)
+        return DatasetItem(item.image / 255, item.label)
 
 
 @broken("dataset", "gives_images_at_every_resolution", "has shape (48, 48, 3) at resolution 48")
-class ChannelsLast(_Grey):
+class ChannelsLast(_Gray):
     """Returns channels last, except at one resolution."""
 
     def __getitem__(self, index):
         item = super().__getitem__(index)
-        return item if self.resolution == 32 else Sample(item.image.permute(1, 2, 0), item.label)
+        return item if self.resolution == 32 else DatasetItem(item.image.permute(1, 2, 0), item.label)
 
 
 @broken("dataset", "is_a_function_of_the_index", "item 0 differs between two reads")
-class RandomCrops(_Grey):
+class RandomCrops(_Gray):
     """Draws from the global generator."""
 
     def __getitem__(self, index):
         item = super().__getitem__(index)
-        return Sample(torch.randint(256, item.image.shape, dtype=torch.uint8), item.label)
+        return DatasetItem(torch.randint(256, item.image.shape, dtype=torch.uint8), item.label)
 
 
 @broken("dataset", "ends", "item 100 of 100 does not raise IndexError")
-class Endless(_Grey):
+class Endless(_Gray):
     """Wraps around at its end."""
 
     def __getitem__(self, index):
@@ -557,7 +557,7 @@ class Endless(_Grey):
 
 
 @broken("dataset", "travels_to_workers", "cannot be pickled")
-class OpenFile(_Grey):
+class OpenFile(_Gray):
     """Holds an open file, which cannot be sent to another process."""
 
     def __init__(self, resolution: int) -> None:
@@ -566,7 +566,7 @@ class OpenFile(_Grey):
 
 
 @broken("dataset", "has_its_attributes", "one name for each of its 2 classes")
-class Nameless(_Grey):
+class Nameless(_Gray):
     """Does not name its classes."""
 
     class_names = ()
@@ -585,8 +585,8 @@ class _Sound:
         posterior = m.tokenizer.encode(batch.images)
         z = posterior.sample(draws.posterior)
         loss = m.reconstruction["l1"](batch.images, m.tokenizer.decode(z), posterior)
-        update("tokenizer", {"l1": Weighted(1.0, loss)})
-        update("denoiser", {"velocity": Weighted(1.0, self.velocity(m, z.detach(), batch, draws))})
+        update("tokenizer", {"l1": LossTerm(1.0, loss)})
+        update("denoiser", {"velocity": LossTerm(1.0, self.velocity(m, z.detach(), batch, draws))})
 
     def velocity(self, m, z, batch, draws):
         t = m.flow.times(draws.time)
@@ -616,8 +616,8 @@ class NoStopGradient(_Sound):
         posterior = m.tokenizer.encode(batch.images)
         z = posterior.sample(draws.posterior)
         loss = m.reconstruction["l1"](batch.images, m.tokenizer.decode(z.detach()), posterior)
-        update("tokenizer", {"l1": Weighted(1.0, loss)})
-        update("denoiser", {"velocity": Weighted(1.0, self.velocity(m, z, batch, draws))})
+        update("tokenizer", {"l1": LossTerm(1.0, loss)})
+        update("denoiser", {"velocity": LossTerm(1.0, self.velocity(m, z, batch, draws))})
 
 
 @broken("recipe", "leaves_everything_as_it_found_it", "does not restore requires_grad of denoiser.")
@@ -666,7 +666,7 @@ class NeedsImages(_Sound):
     def step(self, m, batch, draws, update, step):
         with torch.no_grad():
             z = m.tokenizer.encode(batch.images).sample(draws.posterior)
-        update("denoiser", {"velocity": Weighted(1.0, self.velocity(m, z, batch, draws))})
+        update("denoiser", {"velocity": LossTerm(1.0, self.velocity(m, z, batch, draws))})
 
 
 def _autocast() -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.contracts import Weighted
+from components.contracts import LossTerm
 from components.distributed.parallel import World
 from tests import toys
 from tests.ranks import run_ranks
@@ -54,7 +54,7 @@ def tamper(trainer: Trainer, group: str, change) -> None:
     def stepped(m, batch, draws, update, k):
         def changed(name, terms, **extra):
             if name == group:
-                terms = {n: Weighted(w, change(k, n, v)) for n, (w, v) in terms.items()}
+                terms = {n: LossTerm(w, change(k, n, v)) for n, (w, v) in terms.items()}
             update(name, terms, **extra)
 
         step(m, batch, draws, changed, k)

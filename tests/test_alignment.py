@@ -13,7 +13,7 @@ from components.diffusion.losses import alignment, denoising, encode_targets
 from components.distributed.parallel import World
 from components.nn.alignment_heads import ConvHead
 from plugins.denoisers.sit import SiT
-from plugins.losses.cosine import Cosine, spatially_normalised
+from plugins.losses.cosine import Cosine, spatially_normalized
 from plugins.recipes.repa import Repa
 from plugins.recipes.repae import RepaE
 from tests import toys
@@ -109,7 +109,7 @@ def test_a_weight_that_is_not_positive_is_refused(tmp_path, wrong):
 # -- iREPA -------------------------------------------------------------------------------------------------------
 
 
-def test_spatial_normalisation_by_hand():
+def test_spatial_normalization_by_hand():
     y, gamma = 3 + normal(2, 9, 4), 0.6
     by_hand = torch.empty_like(y)
     for b in range(2):
@@ -118,12 +118,12 @@ def test_spatial_normalisation_by_hand():
             mean = sum(values) / 9
             std = math.sqrt(sum((v - mean) ** 2 for v in values) / 8)  # unbiased, as published
             by_hand[b, :, d] = torch.tensor([(v - gamma * mean) / (std + 1e-6) for v in values])
-    torch.testing.assert_close(spatially_normalised(y, gamma), by_hand, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(spatially_normalized(y, gamma), by_hand, rtol=1e-6, atol=1e-6)
     p = normal(2, 9, 4, seed=1)
     loss = Cosine(spatial_norm=True, gamma=gamma)
-    torch.testing.assert_close(loss.align([p], [y]), cosine_by_hand(p, spatially_normalised(y, gamma)))
+    torch.testing.assert_close(loss.align([p], [y]), cosine_by_hand(p, spatially_normalized(y, gamma)))
     assert not torch.allclose(loss.align([p], [y]), Cosine().align([p], [y]))
-    assert spatially_normalised(y.bfloat16(), gamma).dtype == torch.float32
+    assert spatially_normalized(y.bfloat16(), gamma).dtype == torch.float32
 
 
 def test_convolutional_head_by_hand():

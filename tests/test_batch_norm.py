@@ -167,7 +167,7 @@ def test_one_rank_is_torch_batch_norm():
     assert SyncBatchNorm2d(5, affine=False).weight is None
 
 
-def test_half_precision_is_normalised_in_fp32():
+def test_half_precision_is_normalized_in_fp32():
     x = data()[0].bfloat16()
     assert torch.equal(batch_norm(x), F.batch_norm(x.float(), None, None, training=True))
 

@@ -124,10 +124,10 @@ def test_a_broken_plugin_fails_with_its_fault_named(case):
     [
         ("encoder", toys.ToyEncoder),
         ("denoiser", toys.ToyDenoiser),
-        ("denoiser", broken_plugins._Initialised),
+        ("denoiser", broken_plugins._Initialized),
         ("loss", toys.ToyL1),
         ("loss", toys.ToyAdversary),
-        ("dataset", broken_plugins._Grey),
+        ("dataset", broken_plugins._Gray),
         ("recipe", broken_plugins._Sound),
     ],
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.contracts import Sample
+from components.contracts import DatasetItem
 from components.data.loader import DataError, GlobalOrder, MicroBatches, TrainingView, UnreadableCounter, make_loader
 from components.data.prefetch import Prefetcher
 
@@ -42,7 +42,7 @@ class Numbers:
             raise ValueError(f"sample {index} is broken")
         image = torch.zeros(3, 2, 4, dtype=torch.uint8)
         image[..., :2] = index
-        return Sample(image, index, f"{index}.png" if index in self.unreadable else None)
+        return DatasetItem(image, index, f"{index}.png" if index in self.unreadable else None)
 
 
 def take(loader, count):
@@ -177,9 +177,15 @@ def test_nothing_is_mirrored_unless_dataset_and_caller_allow_it():
 @pytest.mark.parametrize(
     "sample, message",
     [
-        (Sample(torch.zeros(3, 4, 4), 0), r"Numbers\[0\]: image is torch.float32 \(3, 4, 4\), expected torch.uint8"),
-        (Sample(torch.zeros(4, 4, 3, dtype=torch.uint8), 0), r"\(4, 4, 3\), expected torch.uint8 \(3, R, R\)"),
-        (Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), 10), r"label 10 is outside \[0, 10\)"),
+        (
+            DatasetItem(torch.zeros(3, 4, 4), 0),
+            r"Numbers\[0\]: image is torch.float32 \(3, 4, 4\), expected torch.uint8",
+        ),
+        (
+            DatasetItem(torch.zeros(4, 4, 3, dtype=torch.uint8), 0),
+            r"\(4, 4, 3\), expected torch.uint8 \(3, R, R\)",
+        ),
+        (DatasetItem(torch.zeros(3, 4, 4, dtype=torch.uint8), 10), r"label 10 is outside \[0, 10\)"),
     ],
 )
 def test_a_dataset_that_breaks_its_contract_is_named(sample, message):

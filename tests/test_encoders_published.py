@@ -269,7 +269,7 @@ def test_siglip(tmp_path, name, size, patch, prefix):
 
 
 @pytest.mark.parametrize("name", ["dino", "mae", "mocov3", "ijepa", "siglip", "siglip2"])
-def test_images_are_normalised_and_then_resized(name):
+def test_images_are_normalized_and_then_resized(name):
     encoder = registry.encoders.get(name).cls(64, 5, pretrained=False)
     seen = []
     encoder.model.patch_embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))

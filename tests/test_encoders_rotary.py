@@ -62,7 +62,7 @@ def rotated(x, angles, prefix, pairs):
 
     Args:
         angles: (tokens, d / 2), one for each pair.
-        pairs: "halves": feature j with j + d / 2; "neighbours": 2 j with 2 j + 1.
+        pairs: "halves": feature j with j + d / 2; "neighbors": 2 j with 2 j + 1.
     """
     angles = torch.cat([torch.zeros(prefix, angles.shape[1], dtype=torch.float64), angles])[:, None]
     first, second = x.chunk(2, dim=-1) if pairs == "halves" else (x[..., ::2], x[..., 1::2])
@@ -215,7 +215,7 @@ def pe_formula(state, x, grid, blocks=DEPTH):
         b = f"transformer.resblocks.{i}"
         qkv = linear(norm(x, p, f"{b}.ln_1", 1e-5), p, f"{b}.attn.in_proj_weight", f"{b}.attn.in_proj_bias")
         q, k, v = split_heads(qkv, HEADS)
-        h = attend(rotated(q, angles, first, "neighbours"), rotated(k, angles, first, "neighbours"), v)
+        h = attend(rotated(q, angles, first, "neighbors"), rotated(k, angles, first, "neighbors"), v)
         x = x + p.get(f"{b}.ls_1.gamma", 1) * linear(h, p, f"{b}.attn.out_proj.weight", f"{b}.attn.out_proj.bias")
         h = gelu(linear(norm(x, p, f"{b}.ln_2", 1e-5), p, f"{b}.mlp.c_fc.weight", f"{b}.mlp.c_fc.bias"))
         x = x + p.get(f"{b}.ls_2.gamma", 1) * linear(h, p, f"{b}.mlp.c_proj.weight", f"{b}.mlp.c_proj.bias")

@@ -18,21 +18,21 @@ from components.data.loader import DataError
 from plugins.datasets.image_folder import ImageFolder, adm_crop
 
 RED, GREEN, BLUE, WHITE = (200, 0, 0), (0, 200, 0), (0, 0, 200), (255, 255, 255)
-COLOURS = (RED, GREEN, BLUE, WHITE)
+COLORS = (RED, GREEN, BLUE, WHITE)
 
 
-def quadrants(colours=COLOURS, size=32):
+def quadrants(colors=COLORS, size=32):
     """Four colors: top left, top right, bottom left, bottom right."""
     half = size // 2
     image = PIL.Image.new("RGB", (size, size))
-    for place, colour in enumerate(colours):
+    for place, color in enumerate(colors):
         left, top = place % 2 * half, place // 2 * half
-        image.paste(colour, (left, top, left + half, top + half))
+        image.paste(color, (left, top, left + half, top + half))
     return image
 
 
-def greys(colours):
-    return tuple((round(0.299 * r + 0.587 * g + 0.114 * b),) * 3 for r, g, b in colours)
+def grays(colors):
+    return tuple((round(0.299 * r + 0.587 * g + 0.114 * b),) * 3 for r, g, b in colors)
 
 
 def palette(image, **info):
@@ -47,7 +47,7 @@ def transparent(image):
     return image
 
 
-def sixteen_bit_grey():
+def sixteen_bit_gray():
     levels = np.kron(np.array([[0, 100], [200, 255]]), np.ones((16, 16))).astype(np.uint16) * 257
     return PIL.Image.fromarray(levels)
 
@@ -95,7 +95,7 @@ FILES = {
     "progressive.jpg": lambda f: quadrants().save(f, quality=95, subsampling=0, progressive=True),
     "cmyk.jpg": lambda f: quadrants().convert("CMYK").save(f, quality=95),
     "palette.png": lambda f: palette(quadrants()).save(f),
-    "palette_with_transparent_colour.png": lambda f: palette(quadrants()).save(f, transparency=0),
+    "palette_with_transparent_color.png": lambda f: palette(quadrants()).save(f, transparency=0),
     "palette_with_alpha.png": lambda f: palette(quadrants()).save(f, transparency=bytes(range(0, 256, 32))),
     "palette.gif": lambda f: palette(quadrants()).save(f),
     "animated.gif": animation,
@@ -112,17 +112,17 @@ FILES = {
     "exif6_among_nonsense.jpg": lambda f: (
         quadrants().transpose(Transpose.ROTATE_90).save(f, quality=95, subsampling=0, exif=nonsense(6))
     ),
-    "grey.png": lambda f: quadrants().convert("L").save(f),
-    "grey.jpg": lambda f: quadrants().convert("L").save(f, quality=95),
-    "grey_alpha.png": lambda f: quadrants().convert("LA").save(f),
-    "grey16.png": lambda f: sixteen_bit_grey().save(f),
+    "gray.png": lambda f: quadrants().convert("L").save(f),
+    "gray.jpg": lambda f: quadrants().convert("L").save(f, quality=95),
+    "gray_alpha.png": lambda f: quadrants().convert("LA").save(f),
+    "gray16.png": lambda f: sixteen_bit_gray().save(f),
     "black_and_white.png": lambda f: quadrants().convert("1", dither=PIL.Image.Dither.NONE).save(f),
 }
 EXPECTED = {
-    "grey.png": greys(COLOURS),
-    "grey.jpg": greys(COLOURS),
-    "grey_alpha.png": greys(COLOURS),
-    "grey16.png": ((0,) * 3, (100,) * 3, (200,) * 3, (255,) * 3),
+    "gray.png": grays(COLORS),
+    "gray.jpg": grays(COLORS),
+    "gray_alpha.png": grays(COLORS),
+    "gray16.png": ((0,) * 3, (100,) * 3, (200,) * 3, (255,) * 3),
     "black_and_white.png": ((0,) * 3, (0,) * 3, (0,) * 3, (255,) * 3),
 }
 
@@ -143,7 +143,7 @@ def test_every_kind_of_file_becomes_rgb(tmp_path, name):
     assert sample.label == 0 and sample.unreadable is None and not remarks
     # Away from the edges, where filters and JPEG blocks mix the colors.
     found = [sample.image[:, y, x].tolist() for y in (3, 12) for x in (3, 12)]
-    np.testing.assert_allclose(found, EXPECTED.get(name, COLOURS), atol=6)
+    np.testing.assert_allclose(found, EXPECTED.get(name, COLORS), atol=6)
 
 
 def truncated(format):
@@ -240,7 +240,7 @@ def test_box_filters_average_and_the_crop_is_central():
 
 
 @pytest.mark.parametrize("size", [(1000, 1), (1, 1000)])
-def test_a_strip_gives_its_centre(tmp_path, size):
+def test_a_strip_gives_its_center(tmp_path, size):
     ramp = np.linspace(0, 255, 1000).astype(np.uint8).reshape(size[1], size[0])
     image = PIL.Image.fromarray(ramp).convert("RGB")
     found = ImageFolder(32, path=folder(tmp_path, {"1.png": image.save}))[0].image.permute(1, 2, 0).numpy()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from components.contracts import Denoiser, LatentShape
-from components.distributed.materialize import WholeTensorRandom, materialise
+from components.distributed.materialize import WholeTensorRandom, materialize
 from components.distributed.parallel import Sharding, World, compile_units, make_mesh, shard
 from components.nn.lightningdit import LightningBlock, RMSNorm, Rotary, rotate
 from components.registry import discover
@@ -298,12 +298,12 @@ def test_what_is_fixed_stays_fixed(name):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_new_network_is_materialised_whole_and_says_zero(name):
+def test_a_new_network_is_materialized_whole_and_says_zero(name):
     """Every block starts as the identity; the aligned tokens are the input's embeddings at first."""
     with torch.device("meta"):
         denoiser = MAKERS[name]()
     torch.manual_seed(0)
-    materialise(denoiser, torch.device("cpu"))
+    materialize(denoiser, torch.device("cpu"))
     x, t, labels = (part.float() if part.is_floating_point() else part for part in inputs())
     velocity, tokens, _ = denoiser(x, t, labels)
     embed = denoiser.x_embedder if name == "lightningdit" else denoiser.s_embedder
@@ -403,7 +403,7 @@ def sharded(rank: int, world: int) -> dict[str, float]:
             denoiser = make(qk_norm=True).double()
         shard(denoiser, Sharding(make_mesh("cpu", (1, world))), ("tokens",))
         torch.manual_seed(0)
-        materialise(denoiser, torch.device("cpu"))
+        materialize(denoiser, torch.device("cpu"))
         with WholeTensorRandom(), torch.no_grad():
             for p in denoiser.parameters():
                 torch.nn.init.normal_(p, std=0.2)

@@ -114,7 +114,7 @@ def test_reconstruction_precision(loss):
     assert loss(x, x_hat, Posterior(z.double(), z.double())).dtype == torch.float64
 
 
-def test_discriminator_has_the_published_keys_and_initialisation():
+def test_discriminator_has_the_published_keys_and_initialization():
     torch.manual_seed(0)
     state = PatchGAN().network.state_dict()
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

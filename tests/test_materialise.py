@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.contracts import LatentShape
-from components.distributed.materialize import InitError, materialise
+from components.distributed.materialize import InitError, materialize
 from components.distributed.parallel import ParallelError, Sharding, World, make_mesh, mesh_shape, shard, sharded_parts
 from plugins.denoisers.sit import SiT
 from tests.ranks import run_ranks
@@ -56,7 +56,7 @@ def shard_and_fill(rank: int, world: int, shape: tuple[int, int]) -> tuple[dict[
     shard(module, Sharding(make_mesh("cpu", shape)), ("tokens",))
     torch.manual_seed(3)
     with Peak() as peak:
-        materialise(module, CPU)
+        materialize(module, CPU)
     state = {name: p.full_tensor().detach().clone() for name, p in module.named_parameters()}
     return state | {name: b.clone() for name, b in module.named_buffers()}, whole, peak.most
 
@@ -67,7 +67,7 @@ def test_initial_weights_are_those_of_one_process_bit_for_bit(shape):
     with torch.device("meta"):
         alone = sit()
     torch.manual_seed(3)
-    materialise(alone, CPU)
+    materialize(alone, CPU)
     expected = dict(alone.state_dict())
     assert any(value.std() > 0 for value in expected.values())
     for found, whole, peak in run_ranks(shard_and_fill, 4, shape):
@@ -106,7 +106,7 @@ def test_what_init_weights_forgets_is_named():
     with torch.device("meta"):
         module = Forgetful()
     with pytest.raises(InitError, match=r"Forgetful.init_weights\(\) leaves uninitialized: scale; it must fill"):
-        materialise(module, CPU)
+        materialize(module, CPU)
 
 
 def test_meshes():

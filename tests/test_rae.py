@@ -50,7 +50,7 @@ def toml(tmp_path_factory):
 # Latents
 
 
-def test_latents_are_tokens_normalised_without_the_last_norm():
+def test_latents_are_tokens_normalized_without_the_last_norm():
     """Reimplements a timm model's last block: the last norm and its weights must have no effect."""
     timm = {"model": "vit_tiny_patch16_224", "pretrained": False}
     rae = RAE(encoder="timm", encoder_options=timm, resolution=64, width=16, depth=1, heads=2).double()
@@ -60,8 +60,8 @@ def test_latents_are_tokens_normalised_without_the_last_norm():
     x = torch.rand(2, 3, 64, 64, dtype=torch.float64) * 2 - 1
     z = rae.encode(x).mean
     tokens = seen[0][:, 1:]
-    centred = tokens - tokens.mean(-1, keepdim=True)
-    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    centered = tokens - tokens.mean(-1, keepdim=True)
+    expected = centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     assert z.shape == (2, 192, 4, 4) and rae.factor == 16 and rae.channels == 192
     for row in range(4):
         for column in range(4):

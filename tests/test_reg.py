@@ -19,7 +19,7 @@ from components.contracts import Batch, Draws, LatentShape, Modules
 from components.diffusion.flow import Flow
 from components.diffusion.image_sampler import ImageSampler, Joint, SamplingPlan
 from components.diffusion.samplers import Guidance, sample_sde
-from components.distributed.materialize import materialise
+from components.distributed.materialize import materialize
 from components.distributed.parallel import World
 from components.nn.latent_norm import LatentNorm
 from plugins.denoisers.sit import SiT
@@ -136,7 +136,7 @@ def sampler(guide=None, **options) -> ImageSampler:
 
 
 @pytest.mark.parametrize("method", ["euler", "heun", "sde"])
-def test_an_image_does_not_depend_on_its_neighbours(method):
+def test_an_image_does_not_depend_on_its_neighbors(method):
     images = sampler(method=method)([0, 1, 2], torch.tensor([1, 2, 3]))
     assert images.shape == (3, 3, 8, 8) and images.isfinite().all()
     torch.testing.assert_close(sampler(method=method)([2], torch.tensor([3])), images[2:])
@@ -150,10 +150,10 @@ def test_a_guide_must_denoise_the_same():
         sampler(guide=SiT(LATENT, 10, width=32, depth=2, heads=4, align_depth=1))
 
 
-def test_every_weight_is_initialised_from_the_meta_device():
+def test_every_weight_is_initialized_from_the_meta_device():
     with torch.device("meta"):
         net = SiT(LATENT, 10, width=32, depth=2, heads=4, align_depth=1, class_token_dim=DIM, qk_norm=True)
-    materialise(net, torch.device("cpu"))
+    materialize(net, torch.device("cpu"))
     torch.testing.assert_close(net.pos_embed, RECORDED["pos_embed"])
     extra = torch.randn(2, DIM)
     out = net(torch.randn(2, *LATENT), torch.rand(2), torch.tensor([0, 10]), extra)

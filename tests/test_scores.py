@@ -49,9 +49,9 @@ def plain(samples: np.ndarray, reference: np.ndarray, k: int) -> tuple[float, fl
     def distances(a, b):
         return np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))
 
-    def share(points, centres):
-        radii = np.sort(distances(centres, centres), 1)[:, k]
-        return (distances(points, centres) <= radii).any(1).mean()
+    def share(points, centers):
+        radii = np.sort(distances(centers, centers), 1)[:, k]
+        return (distances(points, centers) <= radii).any(1).mean()
 
     return share(samples, reference), share(reference, samples)
 

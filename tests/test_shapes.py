@@ -44,7 +44,7 @@ def test_pictures_equal_the_recorded_ones(resolution, options, expected):
     assert digest(Shapes(resolution, **options)) == expected
 
 
-def test_variety_moves_shapes_towards_the_centre_and_keeps_their_class():
+def test_variety_moves_shapes_towards_the_center_and_keeps_their_class():
     """At 0 all masks of a class are equal; the classifier, trained at 1, recognizes all values in between."""
     still = Shapes(32, variety=0.0)
     assert torch.equal(still.mask(3), still.mask(13)) and not torch.equal(still.mask(3), still.mask(4))

@@ -47,13 +47,13 @@ def numbers(*key, shape, scale=1.0):
     return torch.randn(*shape, generator=generator(*key), dtype=torch.float64) * scale
 
 
-def randomise(module: nn.Module, name: str) -> None:
+def randomize(module: nn.Module, name: str) -> None:
     """Set weights by a formula without zeros, so that gates, conditioning and normalization all have an effect."""
     with torch.no_grad():
         for key, p in module.named_parameters():
             fan_in = p[0].numel() if p.ndim > 1 else 1
-            centre = 1.0 if p.ndim == 1 and "norm" in key and key.endswith("weight") else 0.0
-            p.copy_(centre + numbers(name, key, shape=p.shape, scale=fan_in**-0.5 if p.ndim > 1 else 0.1))
+            center = 1.0 if p.ndim == 1 and "norm" in key and key.endswith("weight") else 0.0
+            p.copy_(center + numbers(name, key, shape=p.shape, scale=fan_in**-0.5 if p.ndim > 1 else 0.1))
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def modules():
     )
     m.heads = m.alignment.make_heads(WIDTH, [EMBED], 4)
     for name, module in m.named().items():
-        randomise(module.double(), name)
+        randomize(module.double(), name)
     lpips = m.reconstruction["lpips"]
     lpips._fill_buffers()  # as load_weights does after reading the files
     lpips.requires_grad_(False)
@@ -143,8 +143,8 @@ def decode(p, z):
 
 
 def layer_norm(x):
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / torch.sqrt(centered.square().mean(-1, keepdim=True) + 1e-6)
 
 
 def linear(p, name, x):

@@ -16,7 +16,7 @@ from trainer.config import ConfigError
 pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).resolve().parents[1]
-TOML = toys.TOML.replace("[encoders.tiny_vit]", "[encoders.mean_colours]\nparts = 4")
+TOML = toys.TOML.replace("[encoders.tiny_vit]", "[encoders.mean_colors]\nparts = 4")
 
 
 def run(*command: str, **environment: str) -> str:
@@ -44,19 +44,19 @@ def installed(tmp_path_factory) -> Path:
 
 
 def test_an_installed_package_brings_an_encoder_that_a_run_trains_with(installed, tmp_path):
-    assert (installed / "colour_lab" / "encoders.py").is_file()
+    assert (installed / "color_lab" / "encoders.py").is_file()
     (tmp_path / "run.toml").write_text(TOML)
     said = run(
         *("-m", "trainer", "train", str(tmp_path / "run.toml"), f"--run.dir={tmp_path / 'run'}", "--training.steps=2"),
         PYTHONPATH=os.pathsep.join((str(installed), str(ROOT))),
     )
     assert "Done: 2 steps" in said
-    assert "mean_colours" in (tmp_path / "run" / "config.toml").read_text()
+    assert "mean_colors" in (tmp_path / "run" / "config.toml").read_text()
 
 
 def test_without_it_the_name_is_refused(tmp_path):
     (tmp_path / "run.toml").write_text(TOML)
-    with pytest.raises(ConfigError, match="no encoder is called 'mean_colours'"):
+    with pytest.raises(ConfigError, match="no encoder is called 'mean_colors'"):
         config.load(str(tmp_path / "run.toml"))
 
 
@@ -66,5 +66,5 @@ def test_its_encoder_passes_the_conformance_kit():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry.encoders, "_plugins", dict(registry.encoders._plugins))
-        subject = resolve("plugins", f"{ROOT}/tests/third_party/colour_lab/encoders.py:mean_colours", ["parts=3"])
+        subject = resolve("plugins", f"{ROOT}/tests/third_party/color_lab/encoders.py:mean_colors", ["parts=3"])
         assert [result for result in examine(subject) if result.fault] == []

@@ -35,17 +35,17 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     Initializes the state of parameters that have not been stepped (zeros, step 0), so that saved and loaded states
     have the same keys; weights do not change.
     """
-    _initialise(optimizer)
+    _initialize(optimizer)
     return get_optimizer_state_dict(module, optimizer, options=_FLAT)
 
 
 def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load the result of :func:`optimizer_state`, including hyperparameters (lr, betas, ...)."""
-    _initialise(optimizer)
+    _initialize(optimizer)
     set_optimizer_state_dict(module, optimizer, state, options=_FLAT)
 
 
-def _initialise(optimizer: torch.optim.Optimizer) -> None:
+def _initialize(optimizer: torch.optim.Optimizer) -> None:
     # DCP's own initialization leaves Adam's step counter at 1 and skips optimizers if any parameter has state.
     params = [p for group in optimizer.param_groups for p in group["params"]]
     fresh = [p for p in params if p.requires_grad and not optimizer.state.get(p)]

@@ -9,7 +9,7 @@ import torch
 
 from components.conformance.form import attribute, named
 from components.conformance.subject import Fault, Subject
-from components.contracts import Sample
+from components.contracts import DatasetItem
 
 SIDE = 32
 LOOKED_AT = 64  # number of items, spread evenly over the dataset
@@ -39,13 +39,13 @@ def has_its_attributes(subject: Subject) -> None:
 
 
 def gives_images_at_every_resolution(subject: Subject) -> None:
-    """Each item is a Sample with a uint8 image (3, R, R), at every resolution R."""
+    """Each item is a DatasetItem with a uint8 image (3, R, R), at every resolution R."""
     for side in (SIDE, 48, 64):
         data = subject.make(side)
         for index in _indices(data)[:4]:
             item = data[index]
-            if not isinstance(item, Sample):
-                raise Fault(f"item {index} is a {type(item).__name__}; expected components.contracts.Sample")
+            if not isinstance(item, DatasetItem):
+                raise Fault(f"item {index} is a {type(item).__name__}; expected components.contracts.DatasetItem")
             if tuple(item.image.shape) != (3, side, side):
                 found = tuple(item.image.shape)
                 raise Fault(f"image {index} has shape {found} at resolution {side}; expected {(3, side, side)}")
@@ -103,5 +103,5 @@ def _indices(data: Any) -> list[int]:
     return sorted({round(i * (len(data) - 1) / max(count - 1, 1)) for i in range(count)})
 
 
-def _same(a: Sample, b: Sample) -> bool:
+def _same(a: DatasetItem, b: DatasetItem) -> bool:
     return torch.equal(a.image, b.image) and a.label == b.label

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from components.conformance.form import Form, Outputs, detached, distance, named
 from components.conformance.subject import Fault, Subject
-from components.distributed.materialize import InitError, materialise
+from components.distributed.materialize import InitError, materialize
 from components.distributed.parallel import Sharding, compile_units, local, make_mesh, shard
 
 SHOWN = 5
@@ -135,7 +135,7 @@ def can_be_made_without_memory(form: Form) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            materialise(part, torch.device("cpu"))
+            materialize(part, torch.device("cpu"))
         except InitError as error:
             raise Fault(str(error)) from error
     usual, other = (dict(form.make(seed).named_buffers()) for seed in (0, 1))

@@ -15,14 +15,14 @@ from components.conformance import toys
 from components.conformance.form import images, stir
 from components.conformance.form_checks import scalar
 from components.conformance.subject import Fault, Subject
-from components.contracts import AdversarialLoss, AlignmentLoss, Batch, Draws, LatentShape, Modules, Weighted
+from components.contracts import AdversarialLoss, AlignmentLoss, Batch, Draws, LatentShape, LossTerm, Modules
 from components.diffusion.draws import draw
 from components.diffusion.flow import Flow
 from components.nn.latent_norm import LatentNorm
 
 SIDE, CLASSES, COUNT, STEP = 32, 10, 4, 0
 FIELDS = {field.name for field in dataclasses.fields(Modules)}
-Seen = dict[str, dict[str, Weighted]]
+Seen = dict[str, dict[str, LossTerm]]
 
 
 def checks(subject: Subject) -> list:
@@ -67,8 +67,8 @@ def takes_a_step(subject: Subject) -> None:
         if not terms:
             raise Fault(f"update('{group}', ...) is called without terms")
         for name, term in terms.items():
-            if not isinstance(term, Weighted):
-                raise Fault(f"term {name} of '{group}' is a {type(term).__name__}; expected contracts.Weighted")
+            if not isinstance(term, LossTerm):
+                raise Fault(f"term {name} of '{group}' is a {type(term).__name__}; expected contracts.LossTerm")
             scalar(term.value, f"term {name} of '{group}'")
             if not isinstance(term.weight, (int, float)):
                 raise Fault(f"the weight of term {name} of '{group}' is a {type(term.weight).__name__}, not a number")
@@ -241,7 +241,7 @@ def _step(
     seen: Seen = {}
     reported: dict[str, Tensor] = {}
 
-    def update(group: str, terms: dict[str, Weighted], **extra: Tensor) -> None:
+    def update(group: str, terms: dict[str, LossTerm], **extra: Tensor) -> None:
         if only in (None, group):
             total = [weight * value for weight, value in terms.values()]
             if total and functools.reduce(torch.add, total).requires_grad:

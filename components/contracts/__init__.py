@@ -15,13 +15,13 @@ from components.contracts.parts import (
 from components.contracts.records import (
     Batch,
     Cached,
+    DatasetItem,
     DenoiserOutput,
     Draws,
     LatentShape,
+    LossTerm,
     Posterior,
-    Sample,
     Tokens,
-    Weighted,
 )
 
 __all__ = [
@@ -30,18 +30,18 @@ __all__ = [
     "Batch",
     "Cached",
     "Dataset",
+    "DatasetItem",
     "Denoiser",
     "DenoiserOutput",
     "Draws",
     "Encoder",
     "LatentShape",
+    "LossTerm",
     "Modules",
     "Posterior",
     "Recipe",
     "ReconstructionLoss",
-    "Sample",
     "Tokenizer",
     "Tokens",
     "Update",
-    "Weighted",
 ]

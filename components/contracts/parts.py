@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from components.contracts.records import Batch, DenoiserOutput, Draws, Posterior, Sample, Tokens, Weighted
+from components.contracts.records import Batch, DatasetItem, DenoiserOutput, Draws, LossTerm, Posterior, Tokens
 
 if TYPE_CHECKING:
     from components.diffusion.flow import Flow
@@ -172,7 +172,7 @@ class AlignmentLoss(Protocol):
 class Dataset(Protocol):
     """Map-style images with class labels. Constructed from ``(resolution: int)`` and options.
 
-    One that holds mirrored copies offers ``mirrored(index) -> Sample``; else training mirrors the image.
+    One that holds mirrored copies offers ``mirrored(index) -> DatasetItem``; else training mirrors the image.
 
     Attributes:
         num_classes: labels are in [0, num_classes).
@@ -186,13 +186,13 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample: ...
+    def __getitem__(self, index: int) -> DatasetItem: ...
 
 
 class Update(Protocol):
     """Adds one loss's gradients to one group of parameters."""
 
-    def __call__(self, group: str, terms: dict[str, Weighted], **extra: Tensor) -> None:
+    def __call__(self, group: str, terms: dict[str, LossTerm], **extra: Tensor) -> None:
         """Back-propagates the weighted sum of ``terms`` and reports each of them; ``extra`` is only reported."""
 
 

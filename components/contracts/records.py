@@ -66,7 +66,7 @@ class DenoiserOutput(NamedTuple):
     extra: Tensor | None = None
 
 
-class Weighted(NamedTuple):
+class LossTerm(NamedTuple):
     """One term of a loss: its weight in the sum and its unweighted value (what TensorBoard shows)."""
 
     weight: float
@@ -100,7 +100,7 @@ class Cached(NamedTuple):
     features: dict[str, Tensor]
 
 
-class Sample(NamedTuple):
+class DatasetItem(NamedTuple):
     """One item of a dataset: ``image`` uint8 (3, R, R), its class, and the path of an unreadable file it replaces.
 
     A dataset of cached latents gives ``cached``, and no image where nothing needs it.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from components.contracts import Cached, Dataset, Sample
+from components.contracts import Cached, Dataset, DatasetItem
 from components.diffusion.draws import generator
 
 if TYPE_CHECKING:
@@ -131,16 +131,16 @@ class TrainingView:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
+    def __getitem__(self, key: tuple[int, int]) -> DatasetItem:
         """The sample, flipped with probability 0.5; raises :class:`DataError` if it violates the dataset contract."""
         epoch, index = key
         flip = self.flip and bool(torch.rand((), generator=generator(self.seed, epoch, index, "flip")) < 0.5)
         holds_copies = hasattr(self.dataset, "mirrored")
-        sample = Sample(*(self.dataset.mirrored(index) if flip and holds_copies else self.dataset[index]))
+        sample = DatasetItem(*(self.dataset.mirrored(index) if flip and holds_copies else self.dataset[index]))
         self._check(sample, index)
         return sample._replace(image=sample.image.flip(-1)) if flip and not holds_copies else sample
 
-    def _check(self, sample: Sample, index: int) -> None:
+    def _check(self, sample: DatasetItem, index: int) -> None:
         image = sample.image
         right = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() == 3 and len(image) == 3
         if not right and (image is not None or sample.cached is None):
@@ -162,7 +162,7 @@ class Loaded(NamedTuple):
     cached: Cached | None = None
 
 
-def collate(samples: Sequence[Sample]) -> Loaded:
+def collate(samples: Sequence[DatasetItem]) -> Loaded:
     """Stack samples; all must have the same fields and shapes."""
     first, cached = samples[0], None
     if first.cached is not None:

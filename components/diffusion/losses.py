@@ -7,19 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from components.contracts import Batch, Modules, Posterior, Tokens, Update, Weighted
+from components.contracts import Batch, LossTerm, Modules, Posterior, Tokens, Update
 from components.diffusion.flow import PathPoint
 from components.monitor.latent_statistics import observe
 from components.monitor.phases import phase
 from components.nn.precision import at_least_fp32
 
 
-def reconstruction(m: Modules, x: Tensor, x_hat: Tensor, posterior: Posterior, step: int) -> dict[str, Weighted]:
+def reconstruction(m: Modules, x: Tensor, x_hat: Tensor, posterior: Posterior, step: int) -> dict[str, LossTerm]:
     """The tokenizer's terms: all configured reconstruction losses and the generator loss of the GAN."""
     observe(posterior.mean)  # a no-op if the latent norm has already observed this step's latents
-    terms = {name: Weighted(loss.weight, loss(x, x_hat, posterior)) for name, loss in m.reconstruction.items()}
+    terms = {name: LossTerm(loss.weight, loss(x, x_hat, posterior)) for name, loss in m.reconstruction.items()}
     if m.discriminator is not None:
-        terms["gan"] = Weighted(m.discriminator.weight, m.discriminator.generator(x_hat, step))
+        terms["gan"] = LossTerm(m.discriminator.weight, m.discriminator.generator(x_hat, step))
     return terms
 
 
@@ -27,7 +27,7 @@ def discriminate(m: Modules, x: Tensor, x_hat: Tensor, step: int, update: Update
     """Update the discriminator, if any, with the reconstruction detached."""
     if m.discriminator is not None:
         terms, report = m.discriminator.discriminator(x, x_hat.detach(), step)
-        update("discriminator", {name: Weighted(1.0, value) for name, value in terms.items()}, **report)
+        update("discriminator", {name: LossTerm(1.0, value) for name, value in terms.items()}, **report)
 
 
 def velocity_mse(predicted: Tensor, target: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def velocity_mse(predicted: Tensor, target: Tensor) -> Tensor:
     return (at_least_fp32(predicted) - at_least_fp32(target)).square().mean()
 
 
-def alignment(m: Modules, tokens: Tokens, targets: Sequence[Tensor], weight: float, step: int) -> dict[str, Weighted]:
+def alignment(m: Modules, tokens: Tokens, targets: Sequence[Tensor], weight: float, step: int) -> dict[str, LossTerm]:
     """The term "align": aligns the denoiser's hidden tokens with each encoder's, with one head per depth and encoder.
 
     Its value is the mean over depths and the weighted mean over encoders.
@@ -53,7 +53,7 @@ def alignment(m: Modules, tokens: Tokens, targets: Sequence[Tensor], weight: flo
     values = [m.alignment.align([head(hidden)], [y]) for head, (hidden, y) in zip(m.heads, pairs, strict=True)]
     shares = [m.encoder_weights.get(label, 1.0) for label in m.encoders] * len(depths)
     total = torch.stack([share * value for share, value in zip(shares, values, strict=True)]).sum() / sum(shares)
-    return {"align": Weighted(weight * strength(m, step), total)}
+    return {"align": LossTerm(weight * strength(m, step), total)}
 
 
 def strength(m: Modules, step: int) -> float:
@@ -95,10 +95,10 @@ def drop_labels(m: Modules, labels: Tensor, u: Tensor) -> Tensor:
 
 def denoising(
     m: Modules, path: PathPoint, t: Tensor, labels: Tensor, targets: Sequence[Tensor] = (), step: int = 0
-) -> dict[str, Weighted]:
+) -> dict[str, LossTerm]:
     """The denoiser's terms: velocity matching and, if there are targets, :func:`alignment`."""
     out = m.denoiser(path.x_t, t, labels)
-    terms = {"velocity": Weighted(1.0, velocity_mse(out.velocity, path.velocity))}
+    terms = {"velocity": LossTerm(1.0, velocity_mse(out.velocity, path.velocity))}
     if targets:
         terms |= alignment(m, out.tokens, targets, m.alignment.denoiser_weight, step)
     return terms

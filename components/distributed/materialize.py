@@ -23,7 +23,7 @@ class InitError(PluginError):
 
 
 @torch.no_grad()
-def materialise(module: nn.Module, device: torch.device, param_device: torch.device | None = None) -> None:
+def materialize(module: nn.Module, device: torch.device, param_device: torch.device | None = None) -> None:
     """Allocate a module's memory (:func:`allocate`) and call its ``init_weights()``.
 
     The caller seeds torch's global CPU generator; the same seed yields the same weights everywhere.

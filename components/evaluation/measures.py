@@ -21,7 +21,7 @@ ENDINGS = {"pool": "", "spatial": "_s"}
 INCEPTION = ("fid", "sfid", "is", "precision", "recall")
 
 
-def needs_neighbours(metrics: tuple[str, ...]) -> bool:
+def needs_neighbors(metrics: tuple[str, ...]) -> bool:
     """Whether the metrics need the features of every image, not only their moments."""
     return "precision" in metrics or "recall" in metrics
 
@@ -41,7 +41,7 @@ class Summary:
     score: float | None = None
 
 
-class Summariser:
+class Summarizer:
     """Accumulates features, in the order of the images, into a :class:`Summary`.
 
     Only rank 0 computes moments and the Inception Score; all ranks keep the features for precision and recall.
@@ -61,7 +61,7 @@ class Summariser:
         features = [FRECHET[m] for m in metrics if m in FRECHET] if main else []
         self._moments = {name: Moments(network.dims[name], device) for name in features}
         self._score = InceptionScore() if main and generated and "is" in metrics else None
-        self._pool: list[Tensor] | None = [] if needs_neighbours(metrics) else None
+        self._pool: list[Tensor] | None = [] if needs_neighbors(metrics) else None
 
     def add(self, features: dict[str, Tensor]) -> None:
         """Add the features (B, D), by name, of the next images."""
@@ -125,7 +125,7 @@ def compare(
         return values, warnings
 
     values, warnings = ranks.first(count)
-    if needs_neighbours(metrics):
+    if needs_neighbors(metrics):
         pools = samples.pool.to(device), reference.pool.to(device)
         found = precision_recall(*pools, rank=ranks.rank, world=ranks.size)
         values |= {name: value for name, value in found._asdict().items() if name in metrics}

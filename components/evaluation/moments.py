@@ -61,8 +61,8 @@ class Moments:
                 "network's weights are invalid"
             )
         mean = x.mean(0)
-        centred = x - mean
-        self._merge(len(x), mean, centred.T @ centred)
+        centered = x - mean
+        self._merge(len(x), mean, centered.T @ centered)
 
     def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         total = self.count + count

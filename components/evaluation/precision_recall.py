@@ -10,7 +10,7 @@ from torch import Tensor
 
 from components.evaluation import EvaluationError
 
-NEIGHBOURS = 3
+NEIGHBORS = 3
 ROWS = 1024  # rows of the distance matrix per block: 200 MB for 50,000 columns
 
 
@@ -22,7 +22,7 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(
-    samples: Tensor, reference: Tensor, k: int = NEIGHBOURS, *, rank: int = 0, world: int = 1
+    samples: Tensor, reference: Tensor, k: int = NEIGHBORS, *, rank: int = 0, world: int = 1
 ) -> PrecisionRecall:
     """Compute precision and recall from k-nearest-neighbor manifolds.
 
@@ -46,8 +46,8 @@ def precision_recall(
                 f"{len(points)} images of {name} are too few for precision and recall with {k} neighbors"
             )
     # Center: distances computed from norms and dot products suffer cancellation far from the origin.
-    centre = reference.mean(0)
-    samples, reference = samples - centre, reference - centre
+    center = reference.mean(0)
+    samples, reference = samples - center, reference - center
     share = rank, world
     precision = _inside(samples, reference, _radii(reference, k, *share), *share)
     recall = _inside(reference, samples, _radii(samples, k, *share), *share)
@@ -65,11 +65,11 @@ def _radii(points: Tensor, k: int, rank: int, world: int) -> Tensor:
     return _summed(radii, world)
 
 
-def _inside(points: Tensor, centres: Tensor, radii: Tensor, rank: int, world: int) -> float:
+def _inside(points: Tensor, centers: Tensor, radii: Tensor, rank: int, world: int) -> float:
     """Fraction of ``points`` that lie in the ball around any center."""
     count = torch.zeros((), dtype=torch.float64, device=points.device)
     for first in range(rank * ROWS, len(points), world * ROWS):
-        count += (_squared(points[first : first + ROWS], centres) <= radii).any(1).sum()
+        count += (_squared(points[first : first + ROWS], centers) <= radii).any(1).sum()
     return float(_summed(count, world)) / len(points)
 
 

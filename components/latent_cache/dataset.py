@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from components.contracts import Dataset, Sample
+from components.contracts import Dataset, DatasetItem
 from components.data.loader import DataError
 from components.latent_cache.cache import LatentCache
 
@@ -27,25 +27,25 @@ class CachedDataset:
     def __len__(self) -> int:
         return len(self.cache)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> DatasetItem:
         return self._sample(index, flipped=False)
 
-    def mirrored(self, index: int) -> Sample:
+    def mirrored(self, index: int) -> DatasetItem:
         """The sample of the image mirrored left-right."""
         return self._sample(index, flipped=True)
 
-    def _sample(self, index: int, flipped: bool) -> Sample:
+    def _sample(self, index: int, flipped: bool) -> DatasetItem:
         cached, label = self.cache.read(index, flipped, self.features)
         if self.images is None:
-            return Sample(None, label, None, cached)
-        sample = Sample(*self.images[index])
+            return DatasetItem(None, label, None, cached)
+        sample = DatasetItem(*self.images[index])
         # An unreadable file was replaced by another image, perhaps of another class.
         if sample.label != label and sample.unreadable is None and index not in self.cache.replaced:
             raise DataError(
                 f"latent cache {self.cache.path}: image {index} has label {label} in the cache and {sample.label} in "
                 "the dataset, so they do not match. Encode the dataset again, or set latent_cache.path = ''"
             )
-        return Sample(sample.image.flip(-1) if flipped else sample.image, label, sample.unreadable, cached)
+        return DatasetItem(sample.image.flip(-1) if flipped else sample.image, label, sample.unreadable, cached)
 
 
 class CachedEncoder:

@@ -58,9 +58,9 @@ class LatentNorm(nn.Module):
         self.num_batches_tracked.add_(1)
         return batch_norm(z, self.running_mean, self.running_var, momentum=self.momentum, eps=self.eps)
 
-    def invert(self, z_normalised: Tensor) -> Tensor:
+    def invert(self, z_normalized: Tensor) -> Tensor:
         """Inverse of ``forward``: maps normalized latents (B, C, h, w) back to the tokenizer's scale."""
-        return at_least_fp32(z_normalised) * torch.sqrt(_map(self.running_var) + self.eps) + _map(self.running_mean)
+        return at_least_fp32(z_normalized) * torch.sqrt(_map(self.running_var) + self.eps) + _map(self.running_mean)
 
     def summary(self) -> dict[str, Tensor]:
         """Scalar summaries of the running statistics over channels."""

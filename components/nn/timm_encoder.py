@@ -202,9 +202,9 @@ class TimmEncoder(nn.Module):
         """Resize and normalize images in [-1, 1] for the model."""
         x = (at_least_fp32(images) + 1) / 2
         if self.resize_first:
-            x = self._normalised(self._resized(x))
+            x = self._normalized(self._resized(x))
         else:
-            x = self._resized(self._normalised(x))
+            x = self._resized(self._normalized(x))
         return x.to(next(self.model.parameters()).dtype)
 
     def _resized(self, x: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ class TimmEncoder(nn.Module):
             return x
         return F.interpolate(x, size=(self.side, self.side), **self.resize)
 
-    def _normalised(self, x: Tensor) -> Tensor:
+    def _normalized(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
 
     @torch.no_grad()

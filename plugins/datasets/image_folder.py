@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from components import registry
-from components.contracts import Sample
+from components.contracts import DatasetItem
 from components.data.loader import DataError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class ImageFolder:
         start = self._ends[index - 1] if index else 0
         return os.path.join(self.path, os.fsdecode(self._names[start : self._ends[index]]))
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> DatasetItem:
         """Return the image (uint8, (3, R, R)), its class and, if another image replaced it, the path of ``index``.
 
         Raises:
@@ -118,7 +118,7 @@ class ImageFolder:
                 unreadable = unreadable or self.file(index)
                 reason = f"{self.file(other)}: {type(error).__name__}: {error}"
                 continue
-            return Sample(image, int(self._labels[other]), unreadable)
+            return DatasetItem(image, int(self._labels[other]), unreadable)
         raise DataError(
             f"dataset image_folder: {min(PATIENCE, len(self))} images in a row cannot be read, starting with "
             f"{unreadable}; the last: {reason}. Check that {self.path} still exists and is readable."
@@ -162,8 +162,8 @@ def _to_rgb(image: Image) -> Image:
 
     if image.mode.startswith("I"):
         # 16-bit gray: convert() would clip at 255. Keep the high byte, as PIL does for 16-bit RGB.
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-        image = PIL.Image.fromarray(grey.astype(np.uint8))
+        gray = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        image = PIL.Image.fromarray(gray.astype(np.uint8))
     return image.convert("RGB")
 
 

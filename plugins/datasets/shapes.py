@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components import registry
-from components.contracts import Sample
+from components.contracts import DatasetItem
 from components.files.weights import load_strict, read_state
 
 SPLITS = ("train", "heldout", "judge")
@@ -80,13 +80,13 @@ class Shapes:
         self.seed = seed
         self.flip = flip
         self.variety = variety
-        centres = (np.arange(resolution, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / resolution) - 1
-        self._x, self._y = centres[None, :], -centres[:, None]  # x to the right, y up, both in (-1, 1)
+        centers = (np.arange(resolution, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / resolution) - 1
+        self._x, self._y = centers[None, :], -centers[:, None]  # x to the right, y up, both in (-1, 1)
 
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> DatasetItem:
         """Return the image (uint8, (3, R, R)) and its class.
 
         Raises:
@@ -97,7 +97,7 @@ class Shapes:
         index %= self.size
         u = self._uniform(index)
         label = index % self.num_classes
-        return Sample(torch.from_numpy(self._paint(u, self._coverage(u, label))), label)
+        return DatasetItem(torch.from_numpy(self._paint(u, self._coverage(u, label))), label)
 
     def mask(self, index: int) -> Tensor:
         """Return the fraction of each pixel of image ``index`` that the shape covers: float (R, R) in [0, 1]."""
@@ -132,10 +132,10 @@ class Shapes:
     def _coverage(self, u: list[float], label: int) -> np.ndarray:
         radius = 0.5 + 0.27 * (u[0] + (1 - self.variety) * (1 - u[0]))
         room = self.variety * (0.98 - 1.08 * radius)
-        centre_x, centre_y = room * (2 * u[1] - 1), room * (2 * u[2] - 1)
+        center_x, center_y = room * (2 * u[1] - 1), room * (2 * u[2] - 1)
         angle = self.variety * 0.26 * (2 * u[3] - 1)
         cos, sin = math.cos(angle) / radius, math.sin(angle) / radius
-        x, y = self._x - np.float32(centre_x), self._y - np.float32(centre_y)
+        x, y = self._x - np.float32(center_x), self._y - np.float32(center_y)
         local_x = x * np.float32(cos) + y * np.float32(sin)
         local_y = y * np.float32(cos) - x * np.float32(sin)
         distance = SIGNED_DISTANCES[label](local_x, local_y)
@@ -148,9 +148,9 @@ class Shapes:
             lumas = 0.14 + 0.24 * u[5], 0.62 + 0.32 * u[6], 0.62 + 0.32 * u[7]
         else:
             lumas = 0.66 + 0.26 * u[5], 0.10 + 0.32 * u[6], 0.10 + 0.32 * u[7]
-        shape = _colour(lumas[0], u[8], 0.7 + 0.3 * u[9])
-        start = _colour(lumas[1], u[10], 0.2 + 0.6 * u[11])
-        end = _colour(lumas[2], u[10] + 0.4 * (u[12] - 0.5), 0.2 + 0.6 * u[11])
+        shape = _color(lumas[0], u[8], 0.7 + 0.3 * u[9])
+        start = _color(lumas[1], u[10], 0.2 + 0.6 * u[11])
+        end = _color(lumas[2], u[10] + 0.4 * (u[12] - 0.5), 0.2 + 0.6 * u[11])
         direction = 2 * math.pi * u[13]
         cos, sin = math.cos(direction), math.sin(direction)
         scale = 0.5 / (abs(cos) + abs(sin))
@@ -170,13 +170,13 @@ class Shapes:
         return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(14).tolist()
 
 
-def _colour(luma: float, hue: float, chroma: float) -> tuple[float, float, float]:
+def _color(luma: float, hue: float, chroma: float) -> tuple[float, float, float]:
     """RGB color in [0, 1] with exactly the given luma; hue in turns; chroma 1 is the most saturated such color."""
     red, green, blue = (min(max(abs((hue + turn) % 1.0 * 6 - 3) - 1, 0.0), 1.0) for turn in (0, 2 / 3, 1 / 3))
-    grey = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
-    low, high = grey - min(red, green, blue), max(red, green, blue) - grey
+    gray = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+    low, high = gray - min(red, green, blue), max(red, green, blue) - gray
     reach = chroma * min(luma / low, (1 - luma) / high)
-    return luma + reach * (red - grey), luma + reach * (green - grey), luma + reach * (blue - grey)
+    return luma + reach * (red - gray), luma + reach * (green - gray), luma + reach * (blue - gray)
 
 
 # Signed distance functions: negative inside, in units of the shape's radius; x to the right, y up.

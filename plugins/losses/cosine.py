@@ -92,12 +92,12 @@ class Cosine:
         if shapes[0] != shapes[1]:
             raise ValueError(f"alignment: projected tokens {shapes[0]} and encoder tokens {shapes[1]} must match")
         if self.spatial_norm:
-            targets = [spatially_normalised(y, self.gamma) for y in targets]
+            targets = [spatially_normalized(y, self.gamma) for y in targets]
         cosines = [(_unit(p) * _unit(y)).sum(-1).mean() for p, y in zip(projected, targets)]
         return -torch.stack(cosines).mean()
 
 
-def spatially_normalised(tokens: Tensor, gamma: float) -> Tensor:
+def spatially_normalized(tokens: Tensor, gamma: float) -> Tensor:
     """Normalize each feature over an image's tokens: (y - gamma mean(y)) / (std(y) + 1e-6), with the unbiased std.
 
     This removes the component shared by all tokens of an image, and with it most global image information (iREPA).

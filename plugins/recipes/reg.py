@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from components.contracts import Batch, Draws, Modules, Update, Weighted
+from components.contracts import Batch, Draws, LossTerm, Modules, Update
 from components.diffusion.losses import (
     alignment,
     class_tokens,
@@ -57,8 +57,8 @@ class Reg:
 
         out = m.denoiser(path.x_t, t, drop_labels(m, batch.labels, draws.label), class_path.x_t)
         terms = {
-            "velocity": Weighted(1.0, velocity_mse(out.velocity, path.velocity)),
-            "class_velocity": Weighted(self.class_weight, velocity_mse(out.extra, class_path.velocity)),
+            "velocity": LossTerm(1.0, velocity_mse(out.velocity, path.velocity)),
+            "class_velocity": LossTerm(self.class_weight, velocity_mse(out.extra, class_path.velocity)),
         }
         # The class token comes first and is aligned like any other token.
         patches = encode_targets(m, batch, step)

@@ -146,12 +146,12 @@ def _dataset_problems(config: Config, index: dict[str, Any], images: Dataset | N
         problems.append(f"it holds {index['count']} images, the dataset has {len(images)}")
     elif list(images.class_names) != index["class_names"]:
         problems.append("its class names differ from those of the dataset")
-    elif not _recognised(there["probes"], images):
+    elif not _recognized(there["probes"], images):
         problems.append("its images differ from those of the dataset (a sample was compared)")
     return problems
 
 
-def _recognised(recorded: list[dict[str, Any]], images: Dataset) -> bool:
+def _recognized(recorded: list[dict[str, Any]], images: Dataset) -> bool:
     seen = {probe["index"]: probe for probe in probes(images)}
     for probe in recorded:
         other = seen.get(probe["index"])

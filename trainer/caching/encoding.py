@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from components.contracts import Dataset, Sample
+from components.contracts import Dataset, DatasetItem
 from components.data.loader import DataError, UnreadableCounter, start_worker
 from components.diffusion.draws import generator
 from components.distributed.parallel import World
@@ -224,11 +224,11 @@ class _NumberedImages:
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, index: int) -> tuple[int, Sample]:
-        return index, Sample(*self.dataset[index])
+    def __getitem__(self, index: int) -> tuple[int, DatasetItem]:
+        return index, DatasetItem(*self.dataset[index])
 
 
-def _collate(items: Sequence[tuple[int, Sample]]) -> Numbered:
+def _collate(items: Sequence[tuple[int, DatasetItem]]) -> Numbered:
     return Numbered(
         torch.stack([sample.image for _, sample in items]),
         torch.tensor([sample.label for _, sample in items], dtype=torch.int64),

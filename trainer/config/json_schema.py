@@ -15,7 +15,7 @@ from trainer.config.schema import Config, OptimizerTable
 DRAFT = "http://json-schema.org/draft-07/schema#"
 REFERENCE = "#/definitions/{model}"
 ONE_TABLE = ("recipe", "tokenizer", "denoiser", "dataset")
-LABELLED = {"encoders": "encoder", "losses": "loss"}
+LABELED = {"encoders": "encoder", "losses": "loss"}
 
 
 def json_schema() -> dict[str, Any]:
@@ -29,7 +29,7 @@ def json_schema() -> dict[str, Any]:
             definitions[f"{kind}.{plugin.name}"] = _table(plugin, definitions)
     for kind in ONE_TABLE:
         tables[kind] = {"description": f"Name of the {kind} and its options.", "anyOf": _named(kind)}
-    for place, kind in LABELLED.items():
+    for place, kind in LABELED.items():
         for plugin in registry.KINDS[kind]:  # with the plugin's name as the label
             own = definitions[f"{kind}.{plugin.name}"]
             unnamed = own | {"required": [key for key in own["required"] if key != "name"]}

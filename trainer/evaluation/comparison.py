@@ -11,9 +11,9 @@ from components.evaluation.extract import extract
 from components.evaluation.feature_cache import FeatureCache
 from components.evaluation.frechet import few_images
 from components.evaluation.images import Images
-from components.evaluation.measures import FRECHET, Summariser, Summary, compare, needs_neighbours
+from components.evaluation.measures import FRECHET, Summarizer, Summary, compare, needs_neighbors
 from components.evaluation.moments import save_statistics
-from components.evaluation.precision_recall import NEIGHBOURS
+from components.evaluation.precision_recall import NEIGHBORS
 from trainer.evaluation.measured import Measured, network_warnings
 from trainer.evaluation.references import Reference
 
@@ -40,13 +40,13 @@ def check_counts(networks: Sequence[Measured], samples: int, reference: Referenc
             few.append(few_images(kept.count if kept else len(reference.images), dim, "the reference"))
             if any(few) and not allow_singular:
                 problems += [f"{m.name(metric)}: {text}" for text in few if text]
-        if needs_neighbours(m.metrics) and reference.images is None:
+        if needs_neighbors(m.metrics) and reference.images is None:
             problems.append(
                 f"precision, recall: '{reference.name}' holds statistics only, but these metrics need reference "
                 "images; remove them from --metrics, or use a reference with images"
             )
-        elif needs_neighbours(m.metrics) and min(samples, len(reference.images)) <= NEIGHBOURS:
-            problems.append(f"precision, recall: need more than {NEIGHBOURS} samples and reference images")
+        elif needs_neighbors(m.metrics) and min(samples, len(reference.images)) <= NEIGHBORS:
+            problems.append(f"precision, recall: need more than {NEIGHBORS} samples and reference images")
     if problems:
         raise EvaluationError(
             "\n".join(problems) + "\nUse more images, other metrics, or an encoder with fewer features; or accept a "
@@ -54,7 +54,7 @@ def check_counts(networks: Sequence[Measured], samples: int, reference: Referenc
         )
 
 
-def summarise(
+def summarize(
     images: Images,
     networks: Sequence[Measured],
     place: Path,
@@ -81,13 +81,13 @@ def summarise(
     found, caches = [], []
     for m in networks:
         cache = FeatureCache(place, {"images": images.identity, "network": m.identity, "batch_size": batch_size})
-        summariser = Summariser(m.network, m.metrics, world.device, generated=generated, main=world.is_main)
+        summarizer = Summarizer(m.network, m.metrics, world.device, generated=generated, main=world.is_main)
         named = f"{title}, {m.label or 'inception'}"
         for values in extract(images, m.network, cache, batch_size=batch_size, device=world.device, title=named):
-            summariser.add(values)
-            if not world.is_main and not needs_neighbours(m.metrics):
+            summarizer.add(values)
+            if not world.is_main and not needs_neighbors(m.metrics):
                 break
-        found.append(summariser.summary())
+        found.append(summarizer.summary())
         caches.append(cache)
     return found, caches
 
@@ -123,8 +123,8 @@ def evaluate_samples(
     """
     check_counts(networks, len(samples), reference, allow_singular)
     common = {"batch_size": batch_size, "world": world}
-    summaries, caches = summarise(samples, networks, place, generated=True, title="samples", **common)
-    references, others = summarise_reference(reference, networks, place, **common)
+    summaries, caches = summarize(samples, networks, place, generated=True, title="samples", **common)
+    references, others = summarize_reference(reference, networks, place, **common)
     if keep_statistics and world.is_main:
         write_statistics(keep_statistics, networks, references)
     values: dict[str, float | None] = {}
@@ -138,10 +138,10 @@ def evaluate_samples(
     return values, warnings, caches + others
 
 
-def summarise_reference(
+def summarize_reference(
     reference: Reference, networks: Sequence[Measured], place: Path, *, batch_size: int, world: World
 ) -> tuple[list[Summary], list[FeatureCache]]:
-    """Like :func:`summarise`, for a reference; uses its statistics instead of images where it has them. Collective."""
+    """Like :func:`summarize`, for a reference; uses its statistics instead of images where it has them. Collective."""
     found, caches = [], []
     for m in networks:
         kept = {FRECHET[x]: reference.moments(m, FRECHET[x]) for x in m.metrics if x in FRECHET}
@@ -151,7 +151,7 @@ def summarise_reference(
         if wanted:
             rest = [Measured(m.label, m.network, wanted)]
             common = {"batch_size": batch_size, "world": world, "generated": False, "title": "reference"}
-            (summary,), used = summarise(reference.images, rest, place, **common)
+            (summary,), used = summarize(reference.images, rest, place, **common)
             caches += used
         summary.moments |= kept
         found.append(summary)

@@ -18,12 +18,12 @@ from components.distributed.parallel import World, gather_rows
 from components.distributed.ranks import Ranks
 from components.evaluation import EvaluationError
 from components.evaluation.images import First, Images
-from components.evaluation.measures import FRECHET, Summariser, Summary, compare, needs_neighbours
+from components.evaluation.measures import FRECHET, Summarizer, Summary, compare, needs_neighbors
 from components.evaluation.moments import read_statistics
 from components.files.weights import WeightsError
 from components.optim.ema import Ema
 from trainer.config import Config, ConfigError
-from trainer.evaluation.comparison import check_counts, summarise_reference, write_statistics
+from trainer.evaluation.comparison import check_counts, summarize_reference, write_statistics
 from trainer.evaluation.measured import Measured, make_networks, network_warnings
 from trainer.evaluation.references import Reference, dataset_images
 from trainer.run import pictures
@@ -96,7 +96,7 @@ class TrainingEvaluation:
         for m in self.networks:
             features = [FRECHET[name] for name in m.metrics if name in FRECHET]
             summary = Summary({feature: self.reference.moments(m, feature) for feature in features})
-            if needs_neighbours(m.metrics):
+            if needs_neighbors(m.metrics):
                 summary.pool = torch.from_numpy(np.load(kept.with_suffix(".pool.npy")))
             self.summaries.append(summary)
 
@@ -109,8 +109,8 @@ class TrainingEvaluation:
         """
         e, world = self.settings, self.world
         sampler = pictures.image_sampler(self.config, parts, ema)
-        summarisers = [
-            Summariser(m.network, m.metrics, world.device, generated=True, main=world.is_main) for m in self.networks
+        summarizers = [
+            Summarizer(m.network, m.metrics, world.device, generated=True, main=world.is_main) for m in self.networks
         ]
         disable = None if world.is_main else True
         self._to(world.device)
@@ -120,14 +120,14 @@ class TrainingEvaluation:
                     ids = range(first + world.rank * e.batch_size, first + (world.rank + 1) * e.batch_size)
                     labels = torch.tensor(ids, device=world.device) % parts.num_classes
                     images = to_uint8(sampler(ids, labels))
-                    for m, summariser in zip(self.networks, summarisers):
-                        self._add(m, summariser, images, e.images - first)
+                    for m, summarizer in zip(self.networks, summarizers):
+                        self._add(m, summarizer, images, e.images - first)
                     bar.update(min(world.size * e.batch_size, e.images - first))
             values: dict[str, float | None] = {}
             warnings = self.reference.warnings(self.networks) + network_warnings(self.networks)
-            for m, summariser, reference in zip(self.networks, summarisers, self.summaries):
+            for m, summarizer, reference in zip(self.networks, summarizers, self.summaries):
                 found, said = compare(
-                    m.metrics, summariser.summary(), reference, world.device, allow_singular=e.allow_singular
+                    m.metrics, summarizer.summary(), reference, world.device, allow_singular=e.allow_singular
                 )
                 values |= {m.name(metric): value for metric, value in found.items()}
                 warnings += [f"{m.name(metric)}: {text}" for metric, text in said]
@@ -135,12 +135,12 @@ class TrainingEvaluation:
             self._to(torch.device("cpu"))
         return values, warnings
 
-    def _add(self, m: Measured, summariser: Summariser, images: torch.Tensor, left: int) -> None:
+    def _add(self, m: Measured, summarizer: Summarizer, images: torch.Tensor, left: int) -> None:
         """Add the features of all ranks in image order and in batches, as a single rank would."""
         gathered = {name: gather_rows(feature)[:left] for name, feature in m.network(images).items()}
         size = self.settings.batch_size
         for start in range(0, len(next(iter(gathered.values()))), size):
-            summariser.add({name: feature[start : start + size] for name, feature in gathered.items()})
+            summarizer.add({name: feature[start : start + size] for name, feature in gathered.items()})
 
     def _kept(self) -> Path:
         """File of the reference statistics; its name is a hash of everything they depend on."""
@@ -159,7 +159,7 @@ class TrainingEvaluation:
             )
         self._to(self.world.device)
         try:
-            summaries, caches = summarise_reference(
+            summaries, caches = summarize_reference(
                 self.reference, self.networks, self.folder, batch_size=self.settings.batch_size, world=self.world
             )
         finally:

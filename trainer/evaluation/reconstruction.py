@@ -16,7 +16,7 @@ from components.distributed.ranks import Ranks
 from components.evaluation.extract import extract
 from components.evaluation.feature_cache import FeatureCache
 from components.evaluation.images import Images
-from components.evaluation.measures import FRECHET, Summariser, compare
+from components.evaluation.measures import FRECHET, Summarizer, compare
 from components.evaluation.reconstruction import psnr, ssim
 from components.files.fingerprint import fingerprint
 from components.nn.precision import parameter_dtype
@@ -107,7 +107,7 @@ def evaluate_reconstruction(
     }
     cache = FeatureCache(place, Ranks(None).first(lambda: settings))
     pairs = [
-        [Summariser(m.network, m.metrics, world.device, generated=False, main=world.is_main) for _ in "xy"]
+        [Summarizer(m.network, m.metrics, world.device, generated=False, main=world.is_main) for _ in "xy"]
         for m in networks
     ]
     sums = dict.fromkeys(pixelwise, 0.0)
@@ -117,10 +117,10 @@ def evaluate_reconstruction(
     for values in units if world.is_main else ():
         for name in sums:
             sums[name] += float(values[name].sum())
-        for m, summarisers in zip(networks, pairs):
-            for side, summariser in zip("xy", summarisers):
+        for m, summarizers in zip(networks, pairs):
+            for side, summarizer in zip("xy", summarizers):
                 prefix = f"{m.label}/{side}/"
-                summariser.add({k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)})
+                summarizer.add({k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)})
     found: dict[str, float | None] = {}
     warnings = network_warnings(networks)
     for m, (x, y) in zip(networks, pairs):

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from components.checkpoint import CheckpointError, CheckpointManager
-from components.distributed.materialize import materialise
+from components.distributed.materialize import materialize
 from components.distributed.parallel import World, compile_units
 from components.files.fingerprint import fingerprint
 from components.files.weights import load_strict
@@ -142,7 +142,7 @@ def open_source(
         module.eval().requires_grad_(False)
         if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
             with seeded(seed, place):
-                materialise(module, world.device)
+                materialize(module, world.device)
         module.to(world.device)
         if role in stored.states:
             load_strict(module, stored.states[role], f"{role} of {what}", path)

@@ -265,7 +265,7 @@ from __future__ import annotations
 
 import torch
 
-from components.contracts import Sample
+from components.contracts import DatasetItem
 from components.registry import datasets
 
 
@@ -290,7 +290,7 @@ class CLASS:
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> DatasetItem:
         """Return the image (uint8, (3, R, R)) and its class, a function of the index only."""
         if not 0 <= index < self.size:
             raise IndexError(f"dataset NAME: index {index} is outside its {self.size} images")
@@ -299,7 +299,7 @@ class CLASS:
         line = colors[0, :, None] * (1 - ramp) + colors[1, :, None] * ramp  # (3, R)
         image = (line[:, None] * 255).round().to(torch.uint8).expand(3, self.resolution, self.resolution)
         label = index % 2
-        return Sample((image if label == 0 else image.mT).contiguous(), label)
+        return DatasetItem((image if label == 0 else image.mT).contiguous(), label)
 '''
 
 RECIPE = '''\

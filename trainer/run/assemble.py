@@ -54,7 +54,7 @@ def check(config: Config, world_size: int, local_size: int = 1) -> Parts:
 
 
 def build(config: Config, world: World, files: bool = True, backend: str = "inductor") -> Parts:
-    """Builds the dataset and every module in its place, initialised from the seed or from the named weights.
+    """Builds the dataset and every module in its place, initialized from the seed or from the named weights.
 
     Args:
         world: this process among the ranks that call it together.

@@ -1,4 +1,4 @@
-"""One module's way from its constructor to its place: recompute, compile, shard, initialise, load."""
+"""One module's way from its constructor to its place: recompute, compile, shard, initialize, load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from components.diffusion.draws import generator
 from components.distributed import parallel
 from components.distributed.activation_checkpoint import Recompute, apply_recompute, backend_within
-from components.distributed.materialize import allocate, materialise
+from components.distributed.materialize import allocate, materialize
 from components.distributed.parallel import ParallelError, Sharding, World
 from components.files.weights import WeightsError
 from components.optim.ema import frozen_copy
@@ -69,7 +69,7 @@ def seeded(seed: int, place: str) -> Iterator[None]:
 
 
 def construct(seed: int, place: str, make: Callable[[], Any], on_meta: bool) -> Any:
-    """Calls a constructor, on the meta device if what it makes initialises itself later (``init_weights``)."""
+    """Calls a constructor, on the meta device if what it makes initializes itself later (``init_weights``)."""
     with seeded(seed, place), torch.device("meta") if on_meta else contextlib.nullcontext():
         return make()
 
@@ -161,7 +161,7 @@ class Preparation:
                     allocate(network, device, param_device)
                 else:
                     with seeded(self.config.training.seed, place if len(networks) == 1 else f"{place}.{index}"):
-                        materialise(network, device, param_device)
+                        materialize(network, device, param_device)
             if not self.files and not learns:
                 for parameter in network.parameters():
                     nn.init.normal_(parallel.local(parameter), std=0.02)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from components.contracts import Batch, Draws, Modules, Recipe, Weighted
+from components.contracts import Batch, Draws, LossTerm, Modules, Recipe
 from components.distributed import parallel
 from components.monitor.latent_statistics import observed, statistics
 from components.monitor.metrics import StepRecord
@@ -168,7 +168,7 @@ class Step:
         flat = torch.stack(list(means.values()))
         return dict(zip(means, parallel.mean_over_ranks(flat)))
 
-    def _update(self, group: str, terms: dict[str, Weighted], **extra: Tensor) -> None:
+    def _update(self, group: str, terms: dict[str, LossTerm], **extra: Tensor) -> None:
         if group not in self.groups:
             raise KeyError(f"the recipe updates '{group}', but its `trains` declares only {sorted(self.groups)}")
         total = torch.stack([weight * value for weight, value in terms.values()]).sum()

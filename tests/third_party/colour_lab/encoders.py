@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from components.registry import encoders
 
 
-@encoders.register("mean_colours")
-class MeanColours(nn.Module):
+@encoders.register("mean_colors")
+class MeanColors(nn.Module):
     """Mean colors of the parts of each patch: an encoder without training.
 
     Args:
@@ -20,7 +20,7 @@ class MeanColours(nn.Module):
     def __init__(self, resolution: int, grid: int, *, parts: int = 2) -> None:
         super().__init__()
         if parts < 1:
-            raise ValueError(f"encoders.mean_colours: parts = {parts}; expected at least 1")
+            raise ValueError(f"encoders.mean_colors: parts = {parts}; expected at least 1")
         self.grid, self.parts = grid, parts
         self.embed_dim = 3 * parts**2
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from components.contracts import Batch, Draws, Posterior, Weighted
+from components.contracts import Batch, Draws, LossTerm, Posterior
 from components.distributed.parallel import World
 from components.latent_cache.dataset import CachedEncoder
 from components.monitor.flops import FlopCounter
@@ -96,7 +96,7 @@ def try_flops_per_image(config: Config, meta: Parts, parts: Parts, world: World)
     return count
 
 
-def _backward(group: str, terms: dict[str, Weighted], **extra: Tensor) -> None:
+def _backward(group: str, terms: dict[str, LossTerm], **extra: Tensor) -> None:
     total = torch.stack([weight * value for weight, value in terms.values()]).sum()
     if total.requires_grad:
         total.backward()
