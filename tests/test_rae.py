@@ -262,7 +262,7 @@ def test_what_cannot_be_is_refused_by_name(toml, options, says):
 
 def test_its_recipe_refuses_a_tokenizer_that_learns_whole(tmp_path):
     (tmp_path / "toy.toml").write_text(toys.TOML)
-    with pytest.raises(ConfigError, match=r"'rae_decoder' trains a decoder alone, .*'autoencoder_kl' learns.*\(rae\)"):
+    with pytest.raises(ConfigError, match=r"'rae_decoder' trains only the .*'autoencoder_kl' is trainable.*\(rae\)"):
         assemble.check(config.load(str(tmp_path / "toy.toml"), ["--recipe.name=rae_decoder"]), 1)
 
 

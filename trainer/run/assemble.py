@@ -1,4 +1,4 @@
-"""Names in the config -> modules -> weights -> parameter groups. The registry is the only way to a plugin."""
+"""Builds the modules, weights, parameter groups and EMA of a run from its config; plugins come from the registry."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from trainer.run.prepare import Preparation, averaged, construct, mesh_shape
 
 
 def check(config: Config, world_size: int, local_size: int = 1) -> Parts:
-    """Builds every module on the meta device, where it costs no memory and reads no file.
+    """Validate a config by building every module on the meta device, without allocating memory or reading files.
 
     Args:
-        world_size: ranks that share the batch.
-        local_size: of them on one machine.
+        config: the run's config.
+        world_size: number of ranks.
+        local_size: number of ranks on one machine.
 
     Raises:
-        ConfigError: a combination that cannot work, naming the keys.
+        ConfigError: for settings that cannot work together; the message names the keys.
     """
     share = world_size * config.training.accumulation
     if config.training.batch_size % share:
@@ -47,22 +48,25 @@ def check(config: Config, world_size: int, local_size: int = 1) -> Parts:
     denoiser = parts.modules.denoiser
     if denoiser is not None and not denoiser.label_dropout and config.sampling.guidance > 1:
         raise ConfigError(
-            f"sampling.guidance = {config.sampling.guidance}: guidance needs a denoiser that is trained without labels "
-            "at times, but denoiser.label_dropout is 0; set one or the other (guidance 1 is none)"
+            f"sampling.guidance = {config.sampling.guidance}: classifier-free guidance needs a denoiser trained with "
+            "label dropout, but denoiser.label_dropout is 0; set denoiser.label_dropout > 0 or sampling.guidance = 1 (off)"
         )
     return parts
 
 
 def build(config: Config, world: World, files: bool = True, backend: str = "inductor") -> Parts:
-    """Builds the dataset and every module in its place, initialized from the seed or from the named weights.
+    """Build the dataset and all modules on their devices, initialized from the seed or from pretrained weights.
+
+    Collective: all ranks call it together.
 
     Args:
-        world: this process among the ranks that call it together.
-        files: False builds no dataset and reads no weights: frozen parts are random, for timing.
-        backend: of torch.compile.
+        config: the run's config.
+        world: rank, world size and device of this process.
+        files: if False, build no dataset and read no weights; frozen modules are random. Used for timing.
+        backend: torch.compile backend.
 
     Raises:
-        ConfigError: every file that is missing at once (data, checkpoints, encoder weights), with how to get it.
+        ConfigError: if files are missing; lists all of them (data, checkpoints, encoder weights) with how to get each.
     """
     recipe = make_plugin("recipe", "recipe", config.recipe)
     prepare = Preparation(config, trained_modules(recipe), world, files, backend)
@@ -79,17 +83,17 @@ def build(config: Config, world: World, files: bool = True, backend: str = "indu
         if cache is None or cached.needs_images(config, recipe, cache):
             missing.append(f"dataset: {error}")
     if cache is not None and min(there for (there,) in gather_floats(float(dataset is not None))) == 0:
-        dataset = None  # pictures are made by all ranks together, or by none
+        dataset = None  # making images is collective: every rank needs the dataset
     statistics = config.latent_norm.statistics
     if files and statistics and not statistics.startswith("hf://") and not Path(statistics).exists():
         missing.append(
-            f"latent_norm.statistics = '{statistics}' does not exist; get the file that belongs to the tokenizer, or "
-            'set it to "" to measure the statistics before the first step'
+            f"latent_norm.statistics = '{statistics}' does not exist; download the statistics of this tokenizer, or "
+            'set it to "" to measure them before the first step'
         )
-    # Frozen and pretrained parts first: a missing file shows before the large denoiser is made.
+    # Pretrained modules are built first, so that a missing file is reported before the large denoiser is allocated.
     parts = build_parts(config, cache if dataset is None else dataset, prepare, stop=lambda: bool(missing))
     if missing:
-        raise ConfigError("this run needs files that are not there:\n" + "\n".join(f"- {m}" for m in missing))
+        raise ConfigError("this run needs files that do not exist:\n" + "\n".join(f"- {m}" for m in missing))
     parts.averages = prepare.copies
     parts.images = dataset
     if cache is not None:
@@ -98,7 +102,7 @@ def build(config: Config, world: World, files: bool = True, backend: str = "indu
 
 
 def parameter_groups(config: Config, parts: Parts) -> dict[str, ParameterGroup]:
-    """One group per loss of the recipe that has something to train."""
+    """Return one parameter group per entry of ``recipe.trains`` that has at least one module."""
     groups = {}
     for name, members in parts.recipe.trains.items():
         settings = config.optimizer.group(name)
@@ -121,7 +125,7 @@ def parameter_groups(config: Config, parts: Parts) -> dict[str, ParameterGroup]:
 
 
 def make_ema(config: Config, parts: Parts) -> Ema | None:
-    """Averages of the denoiser, its heads and the latent statistics, and of the tokenizer on request."""
+    """Return the EMA of denoiser, heads and latent norm, and of the tokenizer with ``ema.tokenizer``; None if empty."""
     named = {name: getattr(parts.modules, name) for name in ("denoiser", "heads", "latent_norm", "tokenizer")}
     trained = trained_modules(parts.recipe)
     sources = {name: m for name, m in named.items() if m is not None and averaged(config, trained, name)}
@@ -129,7 +133,7 @@ def make_ema(config: Config, parts: Parts) -> Ema | None:
 
 
 def trained_modules(recipe: Recipe | type[Recipe]) -> set[str]:
-    """Names of the modules that some loss of the recipe trains."""
+    """Return the names of the modules that the recipe trains."""
     return {name for members in recipe.trains.values() for name in members}
 
 
@@ -140,13 +144,18 @@ def build_parts(
     stop: Callable[[], bool] = lambda: False,
     uses: frozenset[str] | None = None,
 ) -> Parts:
-    """Makes every module that the recipe uses, and hands each to ``prepare``.
+    """Construct the modules that the recipe uses and pass each to ``prepare``.
 
     Args:
-        dataset: tells the number of classes; None where there are no files.
-        prepare: called with a module's table in the config, its field in ``Modules``, and the module.
-        stop: asked before the denoiser is made, the largest of all.
-        uses: fields of ``Modules`` to make besides the tokenizer; none: those that the recipe uses.
+        config: the run's config.
+        dataset: source of the number of classes; None if it was not built.
+        prepare: called as ``prepare(place, role, module)``: the module's table in the config, its field in
+            :class:`Modules`, and the module.
+        stop: if it returns True, the denoiser (the largest module), latent norm and heads are not built.
+        uses: fields of ``Modules`` to build in addition to the tokenizer; None: ``recipe.uses``.
+
+    Raises:
+        ConfigError: for settings that cannot work together; the message names the keys.
     """
     recipe: Recipe = make_plugin("recipe", "recipe", config.recipe)
     uses, resolution = recipe.uses if uses is None else uses, config.training.resolution
@@ -166,11 +175,11 @@ def build_parts(
     if resolution % m.tokenizer.factor:
         raise ConfigError(
             f"training.resolution = {resolution}: not divisible by the tokenizer's factor of {m.tokenizer.factor}; "
-            f"the nearest sizes are {_multiples(resolution, m.tokenizer.factor)}"
+            f"the nearest valid sizes are {_multiples(resolution, m.tokenizer.factor)}"
         )
     if getattr(m.tokenizer, "resolution", resolution) != resolution:
         raise ConfigError(
-            f"tokenizer.resolution = {m.tokenizer.resolution}, but training.resolution = {resolution}; set both to one"
+            f"tokenizer.resolution = {m.tokenizer.resolution}, but training.resolution = {resolution}; make them equal"
         )
     _check_trainable(config, recipe, m.tokenizer)
     side = resolution // m.tokenizer.factor
@@ -181,7 +190,7 @@ def build_parts(
 
     for label, table in config.losses.items():
         loss = construct_plugin(f"losses.{label}", "loss", table)
-        # The weights of a loss that the recipe leaves out may be missing.
+        # Losses that the recipe does not use are not prepared: their weights may be missing.
         name = _sort_loss(m, label, loss, uses)
         if name and isinstance(loss, nn.Module):
             prepare(f"losses.{label}", name, loss)
@@ -189,7 +198,7 @@ def build_parts(
     if uses & {"denoiser", "encoders"}:
         if config.denoiser is None:
             raise ConfigError(f"recipe.name = '{config.recipe.name}' needs a [denoiser] table with a name")
-        # On the meta device first: the encoders need its grid, and their files may be missing.
+        # Encoders are built first and need the denoiser's grid: get it from a denoiser on the meta device.
         with torch.device("meta"):
             grid = make_plugin("denoiser", "denoiser", config.denoiser, latent, num_classes or 1).grid
         if "encoders" in uses:
@@ -197,7 +206,9 @@ def build_parts(
                 m.encoders[label] = make(f"encoders.{label}", "encoder", table, resolution, grid)
                 m.encoder_weights[label] = table.weight
             if not m.encoders:
-                raise ConfigError(f"recipe.name = '{config.recipe.name}' needs an [encoders.NAME] table, as dinov2")
+                raise ConfigError(
+                    f"recipe.name = '{config.recipe.name}' needs an [encoders.NAME] table, such as [encoders.dinov2]"
+                )
         if "denoiser" in uses and not stop():
             m.denoiser = make("denoiser", "denoiser", config.denoiser, latent, num_classes)
             norm = config.latent_norm
@@ -212,7 +223,7 @@ def build_parts(
                 m.heads = _make_heads(config, m)
                 prepare("heads", "heads", m.heads)
     if "reconstruction" in uses and not m.reconstruction:
-        raise ConfigError(f"recipe.name = '{config.recipe.name}' needs a reconstruction loss, as [losses.l1]")
+        raise ConfigError(f"recipe.name = '{config.recipe.name}' needs a reconstruction loss, such as [losses.l1]")
     if uses == recipe.uses and not stop() and hasattr(recipe, "check"):
         try:
             recipe.check(m)
@@ -223,7 +234,7 @@ def build_parts(
 
 
 def _check_trainable(config: Config, recipe: Recipe, tokenizer: Any) -> None:
-    """Raises ConfigError where a recipe trains what the tokenizer says cannot be trained."""
+    """Raise ConfigError if the recipe trains parts of the tokenizer that it does not allow to be trained."""
     if "tokenizer" not in trained_modules(recipe):
         return
     name = config.tokenizer.name
@@ -234,7 +245,7 @@ def _check_trainable(config: Config, recipe: Recipe, tokenizer: Any) -> None:
         fit = [r.name for r in registry.recipes if "tokenizer" not in trained_modules(r.cls)]
         raise ConfigError(
             f"recipe.name = '{config.recipe.name}' trains the tokenizer, but '{name}' {why}; {remedy} a recipe that "
-            f"leaves it as it is ({', '.join(fit)})"
+            f"does not train it ({', '.join(fit)})"
         )
     decoder_alone, frozen_encoder = (
         getattr(recipe, "trains_decoder_alone", False), getattr(tokenizer, "frozen_encoder", False)
@@ -243,13 +254,13 @@ def _check_trainable(config: Config, recipe: Recipe, tokenizer: Any) -> None:
         fit = [r.name for r in registry.recipes if getattr(r.cls, "trains_decoder_alone", False)]
         raise ConfigError(
             f"recipe.name = '{config.recipe.name}' trains the tokenizer's encoder, but that of '{name}' is frozen; "
-            f"choose a recipe that trains its decoder alone ({', '.join(fit)})"
+            f"choose a recipe that trains only the decoder ({', '.join(fit)})"
         )
     if decoder_alone and not frozen_encoder:
         fit = [t.name for t in registry.tokenizers if getattr(t.cls, "frozen_encoder", False)]
         raise ConfigError(
-            f"recipe.name = '{config.recipe.name}' trains a decoder alone, but the encoder of '{name}' learns, too; "
-            f"choose a tokenizer with a frozen one ({', '.join(fit)})"
+            f"recipe.name = '{config.recipe.name}' trains only the decoder, but the encoder of '{name}' is trainable; "
+            f"choose a tokenizer with a frozen encoder ({', '.join(fit)})"
         )
 
 
@@ -267,7 +278,7 @@ def _make_heads(config: Config, m: Modules) -> nn.ModuleList:
 
 
 def make_plugin(place: str, kind: str, table: PluginTable, *given: Any) -> Any:
-    """One plugin from its table; its ValueError becomes a ConfigError that names the table."""
+    """Construct a plugin from its config table; a ValueError becomes a ConfigError that names the table."""
     try:
         return registry.KINDS[kind].get(table.name).cls(*given, **table.options)
     except ValueError as error:
@@ -276,7 +287,7 @@ def make_plugin(place: str, kind: str, table: PluginTable, *given: Any) -> Any:
 
 
 def _sort_loss(m: Modules, label: str, loss: Any, uses: frozenset[str]) -> str:
-    """Puts a loss where its contract says, and names the place; "" if it is not used."""
+    """Store a loss in the field of ``m`` for its kind and return the field's name; "" if the recipe does not use it."""
     if isinstance(loss, AlignmentLoss):
         place = "alignment"
     elif isinstance(loss, AdversarialLoss):
@@ -287,7 +298,7 @@ def _sort_loss(m: Modules, label: str, loss: Any, uses: frozenset[str]) -> str:
         m.reconstruction[label] = loss
         return f"reconstruction.{label}"
     if getattr(m, place) is not None:
-        raise ConfigError(f"[losses.{label}]: a run has one {place} loss, and there is another; remove one")
+        raise ConfigError(f"[losses.{label}]: the config has two {place} losses, but a run takes one; remove one")
     if place not in uses:
         return ""
     setattr(m, place, loss)
@@ -298,14 +309,14 @@ def _num_classes(config: Config, dataset: Dataset | None, needed: bool) -> int:
     wanted = config.training.num_classes
     found = dataset.num_classes if dataset is not None else 0
     if not wanted and not found and needed:
-        # Asked for without data: a dataset that needs no files can still tell.
+        # No dataset was built, but one that reads no files can be constructed here for its number of classes.
         with contextlib.suppress(DataError, OSError, ConfigError), torch.device("cpu"):
             found = make_plugin("dataset", "dataset", config.dataset, config.training.resolution).num_classes
         return found or 1
     if wanted and found > wanted:
         raise ConfigError(
             f"training.num_classes = {wanted}, but the dataset has {found} classes; set it to {found}, or to 0 to "
-            "take the dataset's number"
+            "use the dataset's number"
         )
     return wanted or found
 

@@ -1,4 +1,4 @@
-"""The parts of a run."""
+"""The modules, recipe and dataset of a run."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from components.contracts import Dataset, LatentShape, Modules, Recipe
 
 @dataclass
 class Parts:
-    """Parts of a run, without optimizers.
+    """Everything that assembly builds for a run, except optimizers and the EMA.
 
     Attributes:
-        recipe: the training algorithm.
+        recipe: the training algorithm, one step of it.
         modules: networks and losses; only those that the recipe uses are built.
-        dataset: what training reads: images or cached latents; None if not requested.
-        num_classes: number of classes.
+        dataset: the training data, images or cached latents; None if it was not built.
+        num_classes: number of class labels, without the null label.
         latent: shape of one latent.
-        unused: tables of the config that the recipe does not use.
+        unused: config tables that the recipe does not use (``denoiser``, ``encoders``).
         averages: copies of modules for the EMA, by name; sharded like the modules.
         images: the image dataset; None if training reads cached latents and no images are available.
     """
@@ -35,5 +35,5 @@ class Parts:
 
     @property
     def extra_dim(self) -> int:
-        """Dimension of the vector (a class token) that the denoiser denoises together with the latent; 0: none."""
+        """Dimension of the vector, such as a class token, that is denoised together with the latent; 0 without one."""
         return getattr(self.modules.denoiser, "extra_dim", 0)

@@ -1,4 +1,4 @@
-"""One module's way from its constructor to its place: recompute, compile, shard, initialize, load."""
+"""Prepares modules for a run: activation checkpointing, compile, sharding, initialization, pretrained weights."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from components.files.weights import WeightsError
 from components.optim.ema import frozen_copy
 from trainer.config import Config, ConfigError
 
-# What the contracts call besides `forward`.
+# Methods other than `forward` that the contracts call, by role: FSDP must wrap them.
 METHODS = {"tokenizer": ("encode", "decode"), "denoiser": ("tokens",), "encoders": ("embed",)}
-# Roles of convolutional networks, which take the layout of the images.
+# Roles of convolutional networks, which use channels_last if the config asks for it.
 CONVOLUTIONAL = ("tokenizer", "discriminator", "recon")
 
 
 def mesh_shape(config: Config, world_size: int, local_size: int) -> tuple[int, int]:
-    """(replicate, shard) of a run; ConfigError where its ranks cannot be arranged."""
+    """Return the mesh shape (replicate, shard); raise ConfigError if the ranks do not divide into one."""
     p = config.parallel
     try:
         return parallel.mesh_shape(p.strategy, world_size, p.shard or min(local_size, world_size))
@@ -35,7 +35,7 @@ def mesh_shape(config: Config, world_size: int, local_size: int) -> tuple[int, i
 
 
 def make_sharding(config: Config, world: World) -> Sharding | None:
-    """Where modules go; None: whole, on a single process."""
+    """Return how modules are sharded or replicated; None for a single process without CPU offload."""
     shape = mesh_shape(config, world.size, world.local_size)
     if world.size == 1:
         if not config.parallel.cpu_offload:
@@ -49,12 +49,12 @@ def make_sharding(config: Config, world: World) -> Sharding | None:
 
 
 def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
-    """bf16 on a GPU where the config asks for it."""
+    """Return bfloat16 for a bf16 run on a GPU, otherwise None (no autocast)."""
     return torch.bfloat16 if config.training.precision == "bf16" and device.type == "cuda" else None
 
 
 def image_format(config: Config) -> dict[str, Any]:
-    """How a training step takes its images: ``image_dtype`` and ``memory_format`` of :class:`trainer.run.step.Step`."""
+    """Return ``image_dtype`` and ``memory_format``, keyword arguments of :class:`trainer.run.step.Step`."""
     layout = torch.channels_last if config.training.channels_last else torch.contiguous_format
     dtype = torch.float64 if config.training.precision == "fp64" else torch.float32
     return {"image_dtype": dtype, "memory_format": layout}
@@ -62,31 +62,31 @@ def image_format(config: Config) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def seeded(seed: int, place: str) -> Iterator[None]:
-    """Each part's initial weights depend on the seed and its own place only, not on what was built before."""
+    """Seed torch from (seed, place) inside the context: initial weights do not depend on construction order."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "weights", place).initial_seed())
         yield
 
 
 def construct(seed: int, place: str, make: Callable[[], Any], on_meta: bool) -> Any:
-    """Calls a constructor, on the meta device if what it makes initializes itself later (``init_weights``)."""
+    """Call a constructor, seeded; on the meta device if ``on_meta`` (the module has ``init_weights``)."""
     with seeded(seed, place), torch.device("meta") if on_meta else contextlib.nullcontext():
         return make()
 
 
 class Preparation:
-    """Puts modules where a run needs them, one after the other, so that no rank ever holds a large one whole.
+    """Prepares modules for a run, one at a time; modules on the meta device are sharded before they get memory.
 
     Args:
-        config: of the run.
-        trained: names of the modules that learn, as in the recipe's ``trains``.
-        world: this process.
-        files: False reads no weights: frozen parts are random, for timing.
-        backend: of torch.compile.
+        config: the run's config.
+        trained: names of the trained modules, as in the recipe's ``trains``.
+        world: rank, world size and device of this process.
+        files: if False, read no weights; frozen modules are random. Used for timing.
+        backend: torch.compile backend.
 
     Attributes:
-        missing: what could not be read, each with how to get it.
-        copies: averages of modules, by role, sharded alike; not yet equal to them.
+        missing: one message per weights file that could not be read, with how to get it.
+        copies: frozen copies of modules for the EMA, by role; their values are set later.
     """
 
     def __init__(
@@ -98,12 +98,12 @@ class Preparation:
         self.copies: dict[str, nn.Module] = {}
 
     def __call__(self, place: str, role: str, module: nn.Module) -> None:
-        """Prepares one module.
+        """Prepare one module in place.
 
         Args:
-            place: its table in the config, which seeds its weights.
-            role: its field in :class:`components.contracts.Modules`.
-            module: as constructed, on the CPU or on the meta device.
+            place: the module's table in the config; its initial weights are seeded with it.
+            role: the module's field in :class:`components.contracts.Modules`.
+            module: a newly constructed module, on the CPU or on the meta device.
         """
         learns = role.split(".")[0] in self.trained
         module.train(learns)
@@ -113,7 +113,7 @@ class Preparation:
             module.to(torch.float64)
         if averaged(self.config, self.trained, role):
             self.copies[role] = frozen_copy(module)
-        # A list (of alignment heads) is no network, its items are.
+        # An nn.ModuleList (the alignment heads) has no forward: its items are prepared one by one.
         networks = list(module) if isinstance(module, nn.ModuleList) else [module]
         recompute = Recompute.parse(getattr(self.config.activation_checkpoint, role, "none"))
         for network in networks:
@@ -132,18 +132,20 @@ class Preparation:
                 self.missing.append(str(error))
 
     def place(self, place: str, role: str, networks: list[nn.Module], learns: bool, is_copy: bool = False) -> None:
-        """Shards networks, or not, and gives them memory and initial weights.
+        """Shard networks if the run needs it, allocate them on the device, and initialize those on the meta device.
 
         Args:
-            networks: of one role, as the heads.
-            learns: a backward pass follows their forward passes.
-            is_copy: they are averages, which get their values later.
+            place: the module's table in the config; initial weights are seeded with it.
+            role: the module's field in :class:`components.contracts.Modules`.
+            networks: the networks of this role: one, or several heads.
+            learns: whether the networks are trained.
+            is_copy: the networks are EMA copies: allocated, but not initialized.
         """
         p, device = self.config.parallel, self.world.device
         sharding = self.sharding
         if sharding is not None and not learns:
-            # An average lives where its source does: in the same shards, or on the host. What else is not trained
-            # needs no wrapping unless it is to be cut.
+            # EMA copies are sharded or offloaded like their sources. Other frozen modules are wrapped only if they
+            # are split across ranks.
             cut = sharding.shape[1] > 1
             wrapped = (cut or sharding.cpu_offload) if is_copy else (cut and p.shard_frozen)
             sharding = sharding if wrapped else None
@@ -165,14 +167,14 @@ class Preparation:
             if not self.files and not learns:
                 for parameter in network.parameters():
                     nn.init.normal_(parallel.local(parameter), std=0.02)
-            # Sharded weights must be contiguous; convolutions then follow the layout of the images.
+            # FSDP needs contiguous weights; a sharded convolution takes its layout from its input instead.
             convolutional = role.startswith(CONVOLUTIONAL)
             if self.config.training.channels_last and convolutional and not sharded:
                 network.to(memory_format=torch.channels_last)
 
 
 def averaged(config: Config, trained: set[str], role: str) -> bool:
-    """Whether a run keeps an average of a module: the denoiser's side always, the tokenizer on request."""
+    """Return whether a module has an EMA: denoiser, heads, latent norm; with ``ema.tokenizer`` a trained tokenizer."""
     if role == "tokenizer":
         return config.ema.tokenizer and role in trained
     return role in ("denoiser", "heads", "latent_norm")
