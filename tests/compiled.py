@@ -1,4 +1,4 @@
-"""Runs a few steps of a config with random weights and images, eager or compiled, and records every gradient."""
+"""Compares eager and compiled training: runs steps with random weights and images and records every gradient."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ from trainer.estimate.dry_run import micro_batches
 from trainer.run.assemble import build
 from trainer.run.step import make_step
 
-ZERO = 2e-5  # relative to its group's norm: gradients that are zero in theory, such as of a bias before a norm
+ZERO = 2e-5  # of the group's norm; tolerance for gradients that are zero in theory, such as of a bias before a norm
 
 
 @dataclass
 class Learned:
-    """Metrics of each step, gradient norm of each parameter in each step, and largest change of each parameter."""
+    """Results of a run.
+
+    Attributes:
+        values: metrics of each step.
+        norms: gradient norm of each parameter, by step.
+        moved: largest absolute change of each parameter over all steps.
+    """
 
     values: list[dict[str, float]]
     norms: list[dict[str, float]]
@@ -29,10 +35,10 @@ def learn(config: Config, backend: str | None, steps: int = 2, device: str = "cp
     """Run ``steps`` steps in one process, without autocast.
 
     Args:
-        config: read without its files: frozen modules and images are random, and the same in every call.
-        backend: of torch.compile; None: eager.
-        steps: at the end of the run, so that losses with a late start are active.
-        device: to run on.
+        config: config to run; its files are not read. Frozen modules and images are random, but equal in all calls.
+        backend: torch.compile backend; None: eager.
+        steps: number of steps, the last ones of the run, so that losses with a late start are active.
+        device: device to run on.
     """
     config = config.model_copy(update={"training": config.training.model_copy(update={"compile": backend is not None})})
     torch.manual_seed(config.training.seed)  # for the frozen modules
@@ -43,7 +49,7 @@ def learn(config: Config, backend: str | None, steps: int = 2, device: str = "cp
     with torch.no_grad():
         for group in groups.values():
             for name, p in zip(group.names, group.parameters):
-                # No weight stays at zero: a zero modulation would hide whether a block learns.
+                # Make all weights nonzero: with zero modulation (adaLN-Zero), blocks would get no gradient.
                 p.add_(0.02 * torch.randn(p.shape, generator=generator("not zero", name)).to(device))
     before = {name: p.detach().clone() for g in groups.values() for name, p in zip(g.names, g.parameters)}
     found = Learned([], [], {})
@@ -67,9 +73,9 @@ def learn(config: Config, backend: str | None, steps: int = 2, device: str = "cp
 
 
 def assert_learns_alike(eager: Learned, compiled: Learned, rtol: float = 2e-3) -> None:
-    """Assert that all losses and gradients agree, and that every parameter has a gradient and moves in both runs.
+    """Assert that losses and gradients agree, and that every parameter has a nonzero gradient and changes in both runs.
 
-    Biases may have none: the hinge loss has a zero gradient for the last bias of an untrained discriminator.
+    Biases are exempt: the hinge loss has a zero gradient for the last bias of an untrained discriminator.
     """
     for k, (a, b) in enumerate(zip(eager.values, compiled.values, strict=True)):
         assert a.keys() == b.keys() and a["skipped_steps"] == b["skipped_steps"] == 0
@@ -86,4 +92,4 @@ def assert_learns_alike(eager: Learned, compiled: Learned, rtol: float = 2e-3) -
     for learned in (eager, compiled):
         still = [name for name, distance in learned.moved.items() if distance == 0 and not name.endswith("bias")]
         without = [name for name, norm in learned.norms[0].items() if norm == 0 and not name.endswith("bias")]
-        assert not still and not without, f"never learn: {still}; without a gradient: {without}"
+        assert not still and not without, f"unchanged: {still}; zero gradient: {without}"

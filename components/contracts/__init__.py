@@ -1,4 +1,4 @@
-"""What parts promise each other: records and protocols."""
+"""Contracts between the core and plugins: one protocol per plugin kind, and the records they exchange."""
 
 from components.contracts.parts import (
     AdversarialLoss,

@@ -1,15 +1,15 @@
-"""What the parts of a run promise each other, as protocols, and :class:`Modules`, which holds them.
+"""Protocols that plugins implement, and :class:`Modules`, which holds the modules of a run.
 
 Shapes: B images per micro-batch, R pixels per side, C latent channels of h x w, N = n x n tokens on the
 denoiser's grid, D_k features of encoder k. Images that reach a model are float in [-1, 1].
 
-What a part that is an ``nn.Module`` may offer besides its protocol:
+Optional members of a plugin that is an ``nn.Module``:
 
-- ``init_weights()``: fills every parameter and every buffer, from torch's global generator. Then the part is made on
-  the meta device, and no process ever holds a large one whole; without it, the part is made on the CPU as it is.
-- ``units()``: sub-modules that are compiled, recomputed and sharded one by one; without it, the part as a whole.
-  A unit is used through its ``forward`` alone.
-- ``keep_fp32 = True`` (on the part or on a unit): it computes in fp32 whatever the precision of the run.
+- ``init_weights()``: initializes every parameter and buffer, using torch's global generator. The module is then
+  constructed on the meta device and sharded before it gets memory. Without it, the module is constructed on the CPU.
+- ``units()``: submodules to compile, checkpoint and shard separately; without it, the module is one unit. Units must
+  be called only through ``forward``.
+- ``keep_fp32 = True``, on the module or on a unit: compute in fp32 even in a bf16 run.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Images to latents and back. Constructed from its options alone.
+    """Encodes images to latents and decodes latents to images. Constructed from its options alone.
 
-    Recipes that want more of it than it offers are refused: ``trainable = False`` says that none of it learns,
-    ``frozen_encoder = True`` that its decoder alone does (``encode`` passes no gradient on, and the encoder's
-    parameters never require one). ``resolution`` is the images' side in pixels, where it takes one size only.
+    Optional attributes; the trainer refuses a recipe that contradicts the first two:
+
+    - ``trainable = False``: no part of the tokenizer can be trained.
+    - ``frozen_encoder = True``: only the decoder can be trained. ``encode`` must not propagate gradients, and the
+      encoder's parameters must not require them.
+    - ``resolution``: image side in pixels, if the tokenizer supports only one.
 
     Attributes:
-        factor: pixels per latent position along each side.
+        factor: downsampling factor, pixels per latent position along each side.
         channels: latent channels C.
     """
 
@@ -44,33 +47,33 @@ class Tokenizer(Protocol):
     channels: int
 
     def encode(self, x: Tensor) -> Posterior:
-        """(B, 3, R, R) in [-1, 1] -> posterior over (B, C, R / factor, R / factor)."""
+        """Images (B, 3, R, R) in [-1, 1] -> posterior over latents (B, C, R / factor, R / factor)."""
 
     def decode(self, z: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, 3, h * factor, w * factor), nominally in [-1, 1]."""
+        """Latents (B, C, h, w) -> images (B, 3, h * factor, w * factor), nominally in [-1, 1]."""
 
     def load_weights(self) -> None:
-        """Reads the checkpoint that the options name, if any. Called once, never on the meta device."""
+        """Load the checkpoint named in the options, if any. Called once, after the module has left the meta device."""
 
     def units(self) -> Sequence[nn.Module]:
-        """Sub-modules to compile, checkpoint and shard one by one."""
+        """Submodules to compile, checkpoint and shard separately."""
 
 
 @runtime_checkable
 class Denoiser(Protocol):
     """Predicts the velocity of x_t. Constructed from ``(latent: LatentShape, num_classes: int)`` and options.
 
-    It may denoise a vector together with the latent, as REG's class token: then it has ``extra_dim``, the features D_e
-    of the vector, and its methods take the noised vector (B, D_e) as a fourth argument. Its tokens are then
-    (B, 1 + N, width), the vector's first. Training draws the noise, and samplers integrate latent and vector as one
-    state.
+    A denoiser may denoise a vector together with the latent, such as REG's class token. It then has an attribute
+    ``extra_dim``, the dimension D_e of the vector; ``__call__`` and ``tokens`` take the noised vector (B, D_e) as a
+    fourth argument; and its hidden tokens are (B, 1 + N, width), the vector's token first. Training draws the vector's
+    noise, and samplers integrate latent and vector as one state.
 
     Attributes:
-        width: features of a hidden token.
+        width: dimension of the hidden tokens.
         grid: tokens per side; N = grid ** 2.
-        align_depth: the block after which ``tokens`` are taken, counted from 1; or a list of several, rising.
-        null_label: the label that means "no class"; ``num_classes`` when there is one.
-        label_dropout: the probability with which training replaces a label by the null label.
+        align_depth: index of the block, counted from 1, whose output ``tokens`` returns; or an ascending list.
+        null_label: label of the unconditional class, ``num_classes``.
+        label_dropout: probability of replacing a label with ``null_label`` in training.
     """
 
     width: int
@@ -80,62 +83,71 @@ class Denoiser(Protocol):
     label_dropout: float
 
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor) -> DenoiserOutput:
-        """x_t (B, C, h, w), t (B,) in [0, 1], labels (B,) int64 in [0, null_label]."""
+        """Velocity and hidden tokens at x_t (B, C, h, w), t (B,) in [0, 1], labels (B,) int64 in [0, null_label]."""
 
     def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tokens:
-        """The hidden tokens alone; blocks behind the last ``align_depth`` do not run."""
+        """Hidden tokens only: blocks after the last ``align_depth`` do not run."""
 
     def units(self) -> Sequence[nn.Module]:
-        """Sub-modules to compile, checkpoint and shard one by one."""
+        """Submodules to compile, checkpoint and shard separately."""
 
 
 @runtime_checkable
 class Encoder(Protocol):
-    """A frozen network whose patch tokens are the alignment target.
+    """A frozen visual encoder whose patch tokens are the alignment targets.
 
-    Constructed from ``(resolution: int, grid: int)``, the images' side in pixels and the denoiser's tokens per
-    side, and its options. It may offer ``embed(images) -> (B, D)``, one vector per image.
+    Constructed from ``(resolution: int, grid: int)`` (image side in pixels, the denoiser's tokens per side) and
+    options. Optional: a method ``embed(images) -> (B, D)``, one vector per image for evaluation (default: the mean of
+    the tokens), and an attribute ``native_grid``, the ``grid`` that evaluation constructs the encoder with.
 
     Attributes:
-        embed_dim: features D of a token.
+        embed_dim: dimension D of a token.
     """
 
     embed_dim: int
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, R, R) in [-1, 1] -> (B, grid * grid, D) patch tokens, rows first."""
+        """Images (B, 3, R, R) in [-1, 1] -> patch tokens (B, grid * grid, D), in row-major order."""
 
     def load_weights(self) -> None:
-        """Reads its weights. Called once, never on the meta device.
+        """Load the pretrained weights. Called once, after the module has left the meta device.
 
         Raises:
-            WeightsError: they cannot be had; the message says every way to provide them.
+            WeightsError: if they cannot be loaded; the message lists every way to provide them.
         """
 
 
 @runtime_checkable
 class ReconstructionLoss(Protocol):
-    """A term of the tokenizer's loss. ``weight`` is its factor in the sum."""
+    """One term of the tokenizer's loss.
+
+    Attributes:
+        weight: factor of the term in the sum.
+    """
 
     weight: float
 
     def __call__(self, x: Tensor, x_hat: Tensor, posterior: Posterior) -> Tensor:
-        """Image and reconstruction (B, 3, R, R) and the posterior -> a scalar."""
+        """Images and reconstructions (B, 3, R, R) and their posterior -> scalar loss, unweighted."""
 
 
 @runtime_checkable
 class AdversarialLoss(Protocol):
-    """A discriminator and its two losses; ``parameters()`` are the discriminator's, all of them within ``units()``."""
+    """A discriminator with its two losses. All of its parameters belong to a module in ``units()``.
+
+    Attributes:
+        weight: factor of the generator loss in the tokenizer's loss.
+    """
 
     weight: float
 
     def generator(self, x_hat: Tensor, step: int) -> Tensor:
-        """What the tokenizer minimises: a scalar, zero before the start step."""
+        """Generator loss of the reconstructions (B, 3, R, R): a scalar, zero before the start step."""
 
     def discriminator(self, x: Tensor, x_hat: Tensor, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What the discriminator minimises, as named scalars that are summed, and scalars that are only reported.
+        """Return the terms of the discriminator's loss, which are summed, and scalars that are only logged, by name.
 
-        ``x_hat`` comes detached.
+        ``x`` and ``x_hat`` are images and detached reconstructions (B, 3, R, R).
         """
 
 
@@ -143,41 +155,41 @@ class AdversarialLoss(Protocol):
 class AlignmentLoss(Protocol):
     """Distance between projected denoiser tokens and encoder tokens, with one head per depth and encoder.
 
-    It may offer ``strength(step: int) -> float``, the factor of both weights at a step, counted from 0: a schedule,
-    and a function of the step alone, so that a resumed run goes on as it would have. At 0 neither encoders nor heads
-    run.
+    Optional: ``strength(step: int) -> float``, a schedule that multiplies both weights; steps count from 0. It must
+    depend on the step alone, so that resuming is exact. Where it is 0, neither encoders nor heads run.
 
     Attributes:
-        tokenizer_weight: weight in the tokenizer's loss.
-        denoiser_weight: weight in the denoiser's loss.
+        tokenizer_weight: weight of the term in the tokenizer's loss.
+        denoiser_weight: weight of the term in the denoiser's loss.
     """
 
     tokenizer_weight: float
     denoiser_weight: float
 
     def make_heads(self, width: int, embed_dims: Sequence[int], grid: int) -> nn.ModuleList:
-        """Trainable heads, one per entry of ``embed_dims``: (B, N, width) -> (B, N, D_k).
+        """Create the trainable heads, one per entry of ``embed_dims``: (B, N, width) -> (B, N, D_k).
 
-        With several depths the encoders' dimensions come once for each depth, the first depth's first.
+        With several depths, ``embed_dims`` repeats the encoders' dimensions once per depth, in the order of the depths.
         """
 
     def align(self, projected: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        """Projected tokens and targets (B, N, D_k) in pairs -> a scalar, their mean.
+        """Pairs of projected tokens and targets (B, N, D_k) -> scalar loss, the mean over pairs.
 
-        Training hands over one pair at a time, and weights the encoders.
+        Training passes one pair per call and computes the weighted mean over encoders itself.
         """
 
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Map-style images with class labels. Constructed from ``(resolution: int)`` and options.
+    """Map-style dataset of images with class labels. Constructed from ``(resolution: int)`` and options.
 
-    One that holds mirrored copies offers ``mirrored(index) -> DatasetItem``; else training mirrors the image.
+    Optional: ``mirrored(index) -> DatasetItem``, if the dataset stores mirrored copies (a latent cache). Without it,
+    training flips the image.
 
     Attributes:
-        num_classes: labels are in [0, num_classes).
+        num_classes: number of classes; labels are in [0, num_classes).
         class_names: one name per class.
-        flip: whether training may mirror the images left-right.
+        flip: whether random horizontal flips are allowed in training.
     """
 
     num_classes: int
@@ -190,17 +202,18 @@ class Dataset(Protocol):
 
 
 class Update(Protocol):
-    """Adds one loss's gradients to one group of parameters."""
+    """Callback of a recipe that back-propagates one loss into one parameter group."""
 
     def __call__(self, group: str, terms: dict[str, LossTerm], **extra: Tensor) -> None:
-        """Back-propagates the weighted sum of ``terms`` and reports each of them; ``extra`` is only reported."""
+        """Back-propagate the weighted sum of ``terms`` and log each of them; ``extra`` is logged only."""
 
 
 @dataclass
 class Modules:
-    """The parts of a run, as a recipe sees them; a part the recipe does not use is None or empty.
+    """The modules of a run, as passed to its recipe. Those that the recipe does not use are None or empty.
 
-    ``encoder_weights`` are each encoder's part in the alignment loss, by label; empty: all equal.
+    ``encoders``, ``encoder_weights`` and ``reconstruction`` are keyed by the labels of their config tables.
+    ``encoder_weights`` are the encoders' relative weights in the alignment loss; 1 where an encoder has none.
     """
 
     tokenizer: Any = None
@@ -215,7 +228,7 @@ class Modules:
     flow: Flow | None = None
 
     def named(self) -> dict[str, nn.Module]:
-        """Every module by name: 'tokenizer', 'denoiser', 'encoders.dinov2', ..."""
+        """Return every ``nn.Module`` by name: 'tokenizer', 'denoiser', 'encoders.dinov2', ..."""
         found: dict[str, Any] = {}
         for name, part in vars(self).items():
             if isinstance(part, dict):
@@ -226,23 +239,24 @@ class Modules:
 
 
 class Recipe(Protocol):
-    """One step of training, as a paper would write it. Constructed from its options alone.
+    """The training algorithm, one step of it. Constructed from its options alone.
 
-    One whose losses reach the tokenizer's decoder alone says ``trains_decoder_alone = True``; others that train the
-    tokenizer want both halves of it.
+    Optional members:
 
-    A recipe whose tokenizer is frozen, and which asks :mod:`components.diffusion.losses` for posterior and targets, may
-    say ``cached_latents = True``: then it can train on a latent cache. One that asks more of the parts than their
-    contracts may offer ``check(m: Modules)``: it raises a ValueError that names the key to change, before the run
-    starts.
+    - ``trains_decoder_alone = True``: the losses train only the tokenizer's decoder. Other recipes that train the
+      tokenizer train encoder and decoder.
+    - ``cached_latents = True``: the recipe can train on a latent cache. Its tokenizer must be frozen, and it must get
+      posterior and targets from :mod:`components.diffusion.losses`.
+    - ``check(m: Modules)``: validates requirements beyond the contracts before the run starts; raises a ValueError
+      that names the key to change.
 
     Attributes:
-        uses: fields of :class:`Modules` that it needs; the others are not built.
-        trains: parameter groups, each the names of the modules it updates.
+        uses: fields of :class:`Modules` that the recipe needs; the others are not built.
+        trains: module names by parameter group.
     """
 
     uses: frozenset[str]
     trains: dict[str, tuple[str, ...]]
 
     def step(self, m: Modules, batch: Batch, draws: Draws, update: Update, step: int) -> None:
-        """Builds the losses of one micro-batch and hands each to ``update``; changes no weight itself."""
+        """Compute the losses of one micro-batch and pass each to ``update``; must not change weights itself."""

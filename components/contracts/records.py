@@ -1,4 +1,4 @@
-"""Small records that parts pass to each other.
+"""Records that the core, recipes and plugins exchange.
 
 Shapes: B images per micro-batch, R pixels per side, C latent channels of h x w, N = n x n tokens on the
 denoiser's grid, D_k features of encoder k. Images that reach a model are float in [-1, 1].
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class LatentShape(NamedTuple):
-    """Shape of one image's latent: C channels of ``height`` x ``width``."""
+    """Shape of one latent: C channels of ``height`` x ``width``."""
 
     channels: int
     height: int
@@ -21,12 +21,12 @@ class LatentShape(NamedTuple):
 
 
 class Posterior(NamedTuple):
-    """Diagonal Gaussian q(z|x) of a tokenizer; both tensors (B, C, h, w).
+    """Diagonal Gaussian posterior q(z|x); ``mean`` and ``logvar`` are (B, C, h, w).
 
     Producers must clamp the log-variance to [-30, 20], so that ``std`` neither vanishes nor overflows.
 
-    A tuple, as is every record that a wrapped forward pass returns: FSDP2 finds the tensors that need a backward hook
-    in tuples, lists and dicts alone (torch 2.11). In any other container its weights would be freed too early.
+    A tuple, as must be every record returned by the forward pass of a module that FSDP2 wraps: FSDP2 registers backward
+    hooks only on tensors in tuples, lists and dicts (torch 2.11). With other containers it frees weights too early.
     """
 
     mean: Tensor
@@ -34,7 +34,7 @@ class Posterior(NamedTuple):
 
     @classmethod
     def from_std(cls, mean: Tensor, std: Tensor) -> Posterior:
-        """From a standard deviation; what was rounded to zero gets the least that there is."""
+        """Create a posterior from the standard deviation; a ``std`` rounded to zero becomes the minimum, exp(-15)."""
         return cls(mean, (2 * std.log()).clamp(-30.0, 20.0))
 
     @property
@@ -42,23 +42,23 @@ class Posterior(NamedTuple):
         return torch.exp(0.5 * self.logvar)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """z = mean + std * noise, with noise ~ N(0, I) of the latent's shape."""
+        """Return z = mean + std * noise, where ``noise`` is N(0, I) of shape (B, C, h, w)."""
         return self.mean + self.std * noise.to(self.mean.dtype)
 
     def kl(self) -> Tensor:
-        """KL(q || N(0, I)) in nats, summed over the latent, averaged over the batch: a scalar."""
+        """Return KL(q || N(0, I)) in nats, summed over the latent and averaged over the batch: a scalar."""
         kl = 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)
         return kl.flatten(1).sum(1).mean()
 
 
 Tokens = Tensor | tuple[Tensor, ...]
-"""Hidden tokens (B, N, width) after one block; a tuple of them where ``align_depth`` lists several, in its order."""
+"""Hidden tokens (B, N, width) after block ``align_depth``; a tuple in that order if it lists several blocks."""
 
 
 class DenoiserOutput(NamedTuple):
-    """``velocity`` (B, C, h, w) and the hidden :data:`Tokens` after block ``align_depth``.
+    """Predicted ``velocity`` (B, C, h, w) and the hidden :data:`Tokens` after block ``align_depth``.
 
-    ``extra`` (B, D_e) is the velocity of the vector that is denoised with the latent, where there is one.
+    ``extra`` (B, D_e) is the velocity of the vector that is denoised together with the latent; None without one.
     """
 
     velocity: Tensor
@@ -67,7 +67,7 @@ class DenoiserOutput(NamedTuple):
 
 
 class LossTerm(NamedTuple):
-    """One term of a loss: its weight in the sum and its unweighted value (what TensorBoard shows)."""
+    """One term of a loss: its weight in the sum, and its unweighted scalar value, which TensorBoard shows."""
 
     weight: float
     value: Tensor
@@ -77,10 +77,10 @@ class Batch(NamedTuple):
     """One micro-batch on one rank.
 
     Attributes:
-        images: (B, 3, R, R) float in [-1, 1]; None on cached latents where nothing needs them.
-        labels: (B,) int64.
-        posterior: of a frozen tokenizer, where it is cached.
-        features: patch tokens (B, N, D_k) of frozen encoders by label, those that are cached.
+        images: (B, 3, R, R) float in [-1, 1]; None with cached latents if no module needs images.
+        labels: class labels (B,), int64.
+        posterior: cached posterior of a frozen tokenizer; None without a cache.
+        features: cached patch tokens (B, N, D_k) by encoder label; None without a cache.
     """
 
     images: Tensor | None
@@ -90,9 +90,9 @@ class Batch(NamedTuple):
 
 
 class Cached(NamedTuple):
-    """What a latent cache holds of an image (or, stacked, of a micro-batch), in the cache's dtype.
+    """Latent cache entry of one image, or of a micro-batch (stacked), in the cache's dtype.
 
-    ``mean`` and ``std`` (C, h, w) of the posterior; ``features`` (N, D_k) by encoder label.
+    ``mean`` and ``std`` (C, h, w) are those of the posterior; ``features`` are (N, D_k) by encoder label.
     """
 
     mean: Tensor
@@ -101,9 +101,10 @@ class Cached(NamedTuple):
 
 
 class DatasetItem(NamedTuple):
-    """One item of a dataset: ``image`` uint8 (3, R, R), its class, and the path of an unreadable file it replaces.
+    """One item of a dataset: ``image`` uint8 (3, R, R) and its class ``label``.
 
-    A dataset of cached latents gives ``cached``, and no image where nothing needs it.
+    ``unreadable`` is the path of the unreadable file that this item replaces, if any. A dataset of cached latents sets
+    ``cached``, and ``image`` only if a module needs images.
     """
 
     image: Tensor | None
@@ -113,10 +114,11 @@ class DatasetItem(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """The random numbers of one micro-batch of B images.
+    """Random numbers of one micro-batch.
 
-    ``posterior`` and ``noise`` are N(0, I) of (B, C, h, w); ``time`` and ``label`` are U[0, 1) of (B,); ``extra`` is
-    N(0, I) of (B, D_e), the noise of what the denoiser denoises besides the latent, and empty where that is nothing.
+    ``posterior`` and ``noise`` are N(0, I) of shape (B, C, h, w); ``time`` and ``label`` are U[0, 1) of shape (B,).
+    ``extra`` is N(0, I) of shape (B, D_e), the noise of the vector that is denoised together with the latent; it is
+    empty without one.
     """
 
     posterior: Tensor

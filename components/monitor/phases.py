@@ -1,7 +1,7 @@
-"""Where the time of a step goes: a clock that divides it into named phases, without waiting for the device.
+"""Measures how a step's time divides into named phases, without synchronizing with the device.
 
-``with phase("encoders"):`` works anywhere, like ``torch.profiler.record_function``, and does nothing where no clock
-runs. Never call it in code that torch.compile traces.
+``with phase("encoders"):`` can be used anywhere, like ``torch.profiler.record_function``, and is a no-op while no clock
+is running. Do not use it in code that torch.compile traces.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from typing import Any
 
 import torch
 
-REST = "optimizer"  # what no phase claims: norms, clipping, optimizers, EMA
+REST = "optimizer"  # time outside of all phases: gradient norms, clipping, optimizers, EMA
 
 _current: PhaseClock | None = None
 _NOTHING = contextlib.nullcontext()
 
 
 def phase(name: str) -> contextlib.AbstractContextManager[None]:
-    """Charges the time inside to ``name``, and not to the phase around it."""
+    """Context manager that attributes its time to phase ``name``, not to the enclosing phase."""
     return _NOTHING if _current is None else _current.phase(name)
 
 
 def segments() -> contextlib.AbstractContextManager[None]:
-    """Charges the time inside, piece by piece, to the names that :func:`end_segment` gives afterwards."""
+    """Context manager that divides its time into segments, each named when it ends by :func:`end_segment`."""
     return _NOTHING if _current is None else _current.segments()
 
 
 def end_segment(name: str) -> None:
-    """Charges the time since the last segment ended to ``name``, but for what other phases have claimed."""
+    """End the current segment: attribute its time to ``name``, except the time of phases inside it."""
     if _current is not None:
         _current.end_segment(name)
 
 
 def waiting(name: str, items: Iterable[Any]) -> Iterator[Any]:
-    """The same items; charges the time until each is there to ``name``."""
+    """Yield the same items; attribute the time spent waiting for each to phase ``name``."""
     iterator, end = iter(items), object()
     while True:
         with phase(name):
@@ -48,7 +48,7 @@ def waiting(name: str, items: Iterable[Any]) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def timed(clock: PhaseClock | None) -> Iterator[PhaseTimes | None]:
-    """Runs ``clock`` inside, as the process's current one; gives what it will have measured. None: no clock."""
+    """Run ``clock`` as the current clock of the process; yields its times, to be read after exit. None: no clock."""
     global _current
     if clock is None:
         yield None
@@ -63,16 +63,16 @@ def timed(clock: PhaseClock | None) -> Iterator[PhaseTimes | None]:
 
 
 class PhaseTimes:
-    """The phases of one step, on their way from the device to the host."""
+    """Phase times of one step, read from the device only when :meth:`read` is called."""
 
     def __init__(self, pool: list[torch.cuda.Event]) -> None:
-        self.names: list[str | None] = []  # of the phase that begins at each stamp
-        self.stamps: list[Any] = []  # seconds on a CPU, else events
+        self.names: list[str | None] = []  # name of the phase that begins at each stamp
+        self.stamps: list[Any] = []  # CUDA events on a GPU, seconds on a CPU
         self._pool = pool
         self._found: dict[str, float] | None = None
 
     def read(self) -> dict[str, float]:
-        """Milliseconds by phase, and of the whole as "step". Waits until the device has passed the last phase."""
+        """Return milliseconds by phase, and of the whole step as "step". Waits for the device to finish the step."""
         if self._found is None:
             self._found = {}
             last = self.stamps[-1]
@@ -81,7 +81,7 @@ class PhaseTimes:
             for name, begin, end in zip(self.names, self.stamps, self.stamps[1:]):
                 name = REST if name is None else name
                 self._found[name] = self._found.get(name, 0.0) + _milliseconds(begin, end)
-            self._found[REST] = self._found.pop(REST)  # as the last, which it is
+            self._found[REST] = self._found.pop(REST)  # last in the report, too
             self._found["step"] = _milliseconds(self.stamps[0], self.stamps[-1])
             self._pool += [stamp for stamp in self.stamps if isinstance(stamp, torch.cuda.Event)]
             self.stamps = []
@@ -89,17 +89,17 @@ class PhaseTimes:
 
 
 class PhaseClock:
-    """Measures the phases of one step after the other.
+    """Clock that measures the phases of consecutive steps.
 
-    On a GPU each change of phase records an event on the current stream (about a microsecond for the host, nothing to
-    wait for), so that a phase lasts from when the device reaches its first kernel to when it reaches the next
-    phase's: the time of kernels and of gaps between them. On a CPU it reads the host's clock.
+    On a GPU, each change of phase records an event on the current stream (about 1 microsecond on the host, no
+    synchronization). A phase lasts until the device reaches the first kernel of the next phase: it includes kernels and
+    the gaps between them. On a CPU, the clock reads the host's time.
 
     Args:
-        device: where the step runs.
+        device: device that the step runs on.
 
     Attributes:
-        ranges: open a ``record_function`` range for each phase, for a profiler's trace.
+        ranges: whether to open a ``record_function`` range for each phase, for profiler traces.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -107,21 +107,21 @@ class PhaseClock:
         self._cuda = device.type == "cuda"
         self._pool: list[torch.cuda.Event] = []
         self._times = PhaseTimes(self._pool)
-        self._name: str | None = None  # of the running phase; none: a segment whose name is not known yet
-        self._unnamed: list[int] = []  # stamps of the running segment
-        self._segments: list[str] = []  # of the running step, in order
-        self._expected: list[str] = []  # of the last step: a range must have its name when it begins
+        self._name: str | None = None  # current phase; None: a segment, not named yet
+        self._unnamed: list[int] = []  # indices of stamps in the current segment
+        self._segments: list[str] = []  # segments of this step, in order
+        self._expected: list[str] = []  # segments of the previous step, as a range is named when it begins
         self._range: Any = None
 
     def start(self) -> PhaseTimes:
-        """Begins a step, and with it the phase of all that no other claims."""
+        """Begin a step; its time belongs to ``REST`` until a phase begins."""
         self._times = PhaseTimes(self._pool)
         self._segments, self._unnamed = [], []
         self._mark(REST)
         return self._times
 
     def stop(self) -> None:
-        """Ends the step."""
+        """End the step."""
         self._close_range()
         self._times.stamps.append(self._stamp())
         self._expected = self._segments
@@ -156,7 +156,7 @@ class PhaseClock:
             self._mark(None)
 
     def _mark(self, name: str | None) -> None:
-        """The phase from here on."""
+        """Begin a phase; None: a segment that is named later."""
         if name is None:
             self._unnamed.append(len(self._times.names))
         self._name = name

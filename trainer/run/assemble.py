@@ -49,7 +49,7 @@ def check(config: Config, world_size: int, local_size: int = 1) -> Parts:
     if denoiser is not None and not denoiser.label_dropout and config.sampling.guidance > 1:
         raise ConfigError(
             f"sampling.guidance = {config.sampling.guidance}: classifier-free guidance needs a denoiser trained with "
-            "label dropout, but denoiser.label_dropout is 0; set denoiser.label_dropout > 0 or sampling.guidance = 1 (off)"
+            "label dropout, but denoiser.label_dropout is 0; set it above 0, or set sampling.guidance = 1 (off)"
         )
     return parts
 
