@@ -1,20 +1,20 @@
 # shellcheck shell=bash
-# Finds or makes a Python with the packages of pyproject.toml. Sourced by run_train.sh and run_tests.sh.
+# Finds or creates a Python environment with the packages of pyproject.toml. Sourced by run_train.sh and run_tests.sh.
 #
-#   setup_python [test]    sets and exports PYTHON and PYTHONPATH, or explains what to do and exits
+#   setup_python [test]    sets and exports PYTHON, PYTHONPATH and PYTHONSAFEPATH, or exits with instructions
 #
-# The first of these that has everything is used:
-#   1. $PYTHON, or python3 where it is unset;
-#   2. .venv in the repository, if its stamp says that it was completed for this pyproject.toml;
-#   3. .venv, made now.
+# It uses the first of these that has all packages:
+#   1. $PYTHON, or python3 if PYTHON is unset;
+#   2. .venv in the repository, if its stamp matches this pyproject.toml (without a stamp: if it has all packages);
+#   3. .venv, created or completed now.
 #
-# Calls before_installation PYTHON, which a script may define, with the Python that .venv is about to be made with.
+# Before creating .venv it calls before_installation PYTHON, which a script may define, with the Python to create it with.
 #
-# With TITANREPA_TORCH=2.11, that release of PyTorch in an environment of its own, .venv-torch-2.11, and nothing else.
+# With TITANREPA_TORCH=2.11, it uses only .venv-torch-2.11, a separate environment with that release of PyTorch.
 
 setup_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 setup_venv=$setup_root/.venv${TITANREPA_TORCH:+-torch-$TITANREPA_TORCH}
-# "installing", or the checksum of the pyproject.toml that it was completed for. A .venv without one is the user's.
+# Contains "installing", or the checksum of the pyproject.toml that was installed. A .venv without it is the user's.
 setup_stamp=$setup_venv/.titanrepa
 
 setup_say() { printf 'titanrepa: %s\n' "$*" >&2; }
@@ -24,8 +24,8 @@ setup_fail() {
   exit 1
 }
 
-# check PYTHON [test]: 0 it has everything; 3 it is older than 3.10; 4 it lacks packages, which are printed;
-# anything else: it does not run. Reads metadata only: importing torch would cost seconds at every start.
+# setup_check PYTHON [test]: returns 0 if all packages are installed, 3 if Python is older than 3.10, 4 if packages
+# are missing (prints them), anything else if it does not run. Reads metadata only: importing torch takes seconds.
 setup_check() {
   "$1" - "$setup_root/pyproject.toml" "${@:2}" 2>/dev/null <<'EOF'
 import sys
@@ -89,7 +89,7 @@ setup_venv_complete() { # [test]
   fi
 }
 
-# Prints a Python >= 3.10 to build the environment with: the given one, or the newest with a versioned name.
+# Prints a Python >= 3.10 to create the environment with: the given one, or the newest of python3.10 to python3.13.
 setup_base() {
   local candidate status
   for candidate in "$1" python3.13 python3.12 python3.11 python3.10; do
@@ -99,7 +99,7 @@ setup_base() {
       echo "$candidate"
       return
     fi
-    # Somebody who names a Python wants that one.
+    # If the user set PYTHON, try no other.
     [[ -z ${PYTHON:-} ]] || break
   done
   setup_fail "$1 is not a Python 3.10 or newer ($("$1" --version 2>&1 | head -n 1 || true))." \
@@ -118,7 +118,7 @@ setup_install() {
   fi
   mkdir -p "$setup_venv" || setup_fail "cannot write to $setup_root; install the packages of pyproject.toml" \
     "into a Python of yours and name it: PYTHON=/path/to/python3 $0 ..."
-  # Before anything else: whatever interrupts this leaves the mark, and the next start begins anew.
+  # Write the stamp first: after an interruption, the next start removes the folder and installs again.
   echo installing >"$setup_stamp"
   setup_say "installing PyTorch and the other packages into ${setup_venv##*/}; this takes minutes and some gigabytes, once"
   if [[ ! -x $setup_venv/bin/python ]]; then
@@ -143,7 +143,7 @@ setup_python() { # [test]
     base=$(setup_base "$wanted")
     before_installation "$base"
     if command -v flock >/dev/null && [[ -w $setup_root/pyproject.toml ]]; then
-      # Two starts at once: the second waits here, then finds the work done.
+      # Of two concurrent starts, the second waits here, then finds the environment complete.
       exec 9>>"$setup_root/pyproject.toml"
       flock -n 9 || {
         setup_say "another start is installing; waiting for it"
@@ -154,7 +154,7 @@ setup_python() { # [test]
     exec 9>&-
     PYTHON=$setup_venv/bin/python
   fi
-  # The repository's packages win over namesakes elsewhere, also in the caller's folder (which comes last).
+  # The repository's packages take precedence over others of the same name; the current folder comes last.
   PYTHONPATH=$setup_root${PYTHONPATH:+:$PYTHONPATH}:$PWD
   PYTHONSAFEPATH=1
   export PYTHON PYTHONPATH PYTHONSAFEPATH

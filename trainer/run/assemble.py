@@ -298,7 +298,7 @@ def _sort_loss(m: Modules, label: str, loss: Any, uses: frozenset[str]) -> str:
         m.reconstruction[label] = loss
         return f"reconstruction.{label}"
     if getattr(m, place) is not None:
-        raise ConfigError(f"[losses.{label}]: the config has two {place} losses, but a run takes one; remove one")
+        raise ConfigError(f"[losses.{label}]: a run takes one {place} loss, but the config has two; remove one")
     if place not in uses:
         return ""
     setattr(m, place, loss)
