@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from components.files.atomic import atomic_write
 
 
 class TimeUp(BaseException):
@@ -89,9 +90,8 @@ class Results:
     def write(self) -> None:
         """Replace the file by the current results."""
         found = self.about | {"seconds": round(time.monotonic() - self.began, 1), "parts": self.parts}
-        new = self.file.with_suffix(".tmp")
-        new.write_text(json.dumps(plain(found), indent=1, allow_nan=False) + "\n")
-        os.replace(new, self.file)
+        with atomic_write(self.file, fsync=False) as partial:
+            partial.write_text(json.dumps(plain(found), indent=1, allow_nan=False) + "\n")
 
     def _end(self, name: str, entry: dict[str, Any]) -> None:
         self.parts[name] = entry

@@ -1,6 +1,5 @@
 """The latent cache on disk: random access from any process; damage is reported, never read."""
 
-import json
 import pickle
 from pathlib import Path
 
@@ -134,10 +133,11 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     write_json(tmp_path / "a.json", {"crc32": "of something else", "b": [1.5, None]})
     before = (tmp_path / "a.json").read_bytes()
     assert latent_cache.read_json(tmp_path / "a.json") == {"crc32": "of something else", "b": [1.5, None]}
-    monkeypatch.setattr(json, "dump", lambda fields, file, **_: file.write('{"half') and 1 / 0)
+    monkeypatch.setattr(Path, "write_text", lambda path, _: path.write_bytes(b'{"half') and 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_json(tmp_path / "a.json", {"b": 2})
     assert (tmp_path / "a.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_fingerprint_is_of_the_weights_alone():

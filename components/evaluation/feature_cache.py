@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from components.evaluation import EvaluationError
+from components.files.atomic import atomic_write
 
 FOLDER = ".evaluation"
 
@@ -65,9 +65,8 @@ class FeatureCache:
         """Atomically write a unit's values."""
         from safetensors.torch import save_file
 
-        temporary = self._path(unit).with_name(f".{unit}.{os.getpid()}.tmp")
-        save_file({name: value.contiguous().cpu() for name, value in values.items()}, temporary)
-        os.replace(temporary, self._path(unit))
+        with atomic_write(self._path(unit), fsync=False, concurrent=True) as temporary:
+            save_file({name: value.contiguous().cpu() for name, value in values.items()}, temporary)
 
     def remove(self) -> None:
         """Remove the units, and the parent folder if it is then empty."""

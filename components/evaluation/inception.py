@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import os
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from components.files.atomic import atomic_write
 from components.files.weights import WeightsError, read_state
 from components.nn.precision import no_autocast
 
@@ -152,12 +152,10 @@ def full_fp32() -> Iterator[None]:
 
 def _download(url: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Include the process id: ranks that start together must not write to the same file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as answer, open(temporary, "wb") as file:
-            while block := answer.read(1 << 20):
-                file.write(block)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        atomic_write(path, fsync=False, concurrent=True) as temporary,  # ranks that start together all download it
+        urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as answer,
+        open(temporary, "wb") as file,
+    ):
+        while block := answer.read(1 << 20):
+            file.write(block)

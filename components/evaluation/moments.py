@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from components.evaluation import EvaluationError
+from components.files.atomic import atomic_write
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,8 @@ def save_statistics(path: str | Path, statistics: dict[str, Gaussian], about: di
             arrays[f"count{ending}"] = np.array(g.count)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with atomic_write(path, concurrent=True) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_statistics(path: str | Path) -> tuple[dict[str, Gaussian], dict[str, Any] | None]:

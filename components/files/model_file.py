@@ -7,7 +7,6 @@ modules' state dicts. Each file is self-contained: its metadata include the conf
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.files.manifest import sync_folder
+from components.files.atomic import atomic_write
 from components.files.weights import WeightsError
 from components.version import version
 
@@ -44,9 +43,8 @@ def write_model(
     files = [folder / f"{part}.safetensors" for part in states]
     for file, (part, state) in zip(files, states.items()):
         write_part(file, part, state, config_toml, step, weights)
-    partial = folder / f"{CONFIG}.partial"
-    partial.write_text(config_toml, encoding="utf-8")
-    replace(partial, folder / CONFIG)
+    with atomic_write(folder / CONFIG) as partial:
+        partial.write_text(config_toml, encoding="utf-8")
     return [*files, folder / CONFIG]
 
 
@@ -69,11 +67,10 @@ def save_tensors(path: Path, state: dict[str, Tensor], metadata: dict[str, str])
     """Atomically write a safetensors file; its metadata also get ``titanrepa_version``."""
     from safetensors.torch import save_file
 
-    partial = path.with_name(f"{path.name}.partial")
     seen: set[int] = set()
     metadata = metadata | {"titanrepa_version": version()}
-    save_file({key: _alone(value, seen) for key, value in state.items()}, partial, metadata)
-    replace(partial, path)
+    with atomic_write(path) as partial:
+        save_file({key: _alone(value, seen) for key, value in state.items()}, partial, metadata)
 
 
 def save_tree(path: Path, tree: dict[str, Any]) -> None:
@@ -85,9 +82,8 @@ def save_tree(path: Path, tree: dict[str, Any]) -> None:
             return {key: bare(inner) for key, inner in value.items()}
         return _alone(value, seen) if isinstance(value, Tensor) else value
 
-    partial = path.with_name(f"{path.name}.partial")
-    torch.save(bare(tree), partial)
-    replace(partial, path)
+    with atomic_write(path) as partial:
+        torch.save(bare(tree), partial)
 
 
 def _alone(tensor: Tensor, seen: set[int]) -> Tensor:
@@ -123,11 +119,3 @@ def read_part(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             "import; convert it to a model folder with python -m trainer import"
         )
     return state, about
-
-
-def replace(partial: Path, path: Path) -> None:
-    """Flush ``partial`` to disk and atomically rename it to ``path``."""
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)

@@ -53,6 +53,7 @@ from torch import Tensor
 from components.contracts import Cached, LatentShape
 from components.data.loader import DataError
 from components.files import manifest
+from components.files.atomic import atomic_write
 
 FORMAT = 1
 INDEX, STATISTICS, PROGRESS = "index.json", "latents-stats.safetensors", "progress"
@@ -261,13 +262,8 @@ def read_index(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:
     """Atomically write fields and their CRC-32; the file is on disk when this returns."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        json.dump(fields | {OWN_CRC32: _crc32(fields)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    manifest.sync_folder(path.parent)
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(fields | {OWN_CRC32: _crc32(fields)}, indent=1))
 
 
 def read_json(path: Path) -> dict[str, Any]:

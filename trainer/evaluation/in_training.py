@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from components.evaluation import EvaluationError
 from components.evaluation.images import First, Images
 from components.evaluation.measures import FRECHET, Summarizer, Summary, compare, needs_neighbors
 from components.evaluation.moments import read_statistics
+from components.files.atomic import atomic_write
 from components.files.weights import WeightsError
 from components.optim.ema import Ema
 from trainer.config import Config, ConfigError
@@ -168,9 +168,9 @@ class TrainingEvaluation:
         def write() -> None:
             for summary in summaries:
                 if summary.pool is not None:
-                    temporary = kept.with_suffix(f".{os.getpid()}.tmp.npy")
-                    np.save(temporary, summary.pool.numpy())
-                    os.replace(temporary, kept.with_suffix(".pool.npy"))
+                    path = kept.with_suffix(".pool.npy")
+                    with atomic_write(path, fsync=False, concurrent=True) as temporary, open(temporary, "wb") as file:
+                        np.save(file, summary.pool.numpy())
             write_statistics(
                 str(kept), self.networks, summaries
             )  # last, since its presence marks the files as complete

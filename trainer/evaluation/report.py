@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from components.evaluation import EvaluationError
-from trainer.models.sample_folder import write_whole
+from components.files.atomic import atomic_write
 from trainer.run.monitor.events import EventWriter
 
 TITLES = {
@@ -49,7 +49,8 @@ def write_json(path: Path, values: dict[str, float | None], warnings: list[str],
     metrics = {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
     whole = {"metrics": metrics, "warnings": warnings, **about, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
     try:
-        write_whole(path, json.dumps(whole, indent=1).encode())
+        with atomic_write(path, fsync=False) as partial:
+            partial.write_text(json.dumps(whole, indent=1))
     except OSError as error:
         raise EvaluationError(f"cannot write {path} ({error.strerror}); choose a file with --output") from error
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from components.diffusion.draws import generator
+from components.files.atomic import atomic_write
 from components.version import version
 from trainer.config import ConfigError
 
@@ -63,7 +64,8 @@ class SampleFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             record = settings | {"titanrepa_version": version()}
-            write_whole(self.path / SETTINGS, json.dumps(record, indent=1).encode())
+            with atomic_write(self.path / SETTINGS, fsync=False) as partial:
+                partial.write_text(json.dumps(record, indent=1))
         except OSError as error:
             raise ConfigError(f"--out: cannot write to '{self.path}': {error.strerror}") from error
 
@@ -74,13 +76,10 @@ class SampleFolder:
 
     def write(self, i: int, image: Tensor) -> None:
         """Write image i, uint8 (3, R, R) on the CPU, atomically."""
-        import io
-
         import PIL.Image
 
-        buffer = io.BytesIO()
-        PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG", compress_level=1)
-        write_whole(self.file(i), buffer.getvalue())
+        with atomic_write(self.file(i), fsync=False) as partial:
+            PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).save(partial, "PNG", compress_level=1)
 
     def read(self, i: int) -> Tensor:
         """Read image i, uint8 (3, R, R)."""
@@ -99,21 +98,17 @@ class SampleFolder:
 
     def write_archive(self, count: int, resolution: int) -> Path:
         """Write the .npz of the ADM evaluation suite, ``arr_0`` uint8 (count, R, R, 3), one image at a time."""
-        path, partial = self.path / ARCHIVE, self.path / (ARCHIVE + ".partial")
-        with zipfile.ZipFile(partial, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+        path = self.path / ARCHIVE
+        with (
+            atomic_write(path, fsync=False) as partial,
+            zipfile.ZipFile(partial, "w") as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as file,
+        ):
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, resolution, resolution, 3)}
             np.lib.format.write_array_header_1_0(file, header)
             for i in range(count):
                 file.write(self.read(i).permute(1, 2, 0).contiguous().numpy().tobytes())
-        os.replace(partial, path)
         return path
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file atomically, by a rename."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
 
 
 def parse_labels(text: str, num_classes: int) -> list[int] | str:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.files.model_file import replace, save_tensors
+from components.files.atomic import atomic_write
+from components.files.model_file import save_tensors
 from components.files.weights import WeightsError
 from components.version import version
 
@@ -128,10 +129,9 @@ def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any])
     about, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
     about.unlink(missing_ok=True)  # written last, so that a partial folder has none
     save_tensors(weights, to_diffusers(state), {"format": "pt"})
-    partial = folder / "config.json.partial"
     config = config | {"_titanrepa_version": version()}  # diffusers ignores keys that begin with an underscore
-    partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    replace(partial, about)
+    with atomic_write(about) as partial:
+        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return [about, weights]
 
 
