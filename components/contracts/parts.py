@@ -7,6 +7,7 @@ What a part that is an ``nn.Module`` may offer besides its protocol:
 
 - ``init_weights()``: fills every parameter and every buffer, from torch's global generator. Then the part is made on
   the meta device, and no process ever holds a large one whole; without it, the part is made on the CPU as it is.
+  Loading a trained model skips it if the state dict holds every parameter and buffer.
 - ``units()``: sub-modules that are compiled, recomputed and sharded one by one; without it, the part as a whole.
   A unit is used through its ``forward`` alone.
 - ``keep_fp32 = True`` (on the part or on a unit): it computes in fp32 whatever the precision of the run.
