@@ -7,6 +7,7 @@ Optional members of a plugin that is an ``nn.Module``:
 
 - ``init_weights()``: initializes every parameter and buffer, using torch's global generator. The module is then
   constructed on the meta device and sharded before it gets memory. Without it, the module is constructed on the CPU.
+  Loading a trained model skips it if the state dict holds every parameter and buffer.
 - ``units()``: submodules to compile, checkpoint and shard separately; without it, the module is one unit. Units must
   be called only through ``forward``.
 - ``keep_fp32 = True``, on the module or on a unit: compute in fp32 even in a bf16 run.

@@ -61,6 +61,15 @@ def allocate(module: nn.Module, device: torch.device, param_device: torch.device
         t.fill_(torch.nan)
 
 
+def filled_by_loading(module: nn.Module) -> bool:
+    """Whether strict loading of a state dict initializes all of a module, because it holds every parameter and buffer.
+
+    False if there are non-persistent buffers, which only ``init_weights()`` can compute.
+    """
+    state = module.state_dict()
+    return all(name in state for name, _ in (*module.named_parameters(), *module.named_buffers()))
+
+
 def _floats(module: nn.Module) -> list[tuple[str, Tensor]]:
     held = (*module.named_parameters(), *module.named_buffers())
     return [(name, local(t)) for name, t in held if t.is_floating_point()]

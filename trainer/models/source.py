@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from components.checkpoint import CheckpointError, CheckpointManager
-from components.distributed.materialize import materialize
+from components.distributed.materialize import allocate, filled_by_loading, materialize
 from components.distributed.parallel import World, compile_units
 from components.files.fingerprint import fingerprint
 from components.files.weights import load_strict
@@ -141,8 +141,12 @@ def open_source(
     def prepare(place: str, role: str, module: nn.Module) -> None:
         module.eval().requires_grad_(False)
         if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
-            with seeded(seed, place):
-                materialize(module, world.device)
+            if role in stored.states and filled_by_loading(module):
+                # Drawing random weights for a large denoiser, only to overwrite them, costs more than loading it.
+                allocate(module, world.device)
+            else:
+                with seeded(seed, place):
+                    materialize(module, world.device)
         module.to(world.device)
         if role in stored.states:
             load_strict(module, stored.states[role], f"{role} of {what}", path)
