@@ -83,14 +83,14 @@ def test_tokens_come_from_each_depth():
     for net in nets.values():
         net.load_state_dict(nets[1].state_dict())
     given = normal(2, *toys.LATENT), torch.tensor([0.2, 0.7]).double(), torch.tensor([1, 10])
-    behind = {}
+    after = {}
     for number, block in enumerate(nets[1].blocks, 1):
-        block.register_forward_hook(lambda _, __, out, number=number: behind.update({number: out}))
+        block.register_forward_hook(lambda _, __, out, number=number: after.update({number: out}))
     velocity = nets[1](*given).velocity
     both = nets[1, 3](*given)
     assert isinstance(both.tokens, tuple) and torch.equal(both.velocity, velocity)
     for got, again, depth in zip(both.tokens, nets[1, 3].tokens(*given), (1, 3), strict=True):
-        assert torch.equal(got, behind[depth]) and torch.equal(got, again)
+        assert torch.equal(got, after[depth]) and torch.equal(got, again)
         assert torch.equal(got, nets[depth].tokens(*given))
 
 

@@ -62,7 +62,7 @@ def test_compiled_equals_eager_and_does_not_recompile(toml, tmp_path, eager):
     found = run(0, 1, toml, str(tmp_path), options)
     graphs = found["graphs"]
     assert len(graphs) == 6 and graphs[1] > 0
-    assert graphs[1] == graphs[2] and graphs[3] == graphs[-1], f"graphs compiled behind each step: {graphs}"
+    assert graphs[1] == graphs[2] and graphs[3] == graphs[-1], f"graphs compiled after each step: {graphs}"
     assert_close(eager, found)
 
 
@@ -73,7 +73,7 @@ def test_sharded_recomputing_runs_do_not_recompile_either(toml, tmp_path, eager)
     for found in run_ranks(run, 2, toml, str(tmp_path), options):
         graphs = found["graphs"]
         assert len(graphs) == 6 and graphs[1] > 0
-        assert graphs[1] == graphs[-1], f"graphs compiled behind each step: {graphs}"
+        assert graphs[1] == graphs[-1], f"graphs compiled after each step: {graphs}"
         assert_close(eager, found)
 
 

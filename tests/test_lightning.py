@@ -141,11 +141,11 @@ class Formulas:
         c = self.mlp(torch.cat([angles.cos(), angles.sin()], -1)) + self.s["y_embedder.embedding_table.weight"][labels]
         h = self.patches(x, "x_embedder")
         h = h + self.positions(h.shape[-1])
-        behind = []
+        after = []
         for i in range(depth):
             h = self.block(h, c[:, None], f"blocks.{i}", heads)
-            behind.append(h)
-        return self.final(h, c[:, None], x.shape[1]), behind
+            after.append(h)
+        return self.final(h, c[:, None], x.shape[1]), after
 
     def ditdh(self, x, t, labels, heads, depth, head_heads, head_depth):
         angles = 2 * math.pi * t[:, None] * self.s["t_embedder.W"]
@@ -153,16 +153,16 @@ class Formulas:
         c = self.silu(time + self.s["y_embedder.embedding_table.weight"][labels])
         h = self.patches(x, "s_embedder")
         h = h + self.positions(h.shape[-1])
-        behind = []
+        after = []
         for i in range(depth):
             h = self.block(h, c[:, None], f"blocks.{i}", heads)
-            behind.append(h)
+            after.append(h)
         s = self.silu(time[:, None] + h)
         s = self.linear(s, "s_projector") if "s_projector.weight" in self.s else s
         h = self.patches(x, "x_embedder")
         for i in range(depth, depth + head_depth):
             h = self.block(h, s, f"blocks.{i}", head_heads)
-        return self.final(h, s, x.shape[1]), behind
+        return self.final(h, s, x.shape[1]), after
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -173,9 +173,9 @@ def test_lightningdit_is_its_formula(options, qk_norm):
     out = denoiser(x, t, labels)
     patch = options.get("patch_size", 2)
     formulas = Formulas(denoiser.state_dict(), 6 // patch, patch)
-    velocity, behind = formulas.lightningdit(x, t, labels, options.get("heads", 2), 3)
+    velocity, after = formulas.lightningdit(x, t, labels, options.get("heads", 2), 3)
     torch.testing.assert_close(out.velocity, velocity, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(out.tokens, behind[denoiser.align_depth - 1], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(out.tokens, after[denoiser.align_depth - 1], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -188,9 +188,9 @@ def test_ditdh_is_its_formula(options, qk_norm):
     patch = options.get("patch_size", 2)
     formulas = Formulas(denoiser.state_dict(), 6 // patch, patch)
     head = options.get("head_heads", 4), options.get("head_depth", 2)
-    velocity, behind = formulas.ditdh(x, t, labels, 2, 3, *head)
+    velocity, after = formulas.ditdh(x, t, labels, 2, 3, *head)
     torch.testing.assert_close(out.velocity, velocity, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(out.tokens, behind[1], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(out.tokens, after[1], rtol=1e-10, atol=1e-10)
 
 
 def test_weights_of_reversed_time_answer_as_on_their_own_time():
