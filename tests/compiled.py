@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from components.diffusion.draws import generator
+from components.diffusion.random_numbers import generator
 from components.distributed.parallel import World
 from trainer.config import Config
 from trainer.estimate.dry_run import micro_batches

@@ -3,7 +3,7 @@
 import torch
 
 from components.contracts import Draws
-from components.diffusion.draws import draw
+from components.diffusion.random_numbers import draw
 from tests.toys import LATENT
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from components.diffusion.draws import generator
+from components.diffusion.random_numbers import generator
 from components.distributed.parallel import World
 from components.evaluation import precision_recall
 from components.evaluation.inception import Inception

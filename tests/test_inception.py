@@ -5,7 +5,7 @@ import urllib.request
 import pytest
 import torch
 
-from components.diffusion.draws import generator
+from components.diffusion.random_numbers import generator
 from components.evaluation import inception
 from components.evaluation.inception import Inception
 from components.files.weights import WeightsError

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from components.data.loader import DataError, collate
-from components.diffusion.draws import generator
+from components.diffusion.random_numbers import generator
 from components.files.fingerprint import fingerprint
 from components.latent_cache import cache as latent_cache
 from components.latent_cache.cache import DTYPES, INDEX, LatentCache, ShardWriter, shard_name, write_json

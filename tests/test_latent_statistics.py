@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from components.diffusion.draws import generator
+from components.diffusion.random_numbers import generator
 from components.monitor.hardware import GPU_TFLOPS, peak_tflops
 from components.monitor.latent_statistics import observe, observed, principal_components, statistics
 from components.nn.latent_norm import LatentNorm

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from components.diffusion.draws import generator
+from components.diffusion.random_numbers import generator
 from components.evaluation import EvaluationError
 from components.evaluation.frechet import frechet_distance
 from components.evaluation.moments import Gaussian, Moments, read_statistics, save_statistics

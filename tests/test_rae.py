@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from components import registry
 from components.contracts import Batch, Modules
-from components.diffusion.draws import draw
+from components.diffusion.random_numbers import draw
 from components.distributed.parallel import World
 from components.files.weights import WeightsError
 from plugins.losses.reconstruction import L1

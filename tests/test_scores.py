@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from components.diffusion.draws import generator
+from components.diffusion.random_numbers import generator
 from components.evaluation import EvaluationError, precision_recall
 from components.evaluation.reconstruction import psnr, ssim
 from components.evaluation.scores import InceptionScore

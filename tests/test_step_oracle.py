@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from components.contracts import Batch, Draws, LatentShape, Modules
-from components.diffusion.draws import generator
 from components.diffusion.flow import Flow
+from components.diffusion.random_numbers import generator
 from components.nn.latent_norm import LatentNorm
 from components.optim.ema import Ema
 from components.optim.optimizer import ParameterGroup, Schedule

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from components.contracts import Batch, Draws, LatentShape, Modules
-from components.diffusion.draws import draw, generator
 from components.diffusion.flow import Flow
+from components.diffusion.random_numbers import draw, generator
 from components.nn.latent_norm import LatentNorm
 from plugins.denoisers.sit import SiT
 from plugins.losses.cosine import Cosine

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from components.conformance.subject import Fault
-from components.diffusion.draws import generator
+from components.diffusion.random_numbers import generator
 
 Outputs = dict[str, Tensor]
 Inputs = tuple[Tensor, ...]

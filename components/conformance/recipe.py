@@ -16,8 +16,8 @@ from components.conformance.form import images, stir
 from components.conformance.form_checks import scalar
 from components.conformance.subject import Fault, Subject
 from components.contracts import AdversarialLoss, AlignmentLoss, Batch, Draws, LatentShape, LossTerm, Modules
-from components.diffusion.draws import draw
 from components.diffusion.flow import Flow
+from components.diffusion.random_numbers import draw
 from components.nn.latent_norm import LatentNorm
 
 SIDE, CLASSES, COUNT, STEP = 32, 10, 4, 0

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.contracts import DenoiserOutput, LatentShape, Posterior
-from components.diffusion.draws import generator
+from components.diffusion.random_numbers import generator
 from components.nn.precision import at_least_fp32
 
 WIDTH = 16

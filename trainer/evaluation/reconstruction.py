@@ -25,7 +25,7 @@ from trainer.config.schema import PluginTable
 from trainer.evaluation.comparison import check_counts
 from trainer.evaluation.measured import Measured, network_warnings
 from trainer.evaluation.references import Reference
-from trainer.run.assemble import make_plugin
+from trainer.run.construct import make_plugin
 
 METRICS = ("rfid", "psnr", "ssim", "lpips")
 

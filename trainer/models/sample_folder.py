@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from components.diffusion.draws import generator
+from components.diffusion.random_numbers import generator
 from components.files.atomic import atomic_write
 from components.version import version
 from trainer.config import ConfigError

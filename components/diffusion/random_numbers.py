@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
-from components.contracts import Draws, LatentShape
+from components.contracts import Distribution, RandomNumbers
+
+SAMPLERS = {"normal": torch.randn, "uniform": torch.rand}
 
 
 def generator(*key: object) -> torch.Generator:
@@ -16,7 +18,9 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
 
 
-def draw(seed: int, step: int, positions: range, batch_size: int, latent: LatentShape, extra_dim: int = 0) -> Draws:
+def draw(
+    seed: int, step: int, positions: range, batch_size: int, declared: Mapping[str, Distribution]
+) -> RandomNumbers:
     """Random numbers of a micro-batch: those at ``positions`` of the global batch of a step.
 
     Cost: the numbers of the whole global batch are drawn on the CPU and sliced (1M normals each for ``noise`` and
@@ -28,18 +32,17 @@ def draw(seed: int, step: int, positions: range, batch_size: int, latent: Latent
         step: counted from 0.
         positions: positions of the micro-batch in the global batch, within [0, batch_size).
         batch_size: global batch size.
-        latent: shape of one latent.
-        extra_dim: dimension D_e of a vector that is denoised together with the latent (class token); 0 for none.
+        declared: distributions by name, from ``Recipe.random_numbers``.
     """
-    rows = slice(positions.start, positions.stop)
+    rows, found = slice(positions.start, positions.stop), {}
+    for name, d in declared.items():
+        numbers = SAMPLERS[d.kind](batch_size, *d.shape, generator=generator(seed, step, d.key or name))
+        found[name] = numbers[rows].clone()
+    return found
 
-    def numbers(name: str, sample, *shape: int) -> Tensor:
-        return sample(batch_size, *shape, generator=generator(seed, step, name))[rows].clone()
 
-    return Draws(
-        posterior=numbers("posterior", torch.randn, *latent),
-        noise=numbers("noise", torch.randn, *latent),
-        time=numbers("time", torch.rand),
-        label=numbers("label", torch.rand),
-        extra=numbers("extra", torch.randn, extra_dim),
-    )
+def placeholders(
+    declared: Mapping[str, Distribution], size: int, device: torch.device | str | None = None
+) -> RandomNumbers:
+    """Random numbers of ``size`` images for timing and estimates, from torch's global generator."""
+    return {name: SAMPLERS[d.kind](size, *d.shape, device=device) for name, d in declared.items()}
