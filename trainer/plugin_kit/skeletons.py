@@ -344,8 +344,8 @@ from pathlib import Path
 
 import pytest
 
-from components.conformance import check, checks, resolve
 from trainer.__main__ import main
+from trainer.plugin_kit.conformance import check, checks, resolve
 
 HERE = Path(__file__).resolve().parent
 SUBJECT = resolve("plugins", f"{HERE / 'NAME.py'}:NAME")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.conformance.subject import Fault
 from components.diffusion.draws import generator
+from trainer.plugin_kit.conformance.subject import Fault
 
 Outputs = dict[str, Tensor]
 Inputs = tuple[Tensor, ...]
