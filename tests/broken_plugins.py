@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from components.conformance import toys
 from components.contracts import DatasetItem, DenoiserOutput, LossTerm, Posterior
 from components.registry import Plugin, Registry
+from trainer.plugin_kit.conformance import toys
 
 CASES: list[tuple[Plugin, str, str]] = []
 """(plugin, name of the check that fails, part of its message)."""

@@ -90,12 +90,26 @@ def test_help_comes_without_torch():
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
 
 
-def test_no_circle_of_imports():
-    """Includes imports inside functions and for annotations."""
+def needed() -> dict[str, set[str]]:
+    """Return the modules that each module imports, including those inside functions and for annotations."""
     needs = {}
     for name, path in MODULES.items():
         found = {i if i in MODULES else i.rpartition(".")[0] for i in imported(path)}
         needs[name] = {other for other in found if other in MODULES and other != name}
+    return needs
+
+
+def test_training_does_not_import_the_plugin_kit():
+    needs, todo, found = needed(), ["trainer.commands.train"], set()
+    while todo:
+        found.add(name := todo.pop())
+        todo += needs[name] - found
+    assert "trainer.run.loop" in found
+    assert not [name for name in found if name.startswith("trainer.plugin_kit")]
+
+
+def test_no_circle_of_imports():
+    needs = needed()
     while free := {name for name, others in needs.items() if not others}:
         needs = {name: others - free for name, others in needs.items() if name not in free}
     assert not needs, f"among these modules: {sorted(needs)}"

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from components import registry
-from components.conformance import Fault, Subject, check, checks, examine, resolve, toys
 from components.nn.timm_encoder import TimmEncoder
 from components.registry import PluginError, Registry
 from tests import broken_plugins
 from trainer.__main__ import main
+from trainer.plugin_kit.conformance import Fault, Subject, check, checks, examine, resolve, toys
 
 pytestmark = pytest.mark.long
 
@@ -223,7 +223,7 @@ def test_a_recipe_is_examined_with_parts_of_ones_own(tmp_path):
     )
     subject = resolve("plugins", "plugins.recipes.repae:repae", parts=str(parts))
     assert [r for r in examine(subject) if r.fault] == []
-    from components.conformance.recipe import _made
+    from trainer.plugin_kit.conformance.recipe import _made
 
     assert type(_made(subject)[1].denoiser).__name__ == "SiT"
 
@@ -231,8 +231,9 @@ def test_a_recipe_is_examined_with_parts_of_ones_own(tmp_path):
 def test_pytest_runs_the_kit_from_any_folder(tmp_path):
     """One test per check, for a plugin in a file; without --plugin the message says what to write."""
     (tmp_path / "mine.py").write_text(PLUGIN.format(extra="[None]"))
-    command = [sys.executable, "-m", "pytest", "-p", "plugins.conformance.pytest_options", "-p", "no:cacheprovider"]
-    command += ["--pyargs", "plugins.conformance", "--plugin", "mine.py:mine", "-q"]
+    kit = "trainer.plugin_kit.conformance"
+    command = [sys.executable, "-m", "pytest", "-p", f"{kit}.pytest_options", "-p", "no:cacheprovider"]
+    command += ["--pyargs", kit, "--plugin", "mine.py:mine", "-q"]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
@@ -240,12 +241,11 @@ def test_pytest_runs_the_kit_from_any_folder(tmp_path):
     assert "test_plugin[is_a_scalar]" in done.stdout and "passed" in done.stdout
 
 
-def test_looking_for_plugins_needs_no_pytest():
-    """The kit is in the folder searched for plugins, and pytest is installed only for tests."""
-    found = [*ROOT.glob("plugins/conformance/*.py"), *ROOT.glob("components/conformance/*.py")]
+def test_the_command_needs_no_pytest():
+    """pytest is installed only for tests."""
+    found = list(ROOT.glob("trainer/plugin_kit/conformance/*.py"))
     assert len(found) > 10
     assert not [p.name for p in found if re.search(r"^\s*(import|from) _?pytest", p.read_text(), re.M)]
-    assert not [p for p in SHIPPED if "conformance" in p.file]
 
 
 def test_an_unexpected_error_becomes_a_fault_that_says_where(tmp_path, own_registry):

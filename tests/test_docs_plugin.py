@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from components import registry
-from components.conformance import examine, resolve
 from components.contracts import Batch, Dataset, Encoder, ReconstructionLoss
 from components.diffusion.random_numbers import draw
 from components.distributed.parallel import World
 from trainer import config
 from trainer.commands import plugins as plugins_command
+from trainer.plugin_kit.conformance import examine, resolve
 from trainer.run import assemble
 
 pytestmark = pytest.mark.long

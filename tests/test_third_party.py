@@ -62,7 +62,7 @@ def test_without_it_the_name_is_refused(tmp_path):
 
 def test_its_encoder_passes_the_conformance_kit():
     from components import registry
-    from components.conformance import examine, resolve
+    from trainer.plugin_kit.conformance import examine, resolve
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry.encoders, "_plugins", dict(registry.encoders._plugins))

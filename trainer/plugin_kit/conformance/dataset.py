@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from components.conformance.form import attribute, named
-from components.conformance.subject import Fault, Subject
 from components.contracts import DatasetItem
+from trainer.plugin_kit.conformance.form import attribute, named
+from trainer.plugin_kit.conformance.subject import Fault, Subject
 
 SIDE = 32
 LOOKED_AT = 64  # number of items, spread evenly over the dataset

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from components import registry
-from components.conformance import toys
-from components.conformance.form import images, stir
-from components.conformance.form_checks import scalar
-from components.conformance.subject import Fault, Subject
 from components.contracts import AdversarialLoss, AlignmentLoss, Batch, Draws, LatentShape, LossTerm, Modules
 from components.diffusion.flow import Flow
 from components.diffusion.random_numbers import draw
 from components.nn.latent_norm import LatentNorm
+from trainer.plugin_kit.conformance import toys
+from trainer.plugin_kit.conformance.form import images, stir
+from trainer.plugin_kit.conformance.form_checks import scalar
+from trainer.plugin_kit.conformance.subject import Fault, Subject
 
 SIDE, CLASSES, COUNT, STEP = 32, 10, 4, 0
 FIELDS = {field.name for field in dataclasses.fields(Modules)}

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.conformance.form import Form, Inputs, Outputs, attribute, distance, normal, reaches, shapes
-from components.conformance.form_checks import COMPUTES, bound, learns_with_all_of_it
-from components.conformance.subject import Fault, Subject
 from components.contracts import Denoiser, LatentShape
+from trainer.plugin_kit.conformance.form import Form, Inputs, Outputs, attribute, distance, normal, reaches, shapes
+from trainer.plugin_kit.conformance.form_checks import COMPUTES, bound, learns_with_all_of_it
+from trainer.plugin_kit.conformance.subject import Fault, Subject
 
 CLASSES = 10
 SIDES = (8, 16, 32, 64)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.conformance.form import Form, Inputs, Outputs, attribute, images, normal, reaches, shapes
-from components.conformance.form_checks import COMPUTES, bound, learns_with_all_of_it, scalar
-from components.conformance.subject import Fault, Subject
 from components.contracts import AdversarialLoss, AlignmentLoss, Posterior
+from trainer.plugin_kit.conformance.form import Form, Inputs, Outputs, attribute, images, normal, reaches, shapes
+from trainer.plugin_kit.conformance.form_checks import COMPUTES, bound, learns_with_all_of_it, scalar
+from trainer.plugin_kit.conformance.subject import Fault, Subject
 
 SIDE, WIDTH, GRID, DIMENSIONS = 32, 48, 4, (24, 32)
 LATE = 10**9  # a step after any start step

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from components.conformance.form import Form, attribute, images, shapes
-from components.conformance.form_checks import COMPUTES, bound
-from components.conformance.subject import Fault, Subject
 from components.contracts import Encoder
+from trainer.plugin_kit.conformance.form import Form, attribute, images, shapes
+from trainer.plugin_kit.conformance.form_checks import COMPUTES, bound
+from trainer.plugin_kit.conformance.subject import Fault, Subject
 
 SIDE, GRID = 32, 4
 CASES = ((32, 4, 1), (64, 4, 2), (48, 3, 3), (64, 8, 2))  # pixels, tokens per side, images

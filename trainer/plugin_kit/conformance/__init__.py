@@ -1,8 +1,10 @@
-"""Conformance checks of plugins, run by ``python -m trainer conform`` and ``plugins.conformance``.
+"""Conformance checks of plugins, run by ``python -m trainer conform`` and as pytest tests.
 
-A check is a function that takes a :class:`~components.conformance.subject.Subject` and raises :class:`Fault` with a
-message that says what is wrong and how to fix it. The first line of its docstring states the requirement. Weights stay
-random: no check reads weights files or accesses the network.
+    pytest -p trainer.plugin_kit.conformance.pytest_options --pyargs trainer.plugin_kit.conformance --plugin MODULE:NAME
+
+A check is a function that takes a :class:`~trainer.plugin_kit.conformance.subject.Subject` and raises :class:`Fault`
+with a message that says what is wrong and how to fix it. The first line of its docstring states the requirement.
+Weights stay random: no check reads weights files or accesses the network.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
-from components.conformance.subject import Fault, Subject, resolve
+from trainer.plugin_kit.conformance.subject import Fault, Subject, resolve
 
 Check = Callable[[Subject], None]
 
@@ -30,7 +32,7 @@ class Result(NamedTuple):
 
 def checks(subject: Subject) -> dict[str, Check]:
     """Return the checks of a plugin by name, cheap ones first. Constructs the plugin once, to inspect it."""
-    from components.conformance import dataset, denoiser, encoder, loss, options, recipe, tokenizer
+    from trainer.plugin_kit.conformance import dataset, denoiser, encoder, loss, options, recipe, tokenizer
 
     kinds = {
         "encoder": encoder.checks,
@@ -63,7 +65,7 @@ def examine(subject: Subject, leave_out: Collection[str] = ()) -> Iterator[Resul
         subject: plugin to check.
         leave_out: names of checks to skip.
     """
-    from components.conformance import options
+    from trainer.plugin_kit.conformance import options
 
     for function in options.CHECKS:
         yield (result := _timed(subject, function))

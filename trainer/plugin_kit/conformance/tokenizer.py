@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from components.conformance.form import Form, Inputs, Outputs, attribute, images, normal, reaches, shapes
-from components.conformance.form_checks import COMPUTES, bound, learns_with_all_of_it
-from components.conformance.subject import Fault, Subject
 from components.contracts import Posterior, Tokenizer
+from trainer.plugin_kit.conformance.form import Form, Inputs, Outputs, attribute, images, normal, reaches, shapes
+from trainer.plugin_kit.conformance.form_checks import COMPUTES, bound, learns_with_all_of_it
+from trainer.plugin_kit.conformance.subject import Fault, Subject
 
 METHODS = ("encode", "decode")
 POSITIONS = 4  # latent positions per side in most checks

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from components.conformance import check, checks, resolve
+from trainer.plugin_kit.conformance import check, checks, resolve
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
     config = metafunc.config
     if not (spec := config.getoption("--plugin", default=None)):
         raise SystemExit(
-            "no plugin named; use pytest -p plugins.conformance.pytest_options --pyargs plugins.conformance "
-            "--plugin my_lab.encoders:my_encoder"
+            "no plugin named; use pytest -p trainer.plugin_kit.conformance.pytest_options "
+            "--pyargs trainer.plugin_kit.conformance --plugin my_lab.encoders:my_encoder"
         )
     subject = resolve("plugins", spec, config.getoption("--option"), config.getoption("--parts"))
     found = checks(subject)

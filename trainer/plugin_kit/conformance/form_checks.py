@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from components.conformance.form import Form, Outputs, detached, distance, named
-from components.conformance.subject import Fault, Subject
 from components.distributed.materialize import InitError, materialize
 from components.distributed.parallel import Sharding, compile_units, local, make_mesh, shard
+from trainer.plugin_kit.conformance.form import Form, Outputs, detached, distance, named
+from trainer.plugin_kit.conformance.subject import Fault, Subject
 
 SHOWN = 5
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema
 
-from components.conformance.subject import Fault, Subject
+from trainer.plugin_kit.conformance.subject import Fault, Subject
 
 HANDED_IN = {"encoder": ("resolution", "grid"), "denoiser": ("latent", "num_classes"), "dataset": ("resolution",)}
 
