@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from components.files.weights import WeightsError, hub_file, load_strict, read_state
 from components.nn.precision import at_least_fp32
-from components.registry import encoders
+from components.registry import File, encoders
 
 HUB_FILE = "model.safetensors"  # unless timm names another
 
@@ -66,7 +66,7 @@ class TimmEncoder(nn.Module):
         grid: int,
         *,
         pretrained: bool = True,
-        checkpoint: str | None = None,
+        checkpoint: File | None = None,
         final_norm: bool = True,
         resize_first: bool = False,
         resize: Literal["bicubic", "bilinear", "bilinear_antialias"] = "bicubic",

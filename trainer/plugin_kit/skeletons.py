@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.files.weights import load_strict, read_state
-from components.registry import encoders
+from components.registry import File, encoders
 
 PATCH = 8  # pixels per token side
 
@@ -28,7 +28,7 @@ class CLASS(nn.Module):
         checkpoint: weights file; none: random weights.
     """
 
-    def __init__(self, resolution: int, grid: int, *, width: int = 64, checkpoint: str | None = None) -> None:
+    def __init__(self, resolution: int, grid: int, *, width: int = 64, checkpoint: File | None = None) -> None:
         super().__init__()
         if width < 1:
             raise ValueError(f"encoders.NAME: width = {width}; expected at least 1")
@@ -65,7 +65,7 @@ from torch import Tensor, nn
 from components.contracts import Posterior
 from components.files.weights import load_strict, read_state
 from components.nn.precision import at_least_fp32
-from components.registry import tokenizers
+from components.registry import File, tokenizers
 
 
 @tokenizers.register("NAME")
@@ -82,7 +82,7 @@ class CLASS(nn.Module):
     factor = 4
 
     def __init__(
-        self, *, latent_channels: int = 4, width: int = 32, checkpoint: str | None = None, trainable: bool = True
+        self, *, latent_channels: int = 4, width: int = 32, checkpoint: File | None = None, trainable: bool = True
     ) -> None:
         super().__init__()
         if min(latent_channels, width) < 1:
