@@ -21,11 +21,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 ENTRY_POINT_GROUP = "titanrepa.plugins"
+
+
+File = Annotated[str, "file"]
+"""Type of an option that names a file or folder: a path, or ``hf://organization/name/file[@revision]``.
+
+A relative path is searched for in the current folder, then beside the TOML file.
+"""
 
 
 class PluginError(Exception):
@@ -48,6 +55,11 @@ class Option:
     @property
     def type_name(self) -> str:
         return type_name(self.annotation)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the option is a :data:`File`, or one that may be None."""
+        return File in (self.annotation, *typing.get_args(self.annotation))
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,11 @@ class Plugin:
             for p in _parameters(self.cls)
             if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the options that are files."""
+        return [option.name for option in self.options.values() if option.is_file]
 
     def schema(self) -> type[BaseModel]:
         """Pydantic model of the options with strict types; unknown keys are an error."""
@@ -221,6 +238,8 @@ def type_name(annotation: Any) -> str:
     """Format a type for users: ``int``, ``'S' | 'B'``, ``list[int]``."""
     if annotation is type(None):
         return "none"
+    if annotation == File:
+        return "file"
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return type_name(args[0])

@@ -8,7 +8,9 @@ from pydantic import ValidationError
 
 from components import registry
 from components.registry import PluginError, Registry
+from trainer import config
 from trainer.__main__ import main
+from trainer.caching import cached
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +54,43 @@ def test_signature_is_the_schema():
     for bad in ({}, {"number": "3"}, {"number": 3, "nam": "y"}, {"given": 1, "number": 3}):
         with pytest.raises(ValidationError):
             plugin.schema().model_validate(bad)
+
+
+def test_files_are_declared_and_found_beside_the_toml(tmp_path):
+    write(tmp_path / "words.txt", "")
+    write(
+        tmp_path / "talk.py",
+        """
+        from components import registry
+        from components.registry import File
+
+        @registry.encoders.register("talk")
+        class Talk:
+            '''Talk.
+
+            Args:
+                vocabulary: words.
+                grammar: rules.
+                some_path: not a file.
+            '''
+
+            def __init__(self, resolution, grid, *, vocabulary: File, grammar: File | None = None, some_path: str = ""):
+                pass
+        """,
+    )
+    tables = {"tokenizer": {"name": "identity"}, "recipe": {"name": "ldm"}, "dataset": {"name": "shapes"}}
+    options = {"vocabulary": "words.txt", "some_path": "words.txt"}
+    data = {"plugins": ["talk.py"], **tables, "encoders": {"talk": options}}
+    found = config.validate(data, str(tmp_path / "run.toml")).encoders["talk"].options
+    assert found == {"vocabulary": str(tmp_path / "words.txt"), "some_path": "words.txt"}
+    plugin = registry.encoders.get("talk")
+    assert plugin.files == ["vocabulary", "grammar"]
+    assert [option.type_name for option in plugin.options.values()] == ["file", "file | none", "str"]
+    kept = cached.describe("encoder", config.PluginTable(name="talk", **options))["options"]
+    assert kept == {"some_path": "words.txt"}
+    options["vocabulary"] = 3
+    with pytest.raises(config.ConfigError, match=r"encoders\.talk\.vocabulary = 3: expected file"):
+        config.validate(data, str(tmp_path / "run.toml"))
 
 
 def test_duplicate_names_name_both_files(tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from components.contracts import Encoder
 from components.files.weights import WeightsError, hub_file, load_strict, read_state
 from components.nn.precision import at_least_fp32
-from components.registry import encoders
+from components.registry import File, encoders
 
 HUB_FILE = "model.safetensors"  # unless timm names another
 
@@ -68,7 +68,7 @@ class TimmEncoder(Encoder):
         grid: int,
         *,
         pretrained: bool = True,
-        checkpoint: str | None = None,
+        checkpoint: File | None = None,
         final_norm: bool = True,
         resize_first: bool = False,
         resize: Literal["bicubic", "bilinear", "bilinear_antialias"] = "bicubic",

@@ -53,7 +53,7 @@ class ImageFolder(Dataset):
         DataError: the folder is missing or contains no class folders or no images.
     """
 
-    def __init__(self, resolution: int, *, path: str, flip: bool = True) -> None:
+    def __init__(self, resolution: int, *, path: registry.File, flip: bool = True) -> None:
         self.resolution = resolution
         self.path = os.path.abspath(os.path.expanduser(path))
         self.flip = flip

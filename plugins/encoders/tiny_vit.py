@@ -51,7 +51,7 @@ class TinyViT(Encoder):
     embed_dim = WIDTH
     native_grid = GRID
 
-    def __init__(self, resolution: int, grid: int, *, checkpoint: str | None = None) -> None:
+    def __init__(self, resolution: int, grid: int, *, checkpoint: registry.File | None = None) -> None:
         super().__init__()
         self.grid = grid
         self.checkpoint = checkpoint

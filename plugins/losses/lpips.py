@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from components.contracts import Posterior, ReconstructionLoss
 from components.files.weights import WeightsError, hub_file, load_strict, read_state
 from components.nn.precision import at_least_fp32, no_autocast
-from components.registry import losses
+from components.registry import File, losses
 
 # ImageNet mean and std for images in [-1, 1] instead of [0, 1].
 SHIFT = (-0.030, -0.088, -0.188)
@@ -54,8 +54,8 @@ class LPIPS(ReconstructionLoss):
         *,
         weight: float = 1.0,
         input_range: Literal["published", "unit"] = "published",
-        vgg_checkpoint: str | None = None,
-        linear_checkpoint: str | None = None,
+        vgg_checkpoint: File | None = None,
+        linear_checkpoint: File | None = None,
     ) -> None:
         super().__init__()
         self.weight = weight

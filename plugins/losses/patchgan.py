@@ -13,7 +13,7 @@ from components.files.layouts import files
 from components.files.weights import load_strict
 from components.nn.batch_norm import SyncBatchNorm2d, batch_mean
 from components.nn.precision import at_least_fp32, no_autocast
-from components.registry import losses
+from components.registry import File, losses
 
 
 class PatchDiscriminator(Network):
@@ -92,7 +92,7 @@ class PatchGAN(AdversarialLoss):
         lecam_decay: float = 0.999,
         channels: int = 64,
         layers: int = 3,
-        checkpoint: str | None = None,
+        checkpoint: File | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (("layers", layers, 1), ("channels", channels, 1), ("start_step", start_step, 0)):

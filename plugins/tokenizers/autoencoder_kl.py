@@ -12,7 +12,7 @@ from components.contracts import Posterior, Tokenizer
 from components.files.layouts import files
 from components.files.weights import load_strict
 from components.nn.precision import at_least_fp32
-from components.registry import tokenizers
+from components.registry import File, tokenizers
 
 # (latent channels, multipliers, levels with attention, quant_conv)
 PRESETS = {
@@ -59,7 +59,7 @@ class AutoencoderKL(Tokenizer):
         mid_attention: bool = True,
         norm_groups: int = 32,
         quant_conv: bool | None = None,
-        checkpoint: str | None = None,
+        checkpoint: File | None = None,
         trainable: bool = True,
     ) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from components.files.layouts import files
 from components.files.weights import WeightsError, load_strict
 from components.nn.precision import at_least_fp32
 from components.nn.transformer import sincos_positions, unpatchify
-from components.registry import PluginError, encoders, tokenizers
+from components.registry import File, PluginError, encoders, tokenizers
 
 # (width, blocks, heads, hidden features of the MLP) of the published decoders
 DECODERS = {"B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096), "XL": (1152, 28, 16, 4096)}
@@ -79,7 +79,7 @@ class RAE(Tokenizer):
         depth: int | None = None,
         heads: int | None = None,
         hidden: int | None = None,
-        checkpoint: str | None = None,
+        checkpoint: File | None = None,
     ) -> None:
         super().__init__()
         preset = DECODERS[decoder]

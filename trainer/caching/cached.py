@@ -72,7 +72,7 @@ def dataset_on_cache(config: Config, parts: Parts, cache: LatentCache) -> Cached
         problems.append(
             f"it was encoded by another tokenizer:\n"
             f"    cache:     {_short(index['tokenizer']['fingerprint'])}, {index['tokenizer']['origin']}\n"
-            f"    this run:  {_short(here)}, {origin(config.tokenizer)}\n"
+            f"    this run:  {_short(here)}, {origin('tokenizer', config.tokenizer)}\n"
             "  Set tokenizer.checkpoint to the weights of the cache, or encode the dataset with this run's tokenizer"
         )
     elif tuple(parts.latent) != cache.latent:
@@ -103,15 +103,15 @@ def describe(kind: str, table: PluginTable) -> dict[str, Any]:
     Paths differ between machines; fingerprints and probes compare the contents instead.
     """
     known = registry.KINDS[kind].get(table.name).options
-    options = {name: table.options.get(name, option.default) for name, option in known.items()}
-    kept = {k: v for k, v in options.items() if not k.endswith(("checkpoint", "path")) and k != "flip"}
-    return json.loads(json.dumps({"name": table.name, "options": kept}))
+    kept = [option for option in known.values() if not option.is_file and option.name != "flip"]
+    options = {option.name: table.options.get(option.name, option.default) for option in kept}
+    return json.loads(json.dumps({"name": table.name, "options": options}))
 
 
-def origin(table: PluginTable) -> str:
+def origin(kind: str, table: PluginTable) -> str:
     """Human-readable origin of a part's weights."""
-    checkpoint = table.options.get("checkpoint")
-    return f"{table.name} ({f'weights of {checkpoint}' if checkpoint else 'no checkpoint given'})"
+    files = [table.options[key] for key in registry.KINDS[kind].get(table.name).files if table.options.get(key)]
+    return f"{table.name} ({'weights of ' + ', '.join(files) if files else 'no checkpoint given'})"
 
 
 def probes(dataset: Dataset) -> list[dict[str, Any]]:
@@ -180,7 +180,8 @@ def _encoder_problems(config: Config, label: str, there: dict[str, Any], parts: 
         mine = fingerprint(encoder)
         if mine == there["fingerprint"]:
             return []
-        found = [f"weights {_short(there['fingerprint'])} ({there['origin']}) -> {_short(mine)} ({origin(table)})"]
+        here_from = origin("encoder", table)
+        found = [f"weights {_short(there['fingerprint'])} ({there['origin']}) -> {_short(mine)} ({here_from})"]
     return [
         f"its features '{label}' come from another encoder (cache -> this run): {'; '.join(found)}\n"
         "  Encode again with --features, or set latent_cache.features = false to compute features from images"

@@ -38,7 +38,7 @@ def make_lpips(config: Config, device: torch.device) -> Any:
     """
     plugin = registry.losses.get("lpips")
     given = next((t.options for t in config.losses.values() if registry.losses.get(t.name) is plugin), {})
-    files = {key: value for key, value in given.items() if key.endswith("checkpoint")}
+    files = {key: value for key, value in given.items() if key in plugin.files}
     loss = make_plugin("losses.lpips", "loss", PluginTable(name="lpips", input_range="unit", **files))
     loss.load_weights()
     return loss.to(device)

@@ -12,13 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD:components/conformance/form.py
-from components.conformance.subject import Fault
-from components.diffusion.random_numbers import generator
-=======
 from components.diffusion.random_numbers import generator
 from trainer.plugin_kit.conformance.subject import Fault
->>>>>>> kit:trainer/plugin_kit/conformance/form.py
 
 Outputs = dict[str, Tensor]
 Inputs = tuple[Tensor, ...]
