@@ -134,8 +134,3 @@ class Joint:
         x, extra = self.split(state)
         out = self.denoiser(x, t, labels, extra)
         return DenoiserOutput(torch.cat([out.velocity.flatten(1), out.extra], dim=1), out.tokens)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Convert images (B, 3, R, R) in [-1, 1] to uint8, rounding to nearest."""
-    return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
