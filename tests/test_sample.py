@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from components.contracts import DenoiserOutput
+from components.data.pixels import to_float, to_uint8
 from components.diffusion.flow import Flow
-from components.diffusion.image_sampler import ImageSampler, SamplingPlan, to_uint8
+from components.diffusion.image_sampler import ImageSampler, SamplingPlan
 from components.diffusion.samplers import Guidance, sample_ode, sample_sde
 from components.distributed.parallel import World
 from components.version import version
@@ -260,3 +261,9 @@ def test_guidance_of_a_denoiser_that_always_sees_labels_is_refused(run):
 def test_uint8_is_the_nearest():
     values = torch.tensor([-1.0, -0.999, 0.0, 0.004, 0.9999, 1.0, 1.5]).view(1, 1, 1, -1)
     assert to_uint8(values).flatten().tolist() == [0, 0, 128, 128, 255, 255, 255]
+
+
+def test_uint8_and_back():
+    values = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_float(values), values.float() / 127.5 - 1)
+    assert torch.equal(to_uint8(to_float(values)), values)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from components.contracts import Batch, Posterior
 from components.data.loader import Loaded
+from components.data.pixels import to_float
 
 if TYPE_CHECKING:
     from torchdata.stateful_dataloader import StatefulDataLoader
@@ -135,7 +136,7 @@ class Prefetcher:
 
 def _to_batch(loaded: Loaded) -> Batch:
     """Convert uint8 images to float in [-1, 1] and cached tensors to fp32."""
-    images = None if loaded.images is None else loaded.images.float().div_(127.5).sub_(1)
+    images = None if loaded.images is None else to_float(loaded.images)
     if loaded.cached is None:
         return Batch(images, loaded.condition)
     mean, std, features = _map(loaded.cached, Tensor.float)

@@ -137,8 +137,3 @@ class Joint:
         out = self.denoiser(x, t, condition, **dict(zip(self.names, others)))
         velocities = [out.velocity, *(out.others[name] for name in self.names)]
         return DenoiserOutput(torch.cat([v.flatten(1) for v in velocities], dim=1), out.tokens)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Convert images (B, 3, R, R) in [-1, 1] to uint8, rounding to nearest."""
-    return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)

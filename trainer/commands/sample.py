@@ -133,7 +133,7 @@ def draw(
     import torch
     from tqdm import tqdm
 
-    from components.diffusion.image_sampler import to_uint8
+    from components.data.pixels import to_uint8
     from trainer.models.sample_folder import labels_of
 
     counts = Counter(i // batch_size for i in missing)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from components.contracts import Distribution, Modules
 from components.data.loader import make_loader
+from components.data.pixels import to_float
 from components.diffusion.random_numbers import draw
 from components.distributed.parallel import World
 from components.files.layouts import diffusers_kl
@@ -84,7 +85,7 @@ def measure_statistics(config: Config, parts: Parts, world: World) -> tuple[Tens
     for loaded, position in zip(loader, positions):
         if position >= max(config.latent_norm.images, batch_size):
             break
-        x = loaded.images.to(world.device).float().div_(127.5).sub_(1)
+        x = to_float(loaded.images.to(world.device))
         x = x.to(parameter_dtype(m.tokenizer))
         step, first = divmod(position, batch_size)
         here = range(first, first + len(x))

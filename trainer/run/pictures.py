@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from components.contracts import Modules
+from components.data.pixels import to_float
 from components.diffusion.image_sampler import ImageSampler, SamplingPlan
 from components.diffusion.samplers import Guidance
 from components.distributed.parallel import World, gather_rows
@@ -64,7 +65,7 @@ def fixed_images(parts: Parts, device: torch.device) -> Tensor:
     """First images of the dataset, (B, 3, R, R) in [-1, 1]; requires ``parts.images``."""
     count = min(MAX_RECONSTRUCTIONS, len(parts.images))
     images = torch.stack([parts.images[i].image for i in range(count)])
-    return images.to(device).float().div_(127.5).sub_(1)
+    return to_float(images.to(device))
 
 
 def grid(images: Tensor, columns: int = COLUMNS) -> Tensor:
