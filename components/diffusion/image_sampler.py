@@ -63,8 +63,8 @@ class ImageSampler:
         guide: weaker denoiser for autoguidance; None: classifier-free guidance.
 
     Raises:
-        ValueError: there is no such sampler, or it needs more steps; classifier-free guidance for a denoiser trained without label dropout; or
-            a guide that denoises something else.
+        ValueError: there is no such sampler, or it needs more steps; classifier-free guidance for a denoiser trained
+            without label dropout; or a guide that denoises something else.
     """
 
     def __init__(
