@@ -14,8 +14,9 @@ from components import registry
 from components.nn.timm_encoder import TimmEncoder
 from components.registry import PluginError, Registry
 from tests import broken_plugins
+from tests import toy_plugins as toys
 from trainer.__main__ import main
-from trainer.plugin_kit.conformance import Case, Failure, checks, examine, resolve, toys
+from trainer.plugin_kit.conformance import Case, Failure, checks, examine, resolve
 
 pytestmark = pytest.mark.long
 
@@ -44,7 +45,7 @@ OPTIONS = {
 }
 PARTS = {  # for recipes that require more than the contracts
     ("recipe", "reg"): {"denoiser": {"name": "sit", "width": 32, "depth": 2, "heads": 2, "align_depth": 1}
-    | {"class_token_dim": 12}},
+    | {"class_token_dim": 48}, "encoders": {"dinov2": {"pretrained": False}}},
 }  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +13,7 @@ from pydantic import ValidationError
 
 from components import registry
 from components.registry import Plugin, PluginError, nearest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from trainer.config.load import parse_overrides, read_toml
 
 
 class Failure(AssertionError):
@@ -32,8 +27,8 @@ class Case:
     Attributes:
         plugin: registered plugin.
         options: options as in its TOML table; small networks make the checks fast.
-        parts: for a recipe: tables of the run's other parts (tokenizer, denoiser, encoders, losses); toy parts replace
-            missing ones.
+        parts: for a recipe: tables of the run's other parts (tokenizer, denoiser, encoders, losses); those of
+            templates/run.toml replace missing ones.
     """
 
     plugin: Plugin
@@ -90,6 +85,7 @@ def resolve(package: str, spec: str, options: Sequence[str] = (), parts: str | N
 
     Raises:
         PluginError: the module or plugin does not exist, or the plugin does not accept the options.
+        ConfigError: ``parts`` cannot be read.
     """
     module, colon, name = spec.rpartition(":")
     if not colon or name.endswith(".py"):
@@ -105,7 +101,10 @@ def resolve(package: str, spec: str, options: Sequence[str] = (), parts: str | N
     if len(found) > 1:
         listed = ", ".join(f"{p.name} ({p.kind})" for p in found)
         raise PluginError(f"'{spec}' may be any of {listed}; choose one, as in {module}:{found[0].cls.__name__}")
-    case = Case(found[0], _options(options), _parts(parts))
+    if bare := [word for word in options if "=" not in word]:
+        raise PluginError(f"'{bare[0]}' is not an option; expected key=value, as in --option width=64")
+    values = dict(parse_overrides([f"--{word}" for word in options]))
+    case = Case(found[0], values, read_toml(parts) if parts else {})
     try:
         found[0].schema().model_validate(case.options)
     except ValidationError as error:
@@ -116,25 +115,3 @@ def resolve(package: str, spec: str, options: Sequence[str] = (), parts: str | N
             f"{nearest(key, found[0].options)}"
         ) from error
     return case
-
-
-def _options(words: Sequence[str]) -> dict[str, Any]:
-    found = {}
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise PluginError(f"'{word}' is not an option; expected key=value, as in --option width=64")
-        try:
-            found[key] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            found[key] = text
-    return found
-
-
-def _parts(file: str | None) -> dict[str, Any]:
-    if file is None:
-        return {}
-    try:
-        return tomllib.loads(Path(file).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise PluginError(f"--parts: '{file}' cannot be read as TOML ({error})") from error

@@ -1,9 +1,9 @@
-"""Checks of recipes, with small toy parts or those in ``Case.parts``."""
+"""Checks of recipes, with the parts of templates/run.toml, or those in ``Case.parts``."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from components.contracts import AdversarialLoss, AlignmentLoss, Batch, Draws, L
 from components.diffusion.draws import draw
 from components.diffusion.flow import Flow
 from components.nn.latent_norm import LatentNorm
-from trainer.plugin_kit.conformance import toys
+from trainer.config.load import read_toml
+from trainer.plugin_kit import templates
 from trainer.plugin_kit.conformance.adapter import images, only_reported, randomize_zeros, require, scalar
 from trainer.plugin_kit.conformance.case import Case, Check, Failure, bind
 
@@ -178,20 +179,17 @@ def _build(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Any, Modules
 
 
 def _parts(tables: dict[str, Any], uses: frozenset[str]) -> dict[str, Any]:
-    """Construct the fields of :class:`Modules` in ``uses``: plugins that ``tables`` name, and toys for the others."""
+    """Construct the fields of :class:`Modules` in ``uses``, from ``tables`` and, for what they lack, run.toml."""
+    usual = read_toml(str(templates.RUN))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        tokenizer = _part("tokenizer", tables.get("tokenizer"), toys.ToyTokenizer)
+        tokenizer = _plugin("tokenizer", tables.get("tokenizer") or usual["tokenizer"])
         latent = LatentShape(tokenizer.channels, *[SIDE // tokenizer.factor] * 2)
-        denoiser = _part("denoiser", tables.get("denoiser"), toys.ToyDenoiser, latent, CLASSES)
-        encoders = {
-            label: _part("encoder", table and {"name": label} | table, toys.ToyEncoder, SIDE, denoiser.grid)
-            for label, table in (tables.get("encoders") or {"toy": None}).items()
-        }
-        losses = {label: _part("loss", {"name": label} | table) for label, table in tables.get("losses", {}).items()}
-        alignment = [x for x in losses.values() if isinstance(x, AlignmentLoss)] or [toys.ToyAlignment()]
-        adversary = [x for x in losses.values() if isinstance(x, AdversarialLoss)] or [toys.ToyAdversary()]
-        terms = {k: x for k, x in losses.items() if not isinstance(x, (AlignmentLoss, AdversarialLoss))}
+        denoiser = _plugin("denoiser", tables.get("denoiser") or usual["denoiser"], latent, CLASSES)
+        encoders = _plugins("encoder", tables.get("encoders") or usual["encoders"], SIDE, denoiser.grid)
+        own, other = (_sort(_plugins("loss", source.get("losses", {}))) for source in (tables, usual))
+        losses = {field: own[field] or other[field] for field in other}
+        alignment = next(iter(losses["alignment"].values()))
         depths = 1 if isinstance(denoiser.align_depth, int) else len(denoiser.align_depth)
         dims = [encoder.embed_dim for encoder in encoders.values()] * depths
         parts = {
@@ -199,24 +197,35 @@ def _parts(tables: dict[str, Any], uses: frozenset[str]) -> dict[str, Any]:
             "denoiser": denoiser,
             "latent_norm": LatentNorm(latent.channels),
             "encoders": encoders,
-            "reconstruction": terms or {"l1": toys.ToyL1()},
-            "discriminator": adversary[0],
-            "alignment": alignment[0],
-            "heads": alignment[0].make_heads(denoiser.width, dims, denoiser.grid),
+            "reconstruction": losses["reconstruction"],
+            "discriminator": next(iter(losses["discriminator"].values())),
+            "alignment": alignment,
+            "heads": alignment.make_heads(denoiser.width, dims, denoiser.grid),
         }
     return {name: part for name, part in parts.items() if name in uses}
 
 
-def _part(kind: str, table: dict[str, Any] | None, toy: Callable | None = None, *given: Any) -> Any:
-    if not table:
-        return toy(*given)
+def _plugins(kind: str, tables: dict[str, Any], *given: Any) -> dict[str, Any]:
+    return {label: _plugin(kind, {"name": label} | table, *given) for label, table in tables.items()}
+
+
+def _plugin(kind: str, table: dict[str, Any], *given: Any) -> Any:
     options = {key: value for key, value in table.items() if key != "name"}
     return registry.KINDS[kind].get(table.get("name", "")).cls(*given, **options)
 
 
+def _sort(losses: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return losses by the field of :class:`Modules` that they belong to."""
+    found: dict[str, dict[str, Any]] = {"alignment": {}, "discriminator": {}, "reconstruction": {}}
+    for label, loss in losses.items():
+        adversarial = "discriminator" if isinstance(loss, AdversarialLoss) else "reconstruction"
+        found["alignment" if isinstance(loss, AlignmentLoss) else adversarial][label] = loss
+    return found
+
+
 def _batch(m: Modules, dtype: torch.dtype = torch.float64) -> tuple[Batch, Draws]:
-    tokenizer = m.tokenizer or toys.ToyTokenizer
-    latent = LatentShape(tokenizer.channels, *[SIDE // tokenizer.factor] * 2)
+    channels, factor = (m.tokenizer.channels, m.tokenizer.factor) if m.tokenizer is not None else (4, 4)
+    latent = LatentShape(channels, SIDE // factor, SIDE // factor)
     draws = draw(0, STEP, range(COUNT), COUNT, latent, getattr(m.denoiser, "extra_dim", 0))
     batch = Batch(images(COUNT, SIDE).to(dtype), torch.arange(COUNT) % CLASSES)
     return batch, Draws(*(value.to(dtype) for value in draws))
