@@ -31,7 +31,7 @@ class Adapter:
         call: returns all outputs by name; tensors whose first dimension is the batch are compared image by image.
         methods: methods besides ``forward`` that the trainer calls.
         learns: whether a recipe may train it.
-        may_be_bf16: first letters of the names of outputs that may be bf16 under autocast.
+        may_be_bf16: prefixes of the names of outputs that may be bf16 under autocast; the others must be fp32.
     """
 
     make: Callable[[int], Any]
