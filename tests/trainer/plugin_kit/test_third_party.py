@@ -65,5 +65,5 @@ def test_its_encoder_passes_the_conformance_kit():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry.encoders, "_plugins", dict(registry.encoders._plugins))
-        subject = resolve("plugins", f"{ROOT}/tests/third_party/color_lab/encoders.py:mean_colors", ["parts=3"])
-        assert [result for result in examine(subject) if result.fault] == []
+        case = resolve("plugins", f"{ROOT}/tests/third_party/color_lab/encoders.py:mean_colors", ["parts=3"])
+        assert [result for result in examine(case) if result.failure] == []
