@@ -13,9 +13,9 @@ from torch import nn
 from components.diffusion.draws import generator
 from components.distributed.parallel import World
 from components.evaluation import precision_recall
+from components.evaluation.encoder_network import EncoderNetwork
 from components.evaluation.inception import Inception
-from components.evaluation.networks import EncoderNetwork
-from components.evaluation.reconstruction import psnr, ssim
+from components.evaluation.psnr_ssim import psnr, ssim
 from plugins.datasets.shapes import Shapes
 from plugins.encoders.tiny_vit import TinyViT
 from tests import toys
@@ -23,7 +23,7 @@ from tests.inception_weights import random_inception
 from tests.ranks import run_ranks
 from trainer import config as configs
 from trainer.__main__ import main
-from trainer.evaluation import measured, reconstruction
+from trainer.evaluation import metric_selection, reconstruction
 
 pytestmark = pytest.mark.long
 
@@ -254,7 +254,7 @@ def test_errors_name_the_file_and_what_to_do(data, tmp_path, monkeypatch, capsys
     samples = data / "samples"
     assert "50 images of the samples are too few" in refused(samples, *to_reference, "--max-images=50")
     assert "60 images of the reference are too few" in refused(samples, *to_reference, "--reference-images=60")
-    monkeypatch.setattr(measured, "Inception", NoInception)
+    monkeypatch.setattr(metric_selection, "Inception", NoInception)
     assert "110 images of the samples are too few for 2048" in refused(samples, *to_reference[:2], "--metrics=fid")
     few = ["--metrics=recall", "--max-images=3"]
     assert "need more than 3 samples and reference images" in refused(samples, *to_reference[:2], *few)

@@ -1,37 +1,21 @@
-"""Feature extractors for evaluation: Inception and any alignment encoder."""
+"""Feature network for evaluation that consists of an alignment encoder."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from components.contracts import Encoder
 from components.data.pixels import to_float
-from components.evaluation.inception import full_fp32
-from components.nn.precision import no_autocast
+from components.nn.precision import full_fp32, no_autocast
 
 GRID = 16
 
 
-class Network(Protocol):
-    """A feature extractor.
-
-    Attributes:
-        dims: number of features by name.
-        about: identifies the network in reports, caches and statistics files.
-    """
-
-    dims: dict[str, int]
-    about: dict[str, Any]
-
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Map images uint8 (B, 3, H, W) to features float (B, D) by name."""
-
-
 class EncoderNetwork(nn.Module):
-    """Adapts an encoder to :class:`Network`: one vector per image.
+    """Adapts an encoder to :class:`components.evaluation.statistics.FeatureNetwork`: one vector per image.
 
     The vector is ``encoder.embed(images) -> (B, D)``, for images (B, 3, R, R) in [-1, 1], if the encoder has that
     method (the class token for vision transformers, as in FD-DINOv2: Stein et al. 2023, arXiv 2306.04675); otherwise
