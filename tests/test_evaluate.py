@@ -279,7 +279,7 @@ def test_reconstructions_are_measured(tmp_path, monkeypatch):
         def forward(self, x, x_hat, posterior):
             return (x - x_hat).abs().mean()
 
-    monkeypatch.setattr(reconstruction, "make_lpips", lambda config, device: Difference())
+    monkeypatch.setattr(reconstruction, "make_metric", lambda name, config, device: Difference())
     from safetensors.torch import save_file
 
     tokenizer = toys.modules(dtype=torch.float32).tokenizer.eval()
@@ -308,8 +308,10 @@ def test_lpips_sees_images_in_the_range_it_was_made_for(tmp_path, monkeypatch):
     monkeypatch.setattr(LPIPS, "load_weights", lambda self: None)
     toml = tmp_path / "toy.toml"
     toml.write_text(toys.TOML + '\n[losses.percept]\nname = "lpips"\nvgg_checkpoint = "vgg.pth"\nweight = 2.0\n')
-    loss = reconstruction.make_lpips(configs.load(str(toml)), torch.device("cpu"))
+    loss = reconstruction.make_metric("lpips", configs.load(str(toml)), torch.device("cpu"))
     assert loss.input_range == "unit" and loss.vgg_checkpoint == "vgg.pth"
+    with pytest.raises(configs.ConfigError, match="metric = 'dists'"):
+        reconstruction.make_metric("dists", configs.load(str(toml)), torch.device("cpu"))
 
 
 def test_vision_transformers_are_compared_by_their_class_token():

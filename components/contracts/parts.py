@@ -122,6 +122,8 @@ class Encoder(Protocol):
 class ReconstructionLoss(Protocol):
     """One term of the tokenizer's loss.
 
+    Optional class attributes: ``metric``, name of the evaluation metric that the loss computes; and ``metric_options``.
+
     Attributes:
         weight: factor of the term in the sum.
     """

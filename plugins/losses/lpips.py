@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,8 @@ class LPIPS(nn.Module):
     """
 
     keep_fp32 = True
+    metric: ClassVar[str] = "lpips"
+    metric_options: ClassVar[dict[str, str]] = {"input_range": "unit"}  # as in published values
     shift: Tensor
     scale: Tensor
 

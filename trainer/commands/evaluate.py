@@ -148,7 +148,7 @@ def _reconstruction(arguments: argparse.Namespace, named: list[str] | None, over
     from components.evaluation.images import first_images
     from trainer.evaluation import results
     from trainer.evaluation.metric_selection import choose_metrics, make_networks
-    from trainer.evaluation.reconstruction import METRICS, evaluate_reconstruction, make_lpips
+    from trainer.evaluation.reconstruction import METRICS, evaluate_reconstruction, make_metric
     from trainer.evaluation.references import dataset_images
     from trainer.models.source import open_source
 
@@ -174,7 +174,7 @@ def _reconstruction(arguments: argparse.Namespace, named: list[str] | None, over
     networks = make_networks(
         inception, arguments.encoder, arguments.inception_weights, source.config.training.resolution, world.device
     )
-    lpips = make_lpips(source.config, world.device) if "lpips" in metrics else None
+    lpips = make_metric("lpips", source.config, world.device) if "lpips" in metrics else None
     there = Path(arguments.samples).expanduser()
     folder = source.run or (there if there.is_dir() else Path(source.config.run.dir))
     output = Path(arguments.output or folder / "reconstruction.json")

@@ -20,7 +20,7 @@ from components.evaluation.psnr_ssim import psnr, ssim
 from components.evaluation.statistics import NetworkMetrics, StatisticsBuilder
 from components.files.fingerprint import fingerprint
 from components.nn.precision import parameter_dtype
-from trainer.config import Config
+from trainer.config import Config, ConfigError
 from trainer.config.schema import PluginTable
 from trainer.evaluation.references import Reference
 from trainer.run.assemble import make_plugin
@@ -28,16 +28,20 @@ from trainer.run.assemble import make_plugin
 METRICS = ("rfid", "psnr", "ssim", "lpips")
 
 
-def make_lpips(config: Config, device: torch.device) -> Any:
-    """Build the plugin lpips with the weight files that the config names, if any, for the input range "unit".
+def make_metric(name: str, config: Config, device: torch.device) -> Any:
+    """Build the loss that computes a metric, with the weight files that the config names, if any.
 
     Raises:
+        ConfigError: no loss computes it.
         WeightsError: its weights are missing; the message says how to obtain them.
     """
-    plugin = registry.losses.get("lpips")
+    plugin = next((p for p in registry.losses if getattr(p.cls, "metric", "") == name), None)
+    if plugin is None:
+        raise ConfigError(f"--metrics={name}: expected a loss plugin with metric = '{name}', found none; remove it")
     given = next((t.options for t in config.losses.values() if registry.losses.get(t.name) is plugin), {})
     files = {key: value for key, value in given.items() if key.endswith("checkpoint")}
-    loss = make_plugin("losses.lpips", "loss", PluginTable(name="lpips", input_range="unit", **files))
+    options = files | getattr(plugin.cls, "metric_options", {})
+    loss = make_plugin(f"losses.{plugin.name}", "loss", PluginTable(name=plugin.name, **options))
     loss.load_weights()
     return loss.to(device)
 
@@ -63,7 +67,7 @@ def evaluate_reconstruction(
         images: originals, at the tokenizer's resolution.
         metrics: from :data:`METRICS`; rfid is computed on the network whose label is "".
         networks: feature networks for Frechet distances.
-        lpips: the LPIPS loss, or None if it is not among the metrics.
+        lpips: the loss from :func:`make_metric`, or None if it is not among the metrics.
         folder: folder for the feature cache, from which an interrupted evaluation resumes.
         batch_size: images per batch and rank.
         world: this process.
