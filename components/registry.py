@@ -21,11 +21,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 ENTRY_POINT_GROUP = "titanrepa.plugins"
+
+
+File = Annotated[str, "file"]
+"""Type of an option that names a file or folder: a path, or ``hf://organization/name/file[@revision]``.
+
+A relative path is searched for in the current folder, then beside the TOML file.
+"""
 
 
 class PluginError(Exception):
@@ -48,6 +55,11 @@ class Option:
     @property
     def type_name(self) -> str:
         return type_name(self.annotation)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the option is a :data:`File`, or one that may be None."""
+        return File in (self.annotation, *typing.get_args(self.annotation))
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,11 @@ class Plugin:
             if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the options that are files."""
+        return [option.name for option in self.options.values() if option.is_file]
+
     def schema(self) -> type[BaseModel]:
         """Pydantic model of the options with strict types; unknown keys are an error."""
         fields: dict[str, Any] = {}
@@ -95,17 +112,19 @@ class Registry:
 
     Args:
         kind: name of the kind in messages and commands, such as "encoder".
+        bases: names of the kind's base classes in ``components.contracts``; every plugin derives from one of them.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, *bases: str) -> None:
+        self.kind, self.bases = kind, bases
         self._plugins: dict[str, Plugin] = {}
 
     def register(self, name: str) -> Callable[[type], type]:
         """Class decorator that registers a plugin.
 
         Raises:
-            PluginError: another class has this name, or ``__init__`` takes ``**kwargs``.
+            PluginError: another class has this name, the class does not derive from the kind's base class, or
+                ``__init__`` takes ``**kwargs``.
         """
 
         def add(cls: type) -> type:
@@ -119,6 +138,13 @@ class Registry:
             ):
                 raise PluginError(
                     f"two {self.kind} plugins are called '{name}': {other.where} and {plugin.where}; rename one"
+                )
+            from components import contracts  # imports torch, which a command's --help does not need
+
+            if not issubclass(cls, tuple(vars(contracts)[base] for base in self.bases)):
+                raise PluginError(
+                    f"{self.kind} '{name}' ({plugin.where}): {cls.__name__} must derive from "
+                    f"components.contracts.{' or '.join(self.bases)}"
                 )
             var_kwargs = [p.name for p in _parameters(cls) if p.kind is inspect.Parameter.VAR_KEYWORD]
             if var_kwargs:
@@ -149,12 +175,12 @@ class Registry:
         return iter(self._plugins[name] for name in self.names())
 
 
-recipes = Registry("recipe")
-tokenizers = Registry("tokenizer")
-denoisers = Registry("denoiser")
-encoders = Registry("encoder")
-losses = Registry("loss")
-datasets = Registry("dataset")
+recipes = Registry("recipe", "Recipe")
+tokenizers = Registry("tokenizer", "Tokenizer")
+denoisers = Registry("denoiser", "Denoiser")
+encoders = Registry("encoder", "Encoder")
+losses = Registry("loss", "ReconstructionLoss", "AdversarialLoss", "AlignmentLoss")
+datasets = Registry("dataset", "Dataset")
 
 KINDS: dict[str, Registry] = {r.kind: r for r in (recipes, tokenizers, denoisers, encoders, losses, datasets)}
 
@@ -212,6 +238,8 @@ def type_name(annotation: Any) -> str:
     """Format a type for users: ``int``, ``'S' | 'B'``, ``list[int]``."""
     if annotation is type(None):
         return "none"
+    if annotation == File:
+        return "file"
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return type_name(args[0])

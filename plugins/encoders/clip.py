@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from components.nn.timm_encoder import TimmEncoder
-from components.registry import encoders
+from components.registry import File, encoders
 
 MODELS = {
     "b32": "vit_base_patch32_clip_quickgelu_224.openai",
@@ -45,7 +45,7 @@ class CLIP(TimmEncoder):
         *,
         size: Literal["b32", "b16", "l14", "l14_336"] = "l14",
         pretrained: bool = True,
-        checkpoint: str | None = None,
+        checkpoint: File | None = None,
     ) -> None:
         super().__init__(
             MODELS[size],

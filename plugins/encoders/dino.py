@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from components.nn.timm_encoder import TimmEncoder
-from components.registry import encoders
+from components.registry import File, encoders
 
 ARCHITECTURES = {"s": "vit_small", "b": "vit_base"}
 IMAGE_PATCH = 16  # pixels per denoiser token, for both patch sizes
@@ -41,7 +41,7 @@ class DINO(TimmEncoder):
         size: Literal["s", "b"] = "b",
         patch: Literal[16, 8] = 16,
         pretrained: bool = True,
-        checkpoint: str | None = None,
+        checkpoint: File | None = None,
     ) -> None:
         super().__init__(
             f"{ARCHITECTURES[size]}_patch{patch}_224.dino",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from components.nn.timm_encoder import TimmEncoder
-from components.registry import encoders
+from components.registry import File, encoders
 
 ARCHITECTURES = {"s": "vit_small", "b": "vit_base", "l": "vit_large", "g": "vit_giant"}
 
@@ -39,7 +39,7 @@ class DINOv2(TimmEncoder):
         size: Literal["s", "b", "l", "g"] = "b",
         registers: bool = False,
         pretrained: bool = True,
-        checkpoint: str | None = None,
+        checkpoint: File | None = None,
     ) -> None:
         variant = "_reg4" if registers else ""
         super().__init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from components.nn.timm_encoder import TimmEncoder
-from components.registry import encoders
+from components.registry import File, encoders
 
 MODELS = {
     "s": "vit_small_patch16_dinov3_qkvb",
@@ -51,7 +51,7 @@ class DINOv3(TimmEncoder):
         size: Literal["s", "s+", "b", "l", "h+", "7b"] = "b",
         data: Literal["lvd1689m", "sat493m"] = "lvd1689m",
         pretrained: bool = True,
-        checkpoint: str | None = None,
+        checkpoint: File | None = None,
     ) -> None:
         if data == "sat493m" and size not in SATELLITE:
             raise ValueError(f"encoder dinov3: data = '{data}' has sizes {', '.join(SATELLITE)}, not '{size}'")

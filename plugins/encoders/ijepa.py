@@ -9,7 +9,7 @@ from torch import Tensor
 
 from components.files.weights import WeightsError, read_state, read_tree
 from components.nn.timm_encoder import TimmEncoder
-from components.registry import encoders
+from components.registry import File, encoders
 
 MODELS = {
     "h14": "vit_huge_patch14_gap_224.in1k_ijepa",
@@ -53,7 +53,7 @@ class IJEPA(TimmEncoder):
         size: Literal["h14", "h16_448", "g16"] = "h14",
         branch: Literal["encoder", "target_encoder"] = "encoder",
         pretrained: bool = True,
-        checkpoint: str | None = None,
+        checkpoint: File | None = None,
     ) -> None:
         super().__init__(MODELS[size], grid, pretrained=pretrained, checkpoint=checkpoint)
         self.branch = branch

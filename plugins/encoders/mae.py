@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from components.nn.timm_encoder import TimmEncoder
-from components.registry import encoders
+from components.registry import File, encoders
 
 MODELS = {"b": "vit_base_patch16_224.mae", "l": "vit_large_patch16_224.mae", "h": "vit_huge_patch14_224.mae"}
 DECODER = ("decoder_", "mask_token")
@@ -41,7 +41,7 @@ class MAE(TimmEncoder):
         *,
         size: Literal["b", "l", "h"] = "l",
         pretrained: bool = True,
-        checkpoint: str | None = None,
+        checkpoint: File | None = None,
     ) -> None:
         super().__init__(MODELS[size], grid, pretrained=pretrained, checkpoint=checkpoint, final_norm=False)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from components.nn.timm_encoder import TimmEncoder
-from components.registry import encoders
+from components.registry import File, encoders
 
 MODELS = {"s": "vit_small_patch16_224", "b": "vit_base_patch16_224", "l": "vit_large_patch16_224"}
 HEADS = 12  # of MoCo v3's ViT-S; the standard ViT-S has 6
@@ -59,7 +59,7 @@ class MoCoV3(TimmEncoder):
         size: Literal["s", "b", "l"] = "b",
         branch: Literal["base", "momentum"] = "base",
         pretrained: bool = True,
-        checkpoint: str | None = None,
+        checkpoint: File | None = None,
     ) -> None:
         options: dict[str, Any] = {"pretrained_cfg": published(URLS[size])}
         if size == "s":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from components.nn.timm_encoder import TimmEncoder
-from components.registry import encoders
+from components.registry import File, encoders
 
 ARCHITECTURES = {
     "b32": "vit_base_patch32_clip_224",
@@ -47,7 +47,7 @@ class OpenCLIP(TimmEncoder):
         size: Literal["b32", "b16", "l14", "h14", "g14", "bigg14"] = "l14",
         data: Literal["laion2b", "datacompxl"] = "laion2b",
         pretrained: bool = True,
-        checkpoint: str | None = None,
+        checkpoint: File | None = None,
     ) -> None:
         if size not in SIZES[data]:
             raise ValueError(f"encoder openclip: data = '{data}' has sizes {', '.join(SIZES[data])}, not '{size}'")

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from components.nn.timm_encoder import TimmEncoder
-from components.registry import encoders
+from components.registry import File, encoders
 
 MODELS = {
     "core": {
@@ -65,7 +65,7 @@ class PerceptionEncoder(TimmEncoder):
         layer: int = -1,
         norm: bool = False,
         pretrained: bool = True,
-        checkpoint: str | None = None,
+        checkpoint: File | None = None,
     ) -> None:
         sizes = MODELS[variant]
         if size not in sizes:

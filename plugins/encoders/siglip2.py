@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from components.nn.timm_encoder import TimmEncoder
-from components.registry import encoders
+from components.registry import File, encoders
 
 MODELS = {
     "b": "vit_base_patch16_siglip_256.v2_webli",
@@ -42,7 +42,7 @@ class SigLIP2(TimmEncoder):
         *,
         size: Literal["b", "l", "so400m", "g"] = "b",
         pretrained: bool = True,
-        checkpoint: str | None = None,
+        checkpoint: File | None = None,
     ) -> None:
         super().__init__(
             MODELS[size],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from components.nn.timm_encoder import TimmEncoder
-from components.registry import encoders
+from components.registry import File, encoders
 
 
 @encoders.register("timm")
@@ -43,7 +43,7 @@ class Timm(TimmEncoder):
         norm: bool = True,
         image_size: int | None = None,
         pretrained: bool = True,
-        checkpoint: str | None = None,
+        checkpoint: File | None = None,
     ) -> None:
         super().__init__(
             model,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from components.contracts import Posterior
+from components.contracts import Posterior, ReconstructionLoss
 from components.files.weights import hub_file, load_strict, read_state
 from components.nn.precision import at_least_fp32, no_autocast
-from components.registry import losses
+from components.registry import File, losses
 
 # ImageNet mean and std for images in [-1, 1] instead of [0, 1].
 SHIFT = (-0.030, -0.088, -0.188)
@@ -28,7 +28,7 @@ LINEAR = Path(__file__).with_suffix(".safetensors")  # the authors' version 0.1;
 
 
 @losses.register("lpips")
-class LPIPS(nn.Module):
+class LPIPS(ReconstructionLoss):
     """LPIPS perceptual distance between image and reconstruction, on frozen VGG16 features.
 
     State-dict keys: ``features.N.*`` as in torchvision's VGG16, and ``linear.K.weight`` for the K-th feature map.
@@ -45,8 +45,8 @@ class LPIPS(nn.Module):
     """
 
     keep_fp32 = True
-    metric: ClassVar[str] = "lpips"
-    metric_options: ClassVar[dict[str, str]] = {"input_range": "unit"}  # as in published values
+    metric = "lpips"
+    metric_options: ClassVar[dict[str, Any]] = {"input_range": "unit"}  # as in published values
     shift: Tensor
     scale: Tensor
 
@@ -55,8 +55,8 @@ class LPIPS(nn.Module):
         *,
         weight: float = 1.0,
         input_range: Literal["published", "unit"] = "published",
-        vgg_checkpoint: str | None = None,
-        linear_checkpoint: str | None = None,
+        vgg_checkpoint: File | None = None,
+        linear_checkpoint: File | None = None,
     ) -> None:
         super().__init__()
         self.weight = weight

@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from components.contracts import AdversarialLoss, Network
 from components.files.layouts import files
 from components.files.weights import load_strict
 from components.nn.batch_norm import SyncBatchNorm2d, batch_mean
 from components.nn.precision import at_least_fp32, no_autocast
-from components.registry import losses
+from components.registry import File, losses
 
 
-class PatchDiscriminator(nn.Module):
+class PatchDiscriminator(Network):
     """PatchGAN discriminator: one logit per overlapping patch (Isola et al. 2017, arXiv 1611.07004, appendix 6.1.2).
 
     State-dict keys are those of the published discriminator: ``main.0.weight``, ...
@@ -59,7 +60,7 @@ class PatchDiscriminator(nn.Module):
 
 
 @losses.register("patchgan")
-class PatchGAN(nn.Module):
+class PatchGAN(AdversarialLoss):
     """Hinge GAN loss with a PatchGAN discriminator and optional LeCam regularization.
 
     The discriminator's batch norm always uses batch statistics, computed over all ranks. Before ``start_step`` the
@@ -91,7 +92,7 @@ class PatchGAN(nn.Module):
         lecam_decay: float = 0.999,
         channels: int = 64,
         layers: int = 3,
-        checkpoint: str | None = None,
+        checkpoint: File | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (("layers", layers, 1), ("channels", channels, 1), ("start_step", start_step, 0)):

@@ -8,11 +8,11 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.contracts import Posterior
+from components.contracts import Posterior, Tokenizer
 from components.files.layouts import files
 from components.files.weights import load_strict
 from components.nn.precision import at_least_fp32
-from components.registry import tokenizers
+from components.registry import File, tokenizers
 
 # (latent channels, multipliers, levels with attention, quant_conv)
 PRESETS = {
@@ -23,7 +23,7 @@ PRESETS = {
 
 
 @tokenizers.register("autoencoder_kl")
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(Tokenizer):
     """Convolutional VAE: SD 1, 2 and XL (f8d4), SD3 and FLUX (f8d16), VA-VAE (f16d32), or a custom architecture.
 
     State-dict keys are those of the CompVis and REPA-E checkpoints.
@@ -59,7 +59,7 @@ class AutoencoderKL(nn.Module):
         mid_attention: bool = True,
         norm_groups: int = 32,
         quant_conv: bool | None = None,
-        checkpoint: str | None = None,
+        checkpoint: File | None = None,
         trainable: bool = True,
     ) -> None:
         super().__init__()

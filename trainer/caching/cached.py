@@ -23,7 +23,7 @@ TOLERANCE = 3  # of 255; image decoders differ
 
 def check_recipe(config: Config, recipe: Recipe) -> None:
     """Raise ConfigError if the config names a cache and the recipe cannot train on one."""
-    if config.latent_cache.path and not getattr(recipe, "cached_latents", False):
+    if config.latent_cache.path and not recipe.cached_latents:
         why = "trains the tokenizer" if "tokenizer" in recipe.uses & set().union(*recipe.trains.values()) else (
             "does not declare cached_latents = True"
         )  # fmt: skip
@@ -49,7 +49,9 @@ def features(config: Config, recipe: Recipe, cache: LatentCache) -> list[str]:
 
 
 def needs_images(config: Config, recipe: Recipe, cache: LatentCache) -> bool:
-    """Whether some encoder's features must be computed from images because they are not read from the cache."""
+    """Whether images are read too: for encoders whose features are not read from the cache, or for their conditions."""
+    if registry.datasets.get(config.dataset.name).cls.conditions:
+        return True
     return "encoders" in recipe.uses and len(features(config, recipe, cache)) < len(config.encoders)
 
 
@@ -70,7 +72,7 @@ def dataset_on_cache(config: Config, parts: Parts, cache: LatentCache) -> Cached
         problems.append(
             f"it was encoded by another tokenizer:\n"
             f"    cache:     {_short(index['tokenizer']['fingerprint'])}, {index['tokenizer']['origin']}\n"
-            f"    this run:  {_short(here)}, {origin(config.tokenizer)}\n"
+            f"    this run:  {_short(here)}, {origin('tokenizer', config.tokenizer)}\n"
             "  Set tokenizer.checkpoint to the weights of the cache, or encode the dataset with this run's tokenizer"
         )
     elif tuple(parts.latent) != cache.latent:
@@ -101,15 +103,15 @@ def describe(kind: str, table: PluginTable) -> dict[str, Any]:
     Paths differ between machines; fingerprints and probes compare the contents instead.
     """
     known = registry.KINDS[kind].get(table.name).options
-    options = {name: table.options.get(name, option.default) for name, option in known.items()}
-    kept = {k: v for k, v in options.items() if not k.endswith(("checkpoint", "path")) and k != "flip"}
-    return json.loads(json.dumps({"name": table.name, "options": kept}))
+    kept = [option for option in known.values() if not option.is_file and option.name != "flip"]
+    options = {option.name: table.options.get(option.name, option.default) for option in kept}
+    return json.loads(json.dumps({"name": table.name, "options": options}))
 
 
-def origin(table: PluginTable) -> str:
+def origin(kind: str, table: PluginTable) -> str:
     """Human-readable origin of a part's weights."""
-    checkpoint = table.options.get("checkpoint")
-    return f"{table.name} ({f'weights of {checkpoint}' if checkpoint else 'no checkpoint given'})"
+    files = [table.options[key] for key in registry.KINDS[kind].get(table.name).files if table.options.get(key)]
+    return f"{table.name} ({'weights of ' + ', '.join(files) if files else 'no checkpoint given'})"
 
 
 def probes(dataset: Dataset) -> list[dict[str, Any]]:
@@ -178,7 +180,8 @@ def _encoder_problems(config: Config, label: str, there: dict[str, Any], parts: 
         mine = fingerprint(encoder)
         if mine == there["fingerprint"]:
             return []
-        found = [f"weights {_short(there['fingerprint'])} ({there['origin']}) -> {_short(mine)} ({origin(table)})"]
+        here_from = origin("encoder", table)
+        found = [f"weights {_short(there['fingerprint'])} ({there['origin']}) -> {_short(mine)} ({here_from})"]
     return [
         f"its features '{label}' come from another encoder (cache -> this run): {'; '.join(found)}\n"
         "  Encode again with --features, or set latent_cache.features = false to compute features from images"
@@ -186,7 +189,7 @@ def _encoder_problems(config: Config, label: str, there: dict[str, Any], parts: 
 
 
 def _able() -> str:
-    return ", ".join(p.name for p in registry.recipes if getattr(p.cls, "cached_latents", False))
+    return ", ".join(p.name for p in registry.recipes if p.cls.cached_latents)
 
 
 def _short(digest: str) -> str:

@@ -118,7 +118,7 @@ def settings(source: Source, choices: Choices, networks: Networks) -> dict[str, 
         | {
             "shape": list(shape),
             "fingerprint": fingerprint(networks.encoders[label]),
-            "origin": cached.origin(config.encoders[label]),
+            "origin": cached.origin("encoder", config.encoders[label]),
         }
         for label, shape in networks.shapes.items()
     }

@@ -110,7 +110,7 @@ def _tokenizer_of_config(stored: Stored) -> dict[str, Tensor]:
     Raises:
         ConfigError: the config names no tokenizer checkpoint.
     """
-    from trainer.run.assemble import make_plugin
+    from trainer.run.construct import make_plugin
 
     if not stored.config.tokenizer.options.get("checkpoint"):
         raise ConfigError(f"'{stored.path}' holds no trained tokenizer, and its config sets no tokenizer.checkpoint")
@@ -123,7 +123,7 @@ def _diffusers(stored: Stored, out: Path) -> tuple[list[Path], str]:
     import torch
 
     from components.files.layouts import diffusers_kl
-    from trainer.run.assemble import make_plugin
+    from trainer.run.construct import make_plugin
 
     with torch.device("meta"):
         tokenizer = make_plugin("tokenizer", "tokenizer", stored.config.tokenizer)

@@ -89,15 +89,11 @@ def validate(data: dict[str, Any], source: str) -> Config:
     config.latent_cache.path = _find(config.latent_cache.path, folder)
     config.evaluation.reference = _find(config.evaluation.reference, folder)
     config.evaluation.inception_weights = _find(config.evaluation.inception_weights, folder)
-    for _, _, table in plugin_tables(config):
-        for key, value in table.options.items():
-            if isinstance(value, str) and key.endswith(("checkpoint", "path")):
-                table.model_extra[key] = _find(value, folder)
     try:
         registry.discover("plugins", config.plugins)
     except registry.PluginError as error:
         raise ConfigError(f"{source}: {error}") from error
-    problems = [p for place, kind, table in plugin_tables(config) for p in _plugin_problems(place, kind, table)]
+    problems = [p for place, kind, table in plugin_tables(config) for p in _check_plugin(place, kind, table, folder)]
     problems += _optimizer_problems(config)
     if not config.training.compile:
         problems += [
@@ -211,11 +207,16 @@ def assign(data: dict[str, Any], key: str, value: Any) -> None:
     data[last] = value
 
 
-def _plugin_problems(place: str, kind: str, table: PluginTable) -> list[str]:
+def _check_plugin(place: str, kind: str, table: PluginTable, folder: Path) -> list[str]:
+    """Resolve the files that a plugin's table names, and return the table's problems."""
     try:
-        schema = registry.KINDS[kind].get(table.name).schema()
+        plugin = registry.KINDS[kind].get(table.name)
     except registry.PluginError as error:
         return [f"{place}.name = {table.name!r}: {error}"]
+    for key in plugin.files:
+        if isinstance(table.options.get(key), str):
+            table.model_extra[key] = _find(table.options[key], folder)
+    schema = plugin.schema()
     try:
         schema.model_validate(table.options)
     except ValidationError as error:
@@ -272,6 +273,8 @@ def _locate(model: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[type[Ba
             table = inner
             field = table.model_fields.get(str(part))
             annotation = field.annotation if field else None
+            if annotation is str and "file" in field.metadata:
+                annotation = registry.File  # pydantic has split it into annotation and metadata
         else:  # a label of a dict, or an index of a list
             args = typing.get_args(annotation)
             annotation = args[-1] if args else None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from components import registry
-from components.evaluation.encoder_network import EncoderNetwork, native_grid
+from components.evaluation.encoder_network import EncoderNetwork
 from components.evaluation.inception import Inception
 from components.evaluation.statistics import NetworkMetrics
 from components.files.fingerprint import fingerprint
@@ -18,7 +18,7 @@ from components.registry import nearest
 from trainer import config as configs
 from trainer.config import ConfigError
 from trainer.config.schema import PluginTable
-from trainer.run.assemble import make_plugin
+from trainer.run.construct import make_plugin
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class EncoderSpec:
             raise ConfigError(f"encoder '{text}': '{bad[0][2:]}' is not key=value; expected NAME:key=value,key=value")
         options = dict(configs.parse_overrides(words))
         plugin = registry.encoders.get(name)
-        grid = options.pop("grid", native_grid(plugin.cls))
+        grid = options.pop("grid", plugin.cls.native_grid)
         if not isinstance(grid, int) or grid < 1:
             raise ConfigError(f"encoder '{text}': grid = {grid!r}; expected tokens per side, at least 1")
         configs.check_table(plugin.schema(), options, f"encoder '{text}': ")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from components import registry
+from components.contracts import ReconstructionLoss
 from components.data.pixels import to_float, to_uint8
 from components.distributed.parallel import World
 from components.distributed.ranks import Ranks
@@ -23,7 +24,7 @@ from components.nn.precision import parameter_dtype
 from trainer.config import Config, ConfigError
 from trainer.config.schema import PluginTable
 from trainer.evaluation.references import Reference
-from trainer.run.assemble import make_plugin
+from trainer.run.construct import make_plugin
 
 METRICS = ("rfid", "psnr", "ssim", "lpips")
 
@@ -35,12 +36,13 @@ def make_metric(name: str, config: Config, device: torch.device) -> Any:
         ConfigError: no loss computes it.
         WeightsError: its weights are missing; the message says how to obtain them.
     """
-    plugin = next((p for p in registry.losses if getattr(p.cls, "metric", "") == name), None)
+    found = (p for p in registry.losses if issubclass(p.cls, ReconstructionLoss) and p.cls.metric == name)
+    plugin = next(found, None)
     if plugin is None:
         raise ConfigError(f"--metrics={name}: expected a loss plugin with metric = '{name}', found none; remove it")
     given = next((t.options for t in config.losses.values() if registry.losses.get(t.name) is plugin), {})
-    files = {key: value for key, value in given.items() if key.endswith("checkpoint")}
-    options = files | getattr(plugin.cls, "metric_options", {})
+    files = {key: value for key, value in given.items() if key in plugin.files}
+    options = files | plugin.cls.metric_options
     loss = make_plugin(f"losses.{plugin.name}", "loss", PluginTable(name=plugin.name, **options))
     loss.load_weights()
     return loss.to(device)

@@ -17,7 +17,7 @@ from components.evaluation.precision_recall import NEIGHBORS
 from components.evaluation.statistics import FRECHET, SUFFIXES, FeatureStatistics, Gaussian, NetworkMetrics, few_images
 from components.files.atomic import atomic_write
 from trainer.config import Config, ConfigError
-from trainer.run.assemble import make_plugin
+from trainer.run.construct import make_plugin
 
 
 @dataclass

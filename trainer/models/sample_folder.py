@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from components.data.pixels import to_float
-from components.diffusion.draws import generator
+from components.diffusion.random_numbers import generator
 from components.files.atomic import atomic_write
 from components.version import version
 from trainer.config import ConfigError

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from components.contracts import Modules
 from components.data.pixels import to_float
 from components.diffusion.image_sampler import ImageSampler, SamplingPlan
 from components.diffusion.samplers import Guidance
@@ -27,7 +28,7 @@ MAX_RECONSTRUCTIONS = 20
 
 def averaged(parts: Parts, ema: Ema | None, name: str):
     """EMA copy of a module if there is one, otherwise the module itself."""
-    return ema.modules[name] if ema is not None and name in ema.modules else getattr(parts.modules, name)
+    return ema.modules[name] if ema is not None and name in ema.modules else parts.modules.named()[name]
 
 
 def sampling_plan(config: Config, seed: int, options: Mapping[str, Any] | None = None) -> SamplingPlan:
@@ -52,8 +53,8 @@ def sampling_plan(config: Config, seed: int, options: Mapping[str, Any] | None =
 def image_sampler(config: Config, parts: Parts, ema: Ema | None) -> ImageSampler:
     """Sampler with the settings of [sampling] and the averaged weights."""
     plan = sampling_plan(config, config.training.seed)
-    denoiser, norm, tokenizer = (averaged(parts, ema, name) for name in ("denoiser", "latent_norm", "tokenizer"))
-    return ImageSampler(plan, denoiser, norm, tokenizer, parts.modules.flow, parts.latent)
+    networks = {name: averaged(parts, ema, name) for name in ("denoiser", "latent_norm", "tokenizer")}
+    return ImageSampler(plan, parts.recipe, Modules(**networks, flow=parts.modules.flow), parts.latent)
 
 
 def sample_images(config: Config, parts: Parts, ema: Ema | None, world: World, count: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +67,7 @@ def sample_images(config: Config, parts: Parts, ema: Ema | None, world: World, c
     share = -(-count // world.size)
     ids = torch.arange(world.rank * share, (world.rank + 1) * share, device=world.device)
     chunks = ids.split(AT_ONCE)
-    images = torch.cat([sampler(chunk.tolist(), chunk % parts.num_classes) for chunk in chunks])
+    images = torch.cat([sampler(chunk.tolist(), parts.sampling_condition(chunk)) for chunk in chunks])
     # Images beyond the count exist only so that all ranks make the same calls.
     return gather_rows(images)[:count], torch.arange(count, device=world.device) % parts.num_classes
 
