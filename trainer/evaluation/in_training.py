@@ -116,8 +116,8 @@ class TrainingEvaluation:
             with tqdm(total=e.images, unit="image", desc="evaluation", disable=disable, leave=False) as bar:
                 for first in range(0, e.images, world.size * e.batch_size):
                     ids = range(first + world.rank * e.batch_size, first + (world.rank + 1) * e.batch_size)
-                    labels = torch.tensor(ids, device=world.device) % parts.num_classes
-                    images = to_uint8(sampler(ids, labels))
+                    condition = parts.sampling_condition(torch.tensor(ids, device=world.device))
+                    images = to_uint8(sampler(ids, condition))
                     for m, builder in zip(self.networks, builders):
                         self._add(m, builder, images, e.images - first)
                     bar.update(min(world.size * e.batch_size, e.images - first))
