@@ -148,8 +148,8 @@ def _reconstruction(arguments: argparse.Namespace, named: list[str] | None, over
     from components.evaluation.images import first_images
     from trainer.evaluation import results
     from trainer.evaluation.metric_selection import choose_metrics, make_networks
-    from trainer.evaluation.reconstruction import METRICS, evaluate_reconstruction, make_metric
     from trainer.evaluation.references import dataset_images
+    from trainer.evaluation.tokenizer_quality import METRICS, evaluate_reconstruction, make_metric
     from trainer.models.source import open_source
 
     for option in ("reference", "config", "save_statistics"):

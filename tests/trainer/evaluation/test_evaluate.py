@@ -23,7 +23,7 @@ from tests.support.inception_weights import random_inception
 from tests.support.ranks import run_ranks
 from trainer import config as configs
 from trainer.__main__ import main
-from trainer.evaluation import metric_selection, reconstruction
+from trainer.evaluation import metric_selection, tokenizer_quality
 
 pytestmark = pytest.mark.long
 
@@ -279,7 +279,7 @@ def test_reconstructions_are_measured(tmp_path, monkeypatch):
         def forward(self, x, x_hat, posterior):
             return (x - x_hat).abs().mean()
 
-    monkeypatch.setattr(reconstruction, "make_metric", lambda name, config, device: Difference())
+    monkeypatch.setattr(tokenizer_quality, "make_metric", lambda name, config, device: Difference())
     from safetensors.torch import save_file
 
     tokenizer = toys.modules(dtype=torch.float32).tokenizer.eval()
@@ -293,7 +293,7 @@ def test_reconstructions_are_measured(tmp_path, monkeypatch):
     found = results(tmp_path / "out.json")["metrics"]
     x = images(110, 0.0, "heldout")
     with torch.no_grad():
-        y = torch.cat([reconstruction.reconstruct(tokenizer, part) for part in x.split(40)])
+        y = torch.cat([tokenizer_quality.reconstruct(tokenizer, part) for part in x.split(40)])
     assert found["psnr"] == pytest.approx(psnr(x, y).mean().item(), rel=1e-9)
     assert found["ssim"] == pytest.approx(ssim(x, y).mean().item(), rel=1e-9)
     # Means over images, not over batches: the last batch is smaller.
@@ -308,10 +308,10 @@ def test_lpips_sees_images_in_the_range_it_was_made_for(tmp_path, monkeypatch):
     monkeypatch.setattr(LPIPS, "load_weights", lambda self: None)
     toml = tmp_path / "toy.toml"
     toml.write_text(toys.TOML + '\n[losses.percept]\nname = "lpips"\nvgg_checkpoint = "vgg.pth"\nweight = 2.0\n')
-    loss = reconstruction.make_metric("lpips", configs.load(str(toml)), torch.device("cpu"))
+    loss = tokenizer_quality.make_metric("lpips", configs.load(str(toml)), torch.device("cpu"))
     assert loss.input_range == "unit" and loss.vgg_checkpoint == "vgg.pth"
     with pytest.raises(configs.ConfigError, match="metric = 'dists'"):
-        reconstruction.make_metric("dists", configs.load(str(toml)), torch.device("cpu"))
+        tokenizer_quality.make_metric("dists", configs.load(str(toml)), torch.device("cpu"))
 
 
 def test_vision_transformers_are_compared_by_their_class_token():
