@@ -48,13 +48,13 @@ def test_a_run_logs_it_first_and_every_checkpoint_holds_it(toml, tmp_path, anoth
         return trainer, "\n".join(lines)
 
     trainer, log = resumed()
-    assert trainer.checkpoints.read(1, ["version"]) == {"version": version()}
+    assert trainer.checkpoints.manager.read(1, ["version"]) == {"version": version()}
     assert "resumed from" in log and "titanrepa" not in log.replace(str(folder), "")
     another("99.0")
     assert f"changed since that checkpoint: titanrepa {version()} -> 99.0" in resumed()[1]
 
     # Those of releases that recorded none.
-    trainer.checkpoints.save(1, {key: value for key, value in trainer.state().items() if key != "version"})
+    trainer.checkpoints.manager.save(1, {key: value for key, value in trainer.state().items() if key != "version"})
     assert "titanrepa" not in resumed()[1].replace(str(folder), "")
 
 
