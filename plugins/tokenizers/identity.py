@@ -23,6 +23,7 @@ class Identity(nn.Module):
     factor = 1
     channels = 3
     trainable = False
+    adapters = ()
 
     def __init__(self) -> None:  # nn.Module.__init__ accepts any arguments, so options would not be checked
         super().__init__()

@@ -175,6 +175,16 @@ def plugin_tables(config: Config) -> list[tuple[str, str, PluginTable]]:
     return [*found, ("dataset", "dataset", config.dataset)]
 
 
+def named_files(kind: str, table: PluginTable) -> list[str]:
+    """Files that a plugin's table names, in the order of the plugin's options."""
+    return [table.options[key] for key in registry.KINDS[kind].get(table.name).files if table.options.get(key)]
+
+
+def weights_key(config: Config) -> str:
+    """Key of the tokenizer's weights: its first option of type ``File``; "tokenizer.name" if it has none."""
+    return f"tokenizer.{next(iter(registry.tokenizers.get(config.tokenizer.name).files), 'name')}"
+
+
 def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
     """Parse ``--a.b=1`` or ``--a.b 1`` to ("a.b", 1), and ``--a.b`` to ("a.b", True)."""
     found: list[tuple[str, Any]] = []
