@@ -16,14 +16,15 @@ from typing import Any
 import torch
 
 from benchmarks.plain_step import PlainSecondStage, PlainStep
-from components.contracts import Batch, Draws, Posterior
-from components.diffusion.draws import draw
+from components.contracts import Batch, Condition, Posterior, RandomNumbers, Recipe
+from components.diffusion.random_numbers import draw
 from components.distributed.parallel import World
 from components.monitor.hardware import peak_tflops
 from components.monitor.metrics import TIME
 from components.monitor.phases import PhaseClock
 from trainer.config import Config, PluginTable
-from trainer.run.assemble import build, make_ema, make_plugin, parameter_groups
+from trainer.run.assemble import build, make_ema, parameter_groups
+from trainer.run.construct import make_plugin
 from trainer.run.parts import Parts
 from trainer.run.prepare import autocast_dtype, image_format
 from trainer.run.step import Step
@@ -61,10 +62,10 @@ class Workload:
             **image_format(self.config),
         )
 
-    def batch(self, size: int, recipe: str | None = None) -> tuple[Batch, Draws]:
+    def batch(self, size: int, recipe: str | None = None) -> tuple[Batch, RandomNumbers]:
         """Random images, or random cached latents and features if the recipe takes them, and random numbers."""
         chosen = self.parts.recipe if recipe is None else make_plugin("recipe", "recipe", PluginTable(name=recipe))
-        return random_batch(self.parts, size, self.config, self.device, getattr(chosen, "cached_latents", False))
+        return random_batch(self.parts, size, self.config, self.device, chosen, chosen.cached_latents)
 
     def runner(self, size: int, recipe: str | None = None) -> Runner:
         """Function that runs a step as the training loop does: on a GPU it reads each record after the next launch."""
@@ -101,31 +102,34 @@ class PlainWorkload:
 
     def runner(self, size: int) -> Runner:
         cached = isinstance(self.plain, PlainSecondStage)
-        batch, _ = random_batch(self.parts, size, self.config, self.device, cached)
+        batch, _ = random_batch(self.parts, size, self.config, self.device, self.parts.recipe, cached)
         if not cached:
-            return lambda: self.plain(batch.images, batch.labels)
+            return lambda: self.plain(batch.images, batch.condition.label)
         mean, std, features = batch.posterior.mean, batch.posterior.std, list(batch.features.values())
-        return lambda: self.plain(mean, std, features, batch.labels)
+        return lambda: self.plain(mean, std, features, batch.condition.label)
 
 
 def with_training(config: Config, **changes: Any) -> Config:
     return config.model_copy(update={"training": config.training.model_copy(update=changes)})
 
 
-def random_batch(parts: Parts, size: int, config: Config, device: torch.device, cached: bool) -> tuple[Batch, Draws]:
+def random_batch(
+    parts: Parts, size: int, config: Config, device: torch.device, recipe: Recipe, cached: bool
+) -> tuple[Batch, RandomNumbers]:
     """Random batch of ``size`` on the device (posteriors and features if ``cached``), with its random numbers."""
     side, latent, m = config.training.resolution, parts.latent, parts.modules
     dtype = torch.float64 if config.training.precision == "fp64" else torch.float32
-    labels = torch.arange(size, device=device) % parts.num_classes
-    draws = draw(0, 0, range(size), size, latent, parts.extra_dim).to(device)
+    condition = Condition(torch.arange(size, device=device) % parts.num_classes)
+    drawn = draw(0, 0, range(size), size, recipe.random_numbers(m, latent))
+    random = {name: numbers.to(device) for name, numbers in drawn.items()}
     if not cached:
-        return Batch(torch.rand(size, 3, side, side, device=device, dtype=dtype) * 2 - 1, labels), draws
+        return Batch(torch.rand(size, 3, side, side, device=device, dtype=dtype) * 2 - 1, condition), random
     mean, tokens = torch.randn(size, *latent, device=device, dtype=dtype), m.denoiser.grid**2
     features = {
         label: torch.randn(size, tokens, encoder.embed_dim, device=device, dtype=dtype)
         for label, encoder in m.encoders.items()
     }
-    return Batch(None, labels, Posterior(mean, torch.full_like(mean, -4.0)), features), draws
+    return Batch(None, condition, Posterior(mean, torch.full_like(mean, -4.0)), features), random
 
 
 # -- clocks ------------------------------------------------------------------------------------------------------------
@@ -196,7 +200,7 @@ def summary(values: Any, digits: int = 2) -> dict[str, float]:
     return {"median": round(middle, digits), "min": round(low, digits), "max": round(high, digits)}
 
 
-def phases(step: Step, item: tuple[Batch, Draws], repeats: int = 3) -> dict[str, float]:
+def phases(step: Step, item: tuple[Batch, RandomNumbers], repeats: int = 3) -> dict[str, float]:
     """Median milliseconds of each phase and of the whole step."""
     rows = [step(k, [item]).read() for k in range(repeats)]
     names = [name for name in rows[0] if name.startswith(TIME)]

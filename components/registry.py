@@ -112,17 +112,19 @@ class Registry:
 
     Args:
         kind: name of the kind in messages and commands, such as "encoder".
+        bases: names of the kind's base classes in ``components.contracts``; every plugin derives from one of them.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, *bases: str) -> None:
+        self.kind, self.bases = kind, bases
         self._plugins: dict[str, Plugin] = {}
 
     def register(self, name: str) -> Callable[[type], type]:
         """Class decorator that registers a plugin.
 
         Raises:
-            PluginError: another class has this name, or ``__init__`` takes ``**kwargs``.
+            PluginError: another class has this name, the class does not derive from the kind's base class, or
+                ``__init__`` takes ``**kwargs``.
         """
 
         def add(cls: type) -> type:
@@ -136,6 +138,13 @@ class Registry:
             ):
                 raise PluginError(
                     f"two {self.kind} plugins are called '{name}': {other.where} and {plugin.where}; rename one"
+                )
+            from components import contracts  # imports torch, which a command's --help does not need
+
+            if not issubclass(cls, tuple(vars(contracts)[base] for base in self.bases)):
+                raise PluginError(
+                    f"{self.kind} '{name}' ({plugin.where}): {cls.__name__} must derive from "
+                    f"components.contracts.{' or '.join(self.bases)}"
                 )
             var_kwargs = [p.name for p in _parameters(cls) if p.kind is inspect.Parameter.VAR_KEYWORD]
             if var_kwargs:
@@ -166,12 +175,12 @@ class Registry:
         return iter(self._plugins[name] for name in self.names())
 
 
-recipes = Registry("recipe")
-tokenizers = Registry("tokenizer")
-denoisers = Registry("denoiser")
-encoders = Registry("encoder")
-losses = Registry("loss")
-datasets = Registry("dataset")
+recipes = Registry("recipe", "Recipe")
+tokenizers = Registry("tokenizer", "Tokenizer")
+denoisers = Registry("denoiser", "Denoiser")
+encoders = Registry("encoder", "Encoder")
+losses = Registry("loss", "ReconstructionLoss", "AdversarialLoss", "AlignmentLoss")
+datasets = Registry("dataset", "Dataset")
 
 KINDS: dict[str, Registry] = {r.kind: r for r in (recipes, tokenizers, denoisers, encoders, losses, datasets)}
 

@@ -1,26 +1,20 @@
-"""Contracts between the core and plugins: one protocol per plugin kind, and the records they exchange."""
+"""Contracts between the core and plugins: one base class per plugin kind, and the records they exchange."""
 
-from components.contracts.parts import (
-    AdversarialLoss,
-    AlignmentLoss,
-    Dataset,
-    Denoiser,
-    Encoder,
-    Modules,
-    Recipe,
-    ReconstructionLoss,
-    Tokenizer,
-    Update,
-)
+from components.contracts.dataset import Dataset
+from components.contracts.losses import AdversarialLoss, AlignmentLoss, ReconstructionLoss
+from components.contracts.networks import Denoiser, Encoder, Network, Tokenizer, units_of
+from components.contracts.recipe import Modules, Recipe, Sampler, Update
 from components.contracts.records import (
     Batch,
     Cached,
+    Condition,
     DatasetItem,
     DenoiserOutput,
-    Draws,
+    Distribution,
     LatentShape,
     LossTerm,
     Posterior,
+    RandomNumbers,
     Tokens,
 )
 
@@ -29,19 +23,24 @@ __all__ = [
     "AlignmentLoss",
     "Batch",
     "Cached",
+    "Condition",
     "Dataset",
     "DatasetItem",
     "Denoiser",
     "DenoiserOutput",
-    "Draws",
+    "Distribution",
     "Encoder",
     "LatentShape",
     "LossTerm",
     "Modules",
+    "Network",
     "Posterior",
+    "RandomNumbers",
     "Recipe",
     "ReconstructionLoss",
+    "Sampler",
     "Tokenizer",
     "Tokens",
     "Update",
+    "units_of",
 ]

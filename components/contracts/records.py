@@ -6,7 +6,8 @@ denoiser's grid, D_k features of encoder k. Images that reach a model are float 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,15 +56,35 @@ Tokens = Tensor | tuple[Tensor, ...]
 """Hidden tokens (B, N, width) after block ``align_depth``; a tuple in that order if it lists several blocks."""
 
 
+class Condition(NamedTuple):
+    """What a denoiser is conditioned on, for a batch; the core passes it from the dataset to the denoiser.
+
+    Attributes:
+        label: class labels (B,), int64.
+        more: further tensors (B, ...) by name, such as text tokens and their mask; those that the dataset provides.
+    """
+
+    label: Tensor
+    more: dict[str, Tensor] = {}
+
+    def combine(self, fn: Callable[..., Tensor], *others: Condition) -> Condition:
+        """Apply ``fn`` to the tensors of one name in this condition and ``others``, for each name."""
+        more = {name: fn(value, *(other.more[name] for other in others)) for name, value in self.more.items()}
+        return Condition(fn(self.label, *(other.label for other in others)), more)
+
+    def to(self, device: torch.device) -> Condition:
+        return self.combine(lambda value: value.to(device))
+
+
 class DenoiserOutput(NamedTuple):
     """Predicted ``velocity`` (B, C, h, w) and the hidden :data:`Tokens` after block ``align_depth``.
 
-    ``extra`` (B, D_e) is the velocity of the vector that is denoised together with the latent; None without one.
+    ``others`` are the velocities of the tensors that are denoised together with the latent, by name.
     """
 
     velocity: Tensor
     tokens: Tokens
-    extra: Tensor | None = None
+    others: dict[str, Tensor] = {}
 
 
 class LossTerm(NamedTuple):
@@ -78,13 +99,13 @@ class Batch(NamedTuple):
 
     Attributes:
         images: (B, 3, R, R) float in [-1, 1]; None with cached latents if no module needs images.
-        labels: class labels (B,), int64.
+        condition: what the denoiser is conditioned on.
         posterior: cached posterior of a frozen tokenizer; None without a cache.
         features: cached patch tokens (B, N, D_k) by encoder label; None without a cache.
     """
 
     images: Tensor | None
-    labels: Tensor
+    condition: Condition
     posterior: Posterior | None = None
     features: dict[str, Tensor] | None = None
 
@@ -104,28 +125,30 @@ class DatasetItem(NamedTuple):
     """One item of a dataset: ``image`` uint8 (3, R, R) and its class ``label``.
 
     ``unreadable`` is the path of the unreadable file that this item replaces, if any. A dataset of cached latents sets
-    ``cached``, and ``image`` only if a module needs images.
+    ``cached``, and ``image`` only if a module needs images. ``condition`` holds further tensors that the denoiser is
+    conditioned on, by name: the entries of :attr:`Condition.more` without their batch dimension.
     """
 
     image: Tensor | None
     label: int
     unreadable: str | None = None
     cached: Cached | None = None
+    condition: dict[str, Tensor] = {}
 
 
-class Draws(NamedTuple):
-    """Random numbers of one micro-batch.
+class Distribution(NamedTuple):
+    """Distribution of random numbers that a recipe declares: one tensor of ``shape`` per image.
 
-    ``posterior`` and ``noise`` are N(0, I) of shape (B, C, h, w); ``time`` and ``label`` are U[0, 1) of shape (B,).
-    ``extra`` is N(0, I) of shape (B, D_e), the noise of the vector that is denoised together with the latent; it is
-    empty without one.
+    Attributes:
+        kind: "normal", N(0, I), or "uniform", U[0, 1).
+        shape: per image; () for one number.
+        key: seeds the generator together with the run's seed and the step; "": the name that the recipe declares.
     """
 
-    posterior: Tensor
-    noise: Tensor
-    time: Tensor
-    label: Tensor
-    extra: Tensor = torch.empty(0)
+    kind: Literal["normal", "uniform"]
+    shape: tuple[int, ...] = ()
+    key: str = ""
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Draws:
-        return Draws(*(x.to(device, non_blocking=non_blocking) for x in self))
+
+RandomNumbers = dict[str, Tensor]
+"""Random numbers of one micro-batch, (B, *shape) by name, as the recipe declares them."""

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from components.contracts import Cached, Dataset, DatasetItem
-from components.diffusion.draws import generator
+from components.contracts import Cached, Condition, Dataset, DatasetItem
+from components.diffusion.random_numbers import generator
 
 if TYPE_CHECKING:
     from torchdata.stateful_dataloader import StatefulDataLoader
@@ -135,10 +135,9 @@ class TrainingView:
         """The sample, flipped with probability 0.5; raises :class:`DataError` if it violates the dataset contract."""
         epoch, index = key
         flip = self.flip and bool(torch.rand((), generator=generator(self.seed, epoch, index, "flip")) < 0.5)
-        holds_copies = hasattr(self.dataset, "mirrored")
-        sample = DatasetItem(*(self.dataset.mirrored(index) if flip and holds_copies else self.dataset[index]))
+        sample = DatasetItem(*(self.dataset.mirrored(index) if flip else self.dataset[index]))
         self._check(sample, index)
-        return sample._replace(image=sample.image.flip(-1)) if flip and not holds_copies else sample
+        return sample
 
     def _check(self, sample: DatasetItem, index: int) -> None:
         image = sample.image
@@ -154,10 +153,10 @@ class TrainingView:
 
 
 class Loaded(NamedTuple):
-    """Micro-batch on the host: ``images`` uint8 (b, 3, R, R), ``labels`` int64 (b,), paths of ``unreadable`` files."""
+    """Micro-batch on the host: ``images`` uint8 (b, 3, R, R), their ``condition``, paths of ``unreadable`` files."""
 
     images: Tensor | None
-    labels: Tensor
+    condition: Condition
     unreadable: list[str]
     cached: Cached | None = None
 
@@ -171,7 +170,10 @@ def collate(samples: Sequence[DatasetItem]) -> Loaded:
         cached = Cached(torch.stack([row.mean for row in rows]), torch.stack([row.std for row in rows]), features)
     return Loaded(
         None if first.image is None else torch.stack([s.image for s in samples]),
-        torch.tensor([s.label for s in samples], dtype=torch.int64),
+        Condition(
+            torch.tensor([s.label for s in samples], dtype=torch.int64),
+            {name: torch.stack([s.condition[name] for s in samples]) for name in first.condition},
+        ),
         [s.unreadable for s in samples if s.unreadable is not None],
         cached,
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from components.contracts import Batch, Posterior
 from components.data.loader import Loaded
+from components.data.pixels import to_float
 
 if TYPE_CHECKING:
     from torchdata.stateful_dataloader import StatefulDataLoader
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 class Prefetcher:
     """Iterates over a loader in a background thread and keeps the next micro-batch ready on the device.
 
-    Yields ``(batch, extra, unreadable)``: a :class:`components.contracts.Batch`, the result of ``extra``, and the paths
-    of unreadable files that were replaced. Exceptions in the loader or in ``extra`` are re-raised by ``next`` with
+    Yields ``(batch, beside, unreadable)``: a :class:`components.contracts.Batch`, the result of ``beside``, and the paths
+    of unreadable files that were replaced. Exceptions in the loader or in ``beside`` are re-raised by ``next`` with
     their original traceback. Create it in the main thread (PyTorch detects killed workers only from there), and use it
     as a context manager or call :meth:`close`.
 
@@ -34,7 +35,7 @@ class Prefetcher:
     Args:
         loader: from :func:`make_loader`.
         device: device of the batches.
-        extra: called in the thread with the stream position of each micro-batch's first sample, for example to draw
+        beside: called in the thread with the stream position of each micro-batch's first sample, for example to draw
             the micro-batch's random numbers. CPU tensors in its result (also inside tuples, dicts and dataclasses) are
             copied to the device, through pinned memory if it is a GPU.
 
@@ -43,7 +44,7 @@ class Prefetcher:
     """
 
     def __init__(
-        self, loader: StatefulDataLoader, device: torch.device | str, extra: Callable[[int], Any] | None = None
+        self, loader: StatefulDataLoader, device: torch.device | str, beside: Callable[[int], Any] | None = None
     ) -> None:
         self.device = torch.device(device)
         self.waited_s = 0.0
@@ -51,7 +52,7 @@ class Prefetcher:
         if self._cuda and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._stream = torch.cuda.Stream(self.device) if self._cuda else None
-        self._extra = extra
+        self._beside = beside
         self._ready: queue.SimpleQueue = queue.SimpleQueue()
         self._room = threading.Semaphore(1)
         self._closed = False
@@ -77,15 +78,15 @@ class Prefetcher:
             self._end = item
             raise item
         self._room.release()
-        batch, extra, unreadable, copied = item
+        batch, beside, unreadable, copied = item
         if copied is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(copied)
-            for tensor in _tensors((batch, extra)):
+            for tensor in _tensors((batch, beside)):
                 if tensor.is_cuda:
                     # Allocated on the side stream, which could otherwise reuse the memory while this stream needs it.
                     tensor.record_stream(current)
-        return batch if self._cuda else _to_batch(batch), extra, unreadable
+        return batch if self._cuda else _to_batch(batch), beside, unreadable
 
     def __enter__(self) -> Prefetcher:
         return self
@@ -124,8 +125,8 @@ class Prefetcher:
             # On a CPU the consumer converts the batch: a parallel operation in this thread would start a second OpenMP
             # thread pool, whose busy waiting takes cores from training.
             batch = _to_batch(_map(loaded, self._copy)) if self._cuda else loaded
-            extra = None if self._extra is None else _map(self._extra(position), self._copy)
-            return batch, extra, loaded.unreadable, self._stream.record_event() if self._cuda else None
+            beside = None if self._beside is None else _map(self._beside(position), self._copy)
+            return batch, beside, loaded.unreadable, self._stream.record_event() if self._cuda else None
 
     def _copy(self, tensor: Tensor) -> Tensor:
         if self._cuda and tensor.device.type == "cpu":
@@ -135,11 +136,11 @@ class Prefetcher:
 
 def _to_batch(loaded: Loaded) -> Batch:
     """Convert uint8 images to float in [-1, 1] and cached tensors to fp32."""
-    images = None if loaded.images is None else loaded.images.float().div_(127.5).sub_(1)
+    images = None if loaded.images is None else to_float(loaded.images)
     if loaded.cached is None:
-        return Batch(images, loaded.labels)
+        return Batch(images, loaded.condition)
     mean, std, features = _map(loaded.cached, Tensor.float)
-    return Batch(images, loaded.labels, Posterior.from_std(mean, std), features)
+    return Batch(images, loaded.condition, Posterior.from_std(mean, std), features)
 
 
 def _map(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from components.contracts import DenoiserOutput, LatentShape
-from components.diffusion.draws import generator
-from components.diffusion.flow import Flow
-from components.diffusion.samplers import Guidance, sample_ode, sample_sde
+from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape, Modules, Recipe, Sampler
+from components.diffusion.random_numbers import generator
+from components.diffusion.samplers import SAMPLERS, Guidance
+from components.registry import nearest
 
 
 @dataclass(frozen=True)
@@ -21,67 +21,70 @@ class SamplingPlan:
     """Sampling settings.
 
     Attributes:
-        method: Euler or Heun for the ODE, or Euler-Maruyama for the SDE ("sde").
-        steps: integrator steps, at least 2; Heun evaluates the denoiser twice in each but the last.
+        method: "euler" or "heun" for the ODE, "sde" for Euler-Maruyama, or a sampler of the recipe.
+        steps: integrator steps; Heun evaluates the denoiser twice in each but the last.
         guidance: guidance scale and interval.
         seed: seed of all noise.
         shift: timestep shift as in ``Flow.shift``; 0 uses the flow's own.
     """
 
-    method: Literal["euler", "heun", "sde"] = "euler"
+    method: str = "euler"
     steps: int = 50
     guidance: Guidance = field(default_factory=Guidance)
     seed: int = 0
     shift: float = 0.0
 
 
+def sampler_of(recipe: Recipe, method: str) -> Sampler:
+    """The sampler of this name: one of the recipe's, or euler, heun or sde.
+
+    Raises:
+        ValueError: there is none; lists the valid names.
+    """
+    known = {**SAMPLERS, **recipe.samplers}
+    if method not in known:
+        raise ValueError(f"sampling.method = '{method}': no such sampler{nearest(method, known)}")
+    return known[method]
+
+
 class ImageSampler:
     """Samples latents with the denoiser and decodes them.
 
-    A vector that the denoiser denoises together with the latent (``extra_dim``) is integrated with the same guidance
-    and then discarded.
+    What the recipe denoises together with the latent is integrated with the same guidance and then discarded.
 
     Args:
         plan: see :class:`SamplingPlan`.
-        denoiser: contract ``Denoiser``.
-        latent_norm: :class:`components.nn.latent_norm.LatentNorm`, whose inverse leads back to the tokenizer's scale.
-        tokenizer: contract ``Tokenizer``.
-        flow: path that the denoiser was trained on, with its shift.
+        recipe: that the modules were trained with; it may bring its own sampler.
+        m: denoiser; latent norm, whose inverse leads back to the tokenizer's scale; tokenizer; and flow, the path that
+            the denoiser was trained on, with its shift.
         latent: shape of one latent.
         guide: weaker denoiser for autoguidance; None: classifier-free guidance.
 
     Raises:
-        ValueError: classifier-free guidance for a denoiser trained without label dropout, or a guide whose
-            ``extra_dim`` differs from the denoiser's.
+        ValueError: there is no such sampler; classifier-free guidance for a denoiser trained without label dropout; or
+            a guide that denoises something else.
     """
 
     def __init__(
-        self,
-        plan: SamplingPlan,
-        denoiser: Any,
-        latent_norm: Any,
-        tokenizer: Any,
-        flow: Flow,
-        latent: LatentShape,
-        guide: Any = None,
+        self, plan: SamplingPlan, recipe: Recipe, m: Modules, latent: LatentShape, guide: Denoiser | None = None
     ) -> None:
-        if plan.guidance.scale > 1 and guide is None and not denoiser.label_dropout:
+        if plan.guidance.scale > 1 and guide is None and not m.denoiser.label_dropout:
             raise ValueError(
                 "classifier-free guidance needs a denoiser trained with label dropout, but denoiser.label_dropout is "
                 "0; set the guidance scale to 1, or use a weaker checkpoint as guide"
             )
-        extra_dim = getattr(denoiser, "extra_dim", 0)
-        if guide is not None and getattr(guide, "extra_dim", 0) != extra_dim:
+        self.others = recipe.denoised(m)
+        if guide is not None and guide.noisy_inputs != m.denoiser.noisy_inputs:
             raise ValueError("the guide and the denoiser must denoise the same class token, or both none")
-        if extra_dim:
-            denoiser, guide = Joint(denoiser, latent), None if guide is None else Joint(guide, latent)
-        self.extra_dim = extra_dim
-        self.plan, self.denoiser, self.latent_norm, self.tokenizer = plan, denoiser, latent_norm, tokenizer
-        self.flow = replace(flow, shift=plan.shift or flow.shift)
-        self.latent, self.guide = latent, guide
+        self.plan, self.sampler, self.latent = plan, sampler_of(recipe, plan.method), latent
+        self.latent_norm, self.tokenizer = m.latent_norm, m.tokenizer
+        self.dtype = next(m.denoiser.parameters()).dtype
+        self.denoiser: Any = m.denoiser if not self.others else Joint(m.denoiser, latent, self.others)
+        self.guide: Any = guide if guide is None or not self.others else Joint(guide, latent, self.others)
+        self.flow = replace(m.flow, shift=plan.shift or m.flow.shift)
 
     @torch.no_grad()
-    def __call__(self, ids: Sequence[int], labels: Tensor) -> Tensor:
+    def __call__(self, ids: Sequence[int], condition: Condition) -> Tensor:
         """Sample images (B, 3, R, R) in [-1, 1], float32.
 
         The noise of image i is a function of (seed, i). The image may still differ in the last bits between batch
@@ -89,53 +92,48 @@ class ImageSampler:
 
         Args:
             ids: numbers of the B images.
-            labels: class labels (B,) int64, on the modules' device.
+            condition: of the B images, on the modules' device.
         """
-        plan, device = self.plan, labels.device
-        generators = [generator(plan.seed, "image", i) for i in ids]
-        dtype = next(self.denoiser.parameters()).dtype
+        generators = [generator(self.plan.seed, "image", i) for i in ids]
 
         def noise(_: int = 0) -> Tensor:
-            drawn = torch.stack([torch.randn(self.latent, generator=g) for g in generators])
-            if self.extra_dim:
-                extra = torch.stack([torch.randn(self.extra_dim, generator=g) for g in generators])
-                drawn = torch.cat([drawn.flatten(1), extra], dim=1)
-            return drawn.to(device, dtype)
+            parts = [
+                torch.stack([torch.randn(shape, generator=g) for g in generators])
+                for shape in (self.latent, *self.others.values())
+            ]
+            whole = torch.cat([part.flatten(1) for part in parts], dim=1) if self.others else parts[0]
+            return whole.to(condition.label.device, self.dtype)
 
-        common = {"steps": plan.steps, "guidance": plan.guidance, "guide": self.guide, "warp": self.flow.shifted}
-        if plan.method == "sde":
-            z = sample_sde(self.denoiser, noise(), labels, step_noise=noise, flow=self.flow, **common)
-        else:
-            z = sample_ode(self.denoiser, noise(), labels, heun=plan.method == "heun", **common)
-        if self.extra_dim:
-            z, _ = self.denoiser.split(z)
-        z = self.latent_norm.invert(z).to(dtype)
+        z = self.sampler(
+            self.denoiser, noise(), condition, steps=self.plan.steps, flow=self.flow, guidance=self.plan.guidance,
+            guide=self.guide, step_noise=noise,
+        )  # fmt: skip
+        if self.others:
+            z = self.denoiser.split(z)[0]
+        z = self.latent_norm.invert(z).to(self.dtype)
         return self.tokenizer.decode(z).float().clamp(-1, 1)
 
 
 class Joint:
-    """Wraps a denoiser of a latent and a vector as a denoiser of one flat state (B, C h w + D_e) for the samplers.
+    """Wraps a denoiser of a latent and other tensors as a denoiser of one flat state (B, S) for the samplers.
 
     Args:
-        denoiser: contract ``Denoiser`` with ``extra_dim`` D_e.
+        denoiser: takes the others by name.
         latent: shape of one latent.
+        others: shape per image by name of what is denoised together with the latent.
     """
 
-    def __init__(self, denoiser: Any, latent: LatentShape) -> None:
-        self.denoiser, self.latent = denoiser, latent
-        self.null_label, self.parameters = denoiser.null_label, denoiser.parameters
+    def __init__(self, denoiser: Denoiser, latent: LatentShape, others: dict[str, tuple[int, ...]]) -> None:
+        self.denoiser, self.shapes, self.names = denoiser, [latent, *others.values()], list(others)
+        self.null_condition, self.parameters = denoiser.null_condition, denoiser.parameters
 
-    def split(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Split a state (B, C h w + D_e) into latent (B, C, h, w) and vector (B, D_e)."""
-        x, extra = state.split([math.prod(self.latent), self.denoiser.extra_dim], dim=1)
-        return x.unflatten(1, tuple(self.latent)), extra
+    def split(self, state: Tensor) -> list[Tensor]:
+        """Split a state (B, S) into the latent (B, C, h, w) and the others (B, *shape), in order."""
+        parts = state.split([math.prod(shape) for shape in self.shapes], dim=1)
+        return [part.unflatten(1, tuple(shape)) for part, shape in zip(parts, self.shapes)]
 
-    def __call__(self, state: Tensor, t: Tensor, labels: Tensor) -> DenoiserOutput:
-        x, extra = self.split(state)
-        out = self.denoiser(x, t, labels, extra)
-        return DenoiserOutput(torch.cat([out.velocity.flatten(1), out.extra], dim=1), out.tokens)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Convert images (B, 3, R, R) in [-1, 1] to uint8, rounding to nearest."""
-    return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
+    def __call__(self, state: Tensor, t: Tensor, condition: Condition) -> DenoiserOutput:
+        x, *others = self.split(state)
+        out = self.denoiser(x, t, condition, **dict(zip(self.names, others)))
+        velocities = [out.velocity, *(out.others[name] for name in self.names)]
+        return DenoiserOutput(torch.cat([v.flatten(1) for v in velocities], dim=1), out.tokens)

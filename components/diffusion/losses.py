@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from components.contracts import Batch, LossTerm, Modules, Posterior, Tokens, Update
+from components.contracts import Batch, Condition, LossTerm, Modules, Posterior, Tokens, Update
 from components.diffusion.flow import PathPoint
 from components.monitor.latent_statistics import observe
 from components.monitor.phases import phase
@@ -53,13 +53,7 @@ def alignment(m: Modules, tokens: Tokens, targets: Sequence[Tensor], weight: flo
     values = [m.alignment.align([head(hidden)], [y]) for head, (hidden, y) in zip(m.heads, pairs, strict=True)]
     shares = [m.encoder_weights.get(label, 1.0) for label in m.encoders] * len(depths)
     total = torch.stack([share * value for share, value in zip(shares, values, strict=True)]).sum() / sum(shares)
-    return {"align": LossTerm(weight * strength(m, step), total)}
-
-
-def strength(m: Modules, step: int) -> float:
-    """Schedule factor of the alignment loss at ``step``, counted from 0; 1 if it has no schedule."""
-    schedule = getattr(m.alignment, "strength", None)
-    return 1.0 if schedule is None else schedule(step)
+    return {"align": LossTerm(weight * m.alignment.strength(step), total)}
 
 
 def frozen_posterior(m: Modules, batch: Batch) -> Posterior:
@@ -75,7 +69,7 @@ def encode_targets(m: Modules, batch: Batch, step: int) -> list[Tensor]:
 
     Empty if the alignment loss's schedule is 0 at ``step``, counted from 0.
     """
-    if not strength(m, step):
+    if not m.alignment.strength(step):
         return []
     cached = batch.features or {}
     with torch.no_grad(), phase("encoders"):
@@ -83,21 +77,25 @@ def encode_targets(m: Modules, batch: Batch, step: int) -> list[Tensor]:
 
 
 def class_tokens(m: Modules, batch: Batch) -> list[Tensor]:
-    """Image embedding (B, D_k) of each frozen encoder, without gradients; every encoder must have ``embed``."""
+    """Image embedding (B, D_k) of each frozen encoder, without gradients."""
     with torch.no_grad(), phase("encoders"):
         return [encoder.embed(batch.images) for encoder in m.encoders.values()]
 
 
-def drop_labels(m: Modules, labels: Tensor, u: Tensor) -> Tensor:
-    """Replace labels by the null label where u ~ U[0, 1) is below the denoiser's ``label_dropout``."""
-    return torch.where(u < m.denoiser.label_dropout, m.denoiser.null_label, labels)
+def drop_condition(m: Modules, condition: Condition, u: Tensor) -> Condition:
+    """Replace conditions by the null condition where u (B,) ~ U[0, 1) is below the denoiser's ``label_dropout``."""
+
+    def where(null: Tensor, value: Tensor) -> Tensor:
+        return torch.where((u < m.denoiser.label_dropout).view(-1, *[1] * (value.ndim - 1)), null, value)
+
+    return m.denoiser.null_condition(condition).combine(where, condition)
 
 
 def denoising(
-    m: Modules, path: PathPoint, t: Tensor, labels: Tensor, targets: Sequence[Tensor] = (), step: int = 0
+    m: Modules, path: PathPoint, t: Tensor, condition: Condition, targets: Sequence[Tensor] = (), step: int = 0
 ) -> dict[str, LossTerm]:
     """The denoiser's terms: velocity matching and, if there are targets, :func:`alignment`."""
-    out = m.denoiser(path.x_t, t, labels)
+    out = m.denoiser(path.x_t, t, condition)
     terms = {"velocity": LossTerm(1.0, velocity_mse(out.velocity, path.velocity))}
     if targets:
         terms |= alignment(m, out.tokens, targets, m.alignment.denoiser_weight, step)

@@ -6,16 +6,17 @@ float64 and the network in its own dtype, as in the published implementation.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from components.contracts import Condition, Sampler
 from components.diffusion.flow import Flow
 
 LAST_SDE_TIME = 0.04  # the SDE's last step goes from here to 0 without noise (REPA, appendix)
-Warp = Callable[[Tensor], Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -45,30 +46,33 @@ class GuidedVelocity:
 
     Args:
         denoiser: contract ``Denoiser``.
-        labels: class labels (B,) int64.
+        condition: of B images.
         guidance: see :class:`Guidance`.
         dtype: dtype that the network's inputs are cast to.
         guide: weaker denoiser that replaces the unconditional one (autoguidance, arXiv 2406.02507).
     """
 
-    def __init__(self, denoiser, labels: Tensor, guidance: Guidance, dtype: torch.dtype, guide=None) -> None:
-        self.denoiser, self.labels, self.guidance, self.dtype, self.guide = denoiser, labels, guidance, dtype, guide
+    def __init__(self, denoiser, condition: Condition, guidance: Guidance, dtype: torch.dtype, guide=None) -> None:
+        self.denoiser, self.condition, self.guidance, self.dtype, self.guide = (
+            denoiser, condition, guidance, dtype, guide
+        )  # fmt: skip
 
     def __call__(self, x: Tensor, t: float, transform: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
         """Velocity at x (B, C, h, w) and time t, in float64; ``transform(v, x)`` is applied before guidance."""
 
-        def velocity(denoiser, x: Tensor, labels: Tensor) -> Tensor:
+        def velocity(denoiser, x: Tensor, condition: Condition) -> Tensor:
             times = torch.full((x.shape[0],), t, dtype=self.dtype, device=x.device)
-            v = denoiser(x.to(self.dtype), times, labels).velocity.double()
+            v = denoiser(x.to(self.dtype), times, condition).velocity.double()
             return v if transform is None else transform(v, x)
 
         if not self.guidance.active(t):
-            return velocity(self.denoiser, x, self.labels)
+            return velocity(self.denoiser, x, self.condition)
         if self.guide is None:
-            null = torch.full_like(self.labels, self.denoiser.null_label)
-            good, bad = velocity(self.denoiser, torch.cat([x, x]), torch.cat([self.labels, null])).chunk(2)
+            null = self.denoiser.null_condition(self.condition)
+            both = self.condition.combine(lambda *values: torch.cat(values), null)
+            good, bad = velocity(self.denoiser, torch.cat([x, x]), both).chunk(2)
         else:
-            good, bad = velocity(self.denoiser, x, self.labels), velocity(self.guide, x, self.labels)
+            good, bad = velocity(self.denoiser, x, self.condition), velocity(self.guide, x, self.condition)
         return bad + self.guidance.scale * (good - bad)
 
 
@@ -76,31 +80,33 @@ class GuidedVelocity:
 def sample_ode(
     denoiser,
     noise: Tensor,
-    labels: Tensor,
+    condition: Condition,
     *,
     steps: int,
+    flow: Flow = Flow(),
     guidance: Guidance = Guidance(),
-    heun: bool = False,
     guide=None,
-    warp: Warp = None,
+    step_noise: Callable[[int], Tensor] | None = None,
+    heun: bool = False,
 ) -> Tensor:
-    """Integrate dx/dt = v from t = 1 to 0 in ``steps`` steps, equally spaced unless ``warp`` is given.
+    """Integrate dx/dt = v from t = 1 to 0 in ``steps`` steps, equally spaced before the flow's timestep shift.
 
     Args:
         denoiser: contract ``Denoiser``.
         noise: x at t = 1, (B, C, h, w) ~ N(0, I), in the network's dtype.
-        labels: class labels (B,) int64.
+        condition: of B images.
         steps: number of steps.
+        flow: path that the denoiser was trained on, with the shift of the sampling times.
         guidance: see :class:`Guidance`.
-        heun: second order: average the slopes at both ends of every step but the last.
         guide: see :class:`GuidedVelocity`.
-        warp: maps equally spaced times to the integrator's, with fixed points 0 and 1, like ``Flow.shifted``.
+        step_noise: not used.
+        heun: second order: average the slopes at both ends of every step but the last.
 
     Returns:
         Normalized latents (B, C, h, w), float64.
     """
-    velocity = GuidedVelocity(denoiser, labels, guidance, noise.dtype, guide)
-    times = _times(torch.linspace(1, 0, steps + 1, dtype=torch.float64), warp)
+    velocity = GuidedVelocity(denoiser, condition, guidance, noise.dtype, guide)
+    times = flow.shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64)).tolist()
     x = noise.double()
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
         slope = velocity(x, t)
@@ -115,33 +121,33 @@ def sample_ode(
 def sample_sde(
     denoiser,
     noise: Tensor,
-    labels: Tensor,
+    condition: Condition,
     *,
     steps: int,
-    step_noise: Callable[[int], Tensor],
-    flow: Flow,
+    flow: Flow = Flow(),
     guidance: Guidance = Guidance(),
     guide=None,
-    warp: Warp = None,
+    step_noise: Callable[[int], Tensor],
 ) -> Tensor:
     """Integrate the reverse SDE with diffusion 2t by Euler-Maruyama from t = 1 to 0.04, then one step without noise.
 
+    The flow's timestep shift also moves the time of the last step, 0.04.
+
     Args:
-        denoiser: contract ``Denoiser``.
-        noise: x at t = 1, (B, C, h, w) ~ N(0, I), in the network's dtype.
-        labels: class labels (B,) int64.
         steps: number of evaluations of the denoiser, at least 2.
         step_noise: returns the N(0, I) noise of step i in [0, steps - 1), shaped like ``noise``.
-        flow: path that the denoiser was trained on.
-        guidance: see :class:`Guidance`.
-        guide: see :class:`GuidedVelocity`.
-        warp: as in :func:`sample_ode`; it also warps the time of the last step, 0.04.
+        denoiser, noise, condition, flow, guidance, guide: as in :func:`sample_ode`.
 
     Returns:
         Normalized latents (B, C, h, w), float64.
+
+    Raises:
+        ValueError: ``steps`` is below 2.
     """
-    velocity = GuidedVelocity(denoiser, labels, guidance, noise.dtype, guide)
-    times = [*_times(torch.linspace(1.0, LAST_SDE_TIME, steps, dtype=torch.float64), warp), 0.0]
+    if steps < 2:
+        raise ValueError(f"sampling.steps = {steps}: the method 'sde' needs at least 2")
+    velocity = GuidedVelocity(denoiser, condition, guidance, noise.dtype, guide)
+    times = [*flow.shifted(torch.linspace(1.0, LAST_SDE_TIME, steps, dtype=torch.float64)).tolist(), 0.0]
     x = noise.double()
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
         diffusion, dt, now = 2 * t, t_next - t, torch.tensor(t, dtype=torch.float64, device=x.device)
@@ -151,5 +157,9 @@ def sample_sde(
     return x
 
 
-def _times(equal: Tensor, warp: Warp) -> list[float]:
-    return (equal if warp is None else warp(equal)).tolist()
+SAMPLERS: dict[str, Sampler] = {
+    "euler": sample_ode,
+    "heun": functools.partial(sample_ode, heun=True),
+    "sde": sample_sde,
+}
+"""Samplers of every recipe, by their name in ``sampling.method``."""

@@ -12,7 +12,7 @@ import functools
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
@@ -30,6 +30,8 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+
+from components.contracts import Network, units_of
 
 Strategy = Literal["fsdp", "hsdp", "ddp", "none"]
 
@@ -158,19 +160,17 @@ def make_mesh(device_type: str, shape: tuple[int, int]) -> DeviceMesh:
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shard(module: nn.Module, sharding: Sharding, methods: Sequence[str] = (), learns: bool = True) -> None:
+def shard(module: nn.Module, sharding: Sharding, learns: bool = True) -> None:
     """Shard a module's parameters with FSDP2: each of ``units()`` separately, then the rest.
 
     Gradients are averaged over all ranks. Buffers are replicated; updates to them must be identical on all ranks.
 
     Args:
-        module: on any device, including meta. ``keep_fp32 = True`` on it or on a unit keeps that one in fp32, whatever
-            the precision of the run.
+        module: on any device, including meta.
         sharding: see :class:`Sharding`.
-        methods: methods other than ``forward`` that use the parameters.
         learns: whether a backward pass follows each forward pass and frees the gathered weights.
     """
-    units = list(module.units()) if hasattr(module, "units") else []
+    units = list(units_of(module))
     for unit in units:
         _fully_shard(unit, sharding, sharding.reshard_after_forward, _keeps_fp32(module, unit))
     covered = {p for unit in units for p in unit.parameters()}
@@ -178,7 +178,7 @@ def shard(module: nn.Module, sharding: Sharding, methods: Sequence[str] = (), le
         # The backward pass needs the root's weights first, so freeing them would save nothing. Without a backward pass
         # they would never be freed, and become stale when the shards change.
         _fully_shard(module, sharding, not learns, _keeps_fp32(module))
-        for method in methods:
+        for method in module.forward_methods if isinstance(module, Network) else ():
             register_fsdp_forward_method(module, method)
         # A posterior's mean is a view of the encoder's output; nothing writes into it.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -199,7 +199,7 @@ def _fully_shard(module: nn.Module, sharding: Sharding, reshard: bool, keep_fp32
 
 
 def _keeps_fp32(*modules: nn.Module) -> bool:
-    return any(getattr(module, "keep_fp32", False) for module in modules)
+    return any(isinstance(module, Network) and module.keep_fp32 for module in modules)
 
 
 def sharded_parts(*modules: nn.Module) -> Iterator[FSDPModule]:
@@ -266,7 +266,7 @@ def compile_units(module: nn.Module, backend: str | Callable = "inductor") -> No
         # Otherwise requires_grad of an unchanged module's parameters is not checked: the training pass would use the
         # graph of the frozen pass, and the heads would never learn (pytorch/pytorch#177158).
         torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
-    for unit in module.units() if hasattr(module, "units") else [module]:
+    for unit in units_of(module) or [module]:
         # Not unit.compile(), which also traces hooks: FSDP2's break the graph if forward is defined by PyTorch's own
         # classes (nn.Sequential).
         unit.forward = _static_but_for_batch(torch.compile(unit.forward, fullgraph=True, backend=backend))

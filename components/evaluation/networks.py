@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from components.contracts import Encoder
+from components.data.pixels import to_float
 from components.evaluation.inception import full_fp32
 from components.nn.precision import no_autocast
 
@@ -52,7 +53,7 @@ class EncoderNetwork(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return ``embedding`` (B, D), float32, of images uint8 (B, 3, R, R)."""
         with no_autocast(images), full_fp32():
-            x = images.float() / 127.5 - 1
+            x = to_float(images)
             embed = getattr(self.encoder, "embed", None)
             return {"embedding": embed(x).float() if embed else self.encoder(x).float().mean(1)}
 

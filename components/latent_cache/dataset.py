@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from components.contracts import Dataset, DatasetItem
+from components.contracts import Dataset, DatasetItem, Encoder
 from components.data.loader import DataError
 from components.latent_cache.cache import LatentCache
 
 
-class CachedDataset:
+class CachedDataset(Dataset):
     """Replaces a dataset by its latent cache: same order, labels and mirroring.
 
     Args:
@@ -45,11 +45,13 @@ class CachedDataset:
                 f"latent cache {self.cache.path}: image {index} has label {label} in the cache and {sample.label} in "
                 "the dataset, so they do not match. Encode the dataset again, or set latent_cache.path = ''"
             )
-        return DatasetItem(sample.image.flip(-1) if flipped else sample.image, label, sample.unreadable, cached)
+        image = sample.image.flip(-1) if flipped else sample.image
+        return sample._replace(image=image, label=label, cached=cached)
 
 
-class CachedEncoder:
+class CachedEncoder(Encoder):
     """Placeholder for an encoder whose features are cached: it has no weights and is never called."""
 
     def __init__(self, embed_dim: int) -> None:
+        super().__init__()
         self.embed_dim = embed_dim

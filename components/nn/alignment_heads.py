@@ -6,8 +6,10 @@ import math
 
 from torch import Tensor, nn
 
+from components.contracts import Network
 
-class MLPHead(nn.Sequential):
+
+class MLPHead(nn.Sequential, Network):
     """MLP of three linear layers with SiLU (REPA, arXiv 2410.06940).
 
     Maps tokens (B, N, width) to (B, N, embed_dim). State-dict keys match the published projectors: ``weight`` and
@@ -37,7 +39,7 @@ class MLPHead(nn.Sequential):
                 nn.init.zeros_(layer.bias)
 
 
-class ConvHead(nn.Module):
+class ConvHead(Network):
     """3 x 3 convolution over the token grid (iREPA, arXiv 2512.10794), which preserves spatial structure.
 
     Maps tokens (B, N, width) of a square grid in row-major order to (B, N, embed_dim). State-dict keys match the

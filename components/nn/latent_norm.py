@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from components.contracts.networks import Network  # not from components.contracts, which would be circular
 from components.monitor.latent_statistics import observe
 from components.nn.batch_norm import batch_norm
 from components.nn.precision import at_least_fp32
 
 
-class LatentNorm(nn.Module):
+class LatentNorm(Network):
     """Affine-free batch norm between tokenizer and denoiser (REPA-E, arXiv 2504.10483, section 3.2).
 
     Train and eval mode have no effect: the caller chooses the statistics. ``forward`` and ``invert`` use the running

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from components.contracts import Encoder
 from components.files.weights import WeightsError, hub_file, load_strict, read_state
 from components.nn.precision import at_least_fp32
 from components.registry import File, encoders
@@ -19,7 +20,7 @@ from components.registry import File, encoders
 HUB_FILE = "model.safetensors"  # unless timm names another
 
 
-class TimmEncoder(nn.Module):
+class TimmEncoder(Encoder):
     """A frozen timm model as :class:`components.contracts.Encoder`; base class for plugins.
 
     Vision transformers: images are resized to ``grid * patch_size`` pixels per side, so that patches match the
@@ -58,6 +59,7 @@ class TimmEncoder(nn.Module):
         ValueError: timm has no such model or tag, cannot create it with these options, or it provides no features.
     """
 
+    own_embedding = True
     position_resize: dict[str, Any] = {}
 
     def __init__(
@@ -110,6 +112,15 @@ class TimmEncoder(nn.Module):
     def train(self, mode: bool = True) -> TimmEncoder:
         """Keep the module in eval mode; ``mode`` is ignored."""
         return super().train(False)
+
+    @property
+    def pixel_stats(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (1, 3, 1, 1) of the model's weights, for images in [0, 1]."""
+        return self.mean, self.std
+
+    def drop_final_norm(self) -> None:
+        """Return features before the final norm from now on."""
+        self.final_norm = False
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

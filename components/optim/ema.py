@@ -16,6 +16,20 @@ def frozen_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).eval().requires_grad_(False)
 
 
+@torch.no_grad()
+def copy_values(target: nn.Module, source: nn.Module) -> None:
+    """Copy parameters and buffers of ``source`` to its copy ``target``, which is sharded like it."""
+    for copied, value in _pairs(target, source):
+        copied.copy_(value)
+
+
+def _pairs(target: nn.Module, source: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of corresponding tensors; this rank's shards for sharded ones."""
+    pairs = [*zip(target.parameters(), source.parameters()), *zip(target.buffers(), source.buffers())]
+    for mine, theirs in pairs:
+        yield local(mine), local(theirs)
+
+
 class Ema:
     """Exponential moving average of modules.
 
@@ -40,8 +54,8 @@ class Ema:
     @torch.no_grad()
     def reset(self) -> None:
         """Reset the averages to the current values."""
-        for average, value in self._pairs():
-            average.copy_(value)
+        for name, module in self.modules.items():
+            copy_values(module, self._sources[name])
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
@@ -60,9 +74,5 @@ class Ema:
             average.lerp_(value, amount[kind])
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of average and source tensor; this rank's shards for sharded ones."""
         for name, module in self.modules.items():
-            source = self._sources[name]
-            pairs = [*zip(module.parameters(), source.parameters()), *zip(module.buffers(), source.buffers())]
-            for average, value in pairs:
-                yield local(average), local(value)
+            yield from _pairs(module, self._sources[name])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from components import registry
-from components.contracts import DatasetItem
+from components.contracts import Dataset, DatasetItem
 from components.data.loader import DataError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ of the same name, or use the dataset ILSVRC/imagenet-1k on Hugging Face."""
 
 
 @registry.datasets.register("image_folder")
-class ImageFolder:
+class ImageFolder(Dataset):
     """Center-cropped image files in one sub-folder per class (ImageNet layout).
 
     Classes are the sub-folders in sorted order; files may be nested inside them. JPEG, PNG, WebP, BMP and GIF (first

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components import registry
-from components.contracts import DatasetItem
+from components.contracts import Dataset, DatasetItem
 from components.files.weights import load_strict, read_state
 
 SPLITS = ("train", "heldout", "judge")
@@ -21,7 +21,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 @registry.datasets.register("shapes")
-class Shapes:
+class Shapes(Dataset):
     """Ten colored shapes on gradients, drawn on the fly: deterministic, any resolution, no download.
 
     An image is a pure function of (seed, split, index): ``resolution`` only sets how finely the scene is sampled, and
@@ -54,6 +54,7 @@ class Shapes:
         "arrow",
     )
     num_classes = len(class_names)
+    has_judge = True
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components import registry
+from components.data.pixels import to_float
 
 PLUGINS = Path(__file__).parents[1]
 SHIPPED = {
@@ -125,7 +126,7 @@ def fit(module: nn.Module, loss, steps: int, lr: float) -> None:
 def load(data, first: int, count: int) -> tuple[Tensor, Tensor]:
     """Return images ``first`` to ``first + count - 1`` as float in [-1, 1], and their labels."""
     samples = [data[index] for index in range(first, first + count)]
-    images = torch.stack([sample.image for sample in samples]).float() / 127.5 - 1
+    images = to_float(torch.stack([sample.image for sample in samples]))
     return images, torch.tensor([sample.label for sample in samples])
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.contracts import DenoiserOutput, LatentShape, Tokens
+from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape, Tokens
 from components.files.repae import RepaeCheckpoint
 from components.nn.lightningdit import (
     LightningBlock,
@@ -36,7 +36,7 @@ SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152
 
 
 @denoisers.register("ditdh")
-class DiTDH(nn.Module):
+class DiTDH(Denoiser):
     """DiT-DH: a base DiT with a wide, shallow diffusion head, for latents with many channels; sizes S, B, L, XL.
 
     The base maps x_t, t and the label to tokens, which are the ones aligned. The head embeds x_t again, with a width
@@ -133,15 +133,15 @@ class DiTDH(nn.Module):
         if not self.pos_embed.is_meta:
             self.pos_embed.copy_(sincos_positions(self.width, self.grid))
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> DenoiserOutput:
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> DenoiserOutput:
         """Predict the velocity; see ``contracts.Denoiser``.
 
         Args:
             x_t: noisy latents (B, C, h, w).
             t: times (B,) in [0, 1].
-            labels: classes (B,) in [0, num_classes].
+            condition: classes (B,) in [0, num_classes].
         """
-        s, c, time = self._embed(x_t, t, labels)
+        s, c, time = self._embed(x_t, t, condition)
         base, head = self.blocks[: self.depth], self.blocks[self.depth :]
         s, tokens = run_blocks(base, s, c, *self.enc_feat_rope(), align_depth=self.align_depth)
         s = self.s_projector(F.silu(s + time))
@@ -150,9 +150,9 @@ class DiTDH(nn.Module):
             x = block(x, s, *positions)
         return DenoiserOutput(unpatchify(self.final_layer(x, s), self.channels), tokens)
 
-    def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tokens:
+    def tokens(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tokens:
         """Return the base's tokens (B, N, width) after each block in ``align_depth``; later blocks do not run."""
-        s, c, _ = self._embed(x_t, t, labels)
+        s, c, _ = self._embed(x_t, t, condition)
         blocks = self.blocks[: last_depth(self.align_depth)]
         return run_blocks(blocks, s, c, *self.enc_feat_rope(), align_depth=self.align_depth)[1]
 
@@ -160,11 +160,11 @@ class DiTDH(nn.Module):
         """Return the transformer blocks of the base, then those of the head."""
         return list(self.blocks)
 
-    def _embed(self, x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _embed(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
         s = self.s_embedder(x_t) + self.pos_embed  # an fp32 residual stream under autocast
         time = self.t_embedder(t, s.dtype)
         # The blocks' modulation applies a second SiLU.
-        c = F.silu(time + self.y_embedder.embedding_table(labels).to(s.dtype))
+        c = F.silu(time + self.y_embedder.embedding_table(condition.label).to(s.dtype))
         return s, c[:, None], time[:, None]
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from components.contracts import DenoiserOutput, LatentShape, Tokens
+from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape, Tokens
 from components.files.repae import RepaeCheckpoint
 from components.nn.lightningdit import (
     LightningBlock,
@@ -40,7 +40,7 @@ SIZES = {
 
 
 @denoisers.register("lightningdit")
-class LightningDiT(nn.Module):
+class LightningDiT(Denoiser):
     """LightningDiT: RMS norm, SwiGLU, rotary positions; sizes B, L, XL, 1p0B, 1p6B or any width, depth and heads.
 
     State-dict keys are those of the published checkpoints (hustvl/LightningDiT). These were trained with the opposite
@@ -126,22 +126,22 @@ class LightningDiT(nn.Module):
         if not self.pos_embed.is_meta:
             self.pos_embed.copy_(sincos_positions(self.width, self.grid))
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> DenoiserOutput:
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> DenoiserOutput:
         """Predict the velocity; see ``contracts.Denoiser``.
 
         Args:
             x_t: noisy latents (B, C, h, w).
             t: times (B,) in [0, 1].
-            labels: classes (B,) in [0, num_classes].
+            condition: classes (B,) in [0, num_classes].
         """
-        x, c = self._embed(x_t, t, labels)
+        x, c = self._embed(x_t, t, condition)
         x, tokens = run_blocks(self.blocks, x, c, *self.feat_rope(), align_depth=self.align_depth)
         velocity = unpatchify(self.final_layer(x, c), self.channels)
         return DenoiserOutput(-velocity if self.reversed_time else velocity, tokens)
 
-    def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tokens:
+    def tokens(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tokens:
         """Return hidden tokens (B, N, width) after each block in ``align_depth``; later blocks do not run."""
-        x, c = self._embed(x_t, t, labels)
+        x, c = self._embed(x_t, t, condition)
         blocks = self.blocks[: last_depth(self.align_depth)]
         return run_blocks(blocks, x, c, *self.feat_rope(), align_depth=self.align_depth)[1]
 
@@ -149,8 +149,8 @@ class LightningDiT(nn.Module):
         """Return the transformer blocks."""
         return list(self.blocks)
 
-    def _embed(self, x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _embed(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         x = self.x_embedder(x_t) + self.pos_embed  # an fp32 residual stream under autocast, as published
         time = self.t_embedder(1 - t if self.reversed_time else t, x.dtype)
-        c = time + self.y_embedder.embedding_table(labels).to(x.dtype)
+        c = time + self.y_embedder.embedding_table(condition.label).to(x.dtype)
         return x, c[:, None]

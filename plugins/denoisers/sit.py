@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.contracts import DenoiserOutput, LatentShape, Tokens
+from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape, Tokens
 from components.files.repae import RepaeCheckpoint
 from components.nn.transformer import (
     PatchEmbedding,
@@ -28,7 +28,7 @@ SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152
 
 
 @denoisers.register("sit")
-class SiT(nn.Module):
+class SiT(Denoiser):
     """SiT with adaLN-Zero conditioning; sizes S, B, L, XL or any width, depth and heads.
 
     State-dict keys are those of the published SiT and REPA-E checkpoints.
@@ -89,7 +89,7 @@ class SiT(nn.Module):
         self.null_label = num_classes
         self.grid = latent.height // patch_size
         self.channels = latent.channels
-        self.extra_dim = class_token_dim
+        self.noisy_inputs = {"class_token": (class_token_dim,)} if class_token_dim else {}
 
         self.x_embedder = PatchEmbedding(latent.channels, patch_size, width)
         self.t_embedder = TimeEmbedding(width)
@@ -127,45 +127,49 @@ class SiT(nn.Module):
             # The class token's position embedding is zero.
             self.pos_embed.zero_()[:, -(self.grid**2) :] = sincos_positions(self.width, self.grid)
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, extra: Tensor | None = None) -> DenoiserOutput:
+    def forward(
+        self, x_t: Tensor, t: Tensor, condition: Condition, class_token: Tensor | None = None
+    ) -> DenoiserOutput:
         """Predict the velocity; see ``contracts.Denoiser``.
 
         Args:
             x_t: noisy latents (B, C, h, w).
             t: times (B,) in [0, 1].
-            labels: classes (B,) in [0, num_classes].
-            extra: noisy class token (B, class_token_dim); required if and only if ``class_token_dim`` is not 0.
+            condition: classes (B,) in [0, num_classes].
+            class_token: noisy class token (B, class_token_dim); required if and only if ``class_token_dim`` is not 0.
 
         Raises:
-            ValueError: ``extra`` is missing or unexpected.
+            ValueError: ``class_token`` is missing or unexpected.
         """
-        x, c = self._embed(x_t, t, labels, extra)
+        x, c = self._embed(x_t, t, condition, class_token)
         x, tokens = run_blocks(self.blocks, x, c, align_depth=self.align_depth)
-        patches, extra_velocity = self.final_layer(x, c)
-        return DenoiserOutput(unpatchify(patches, self.channels), tokens, extra_velocity)
+        patches, class_velocity = self.final_layer(x, c)
+        others = {} if class_velocity is None else {"class_token": class_velocity}
+        return DenoiserOutput(unpatchify(patches, self.channels), tokens, others)
 
-    def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor, extra: Tensor | None = None) -> Tokens:
+    def tokens(self, x_t: Tensor, t: Tensor, condition: Condition, class_token: Tensor | None = None) -> Tokens:
         """Return hidden tokens (B, N, width) after each block in ``align_depth``; later blocks do not run."""
-        x, c = self._embed(x_t, t, labels, extra)
+        x, c = self._embed(x_t, t, condition, class_token)
         return run_blocks(self.blocks[: last_depth(self.align_depth)], x, c, align_depth=self.align_depth)[1]
 
     def units(self) -> Sequence[nn.Module]:
         """Return the transformer blocks."""
         return list(self.blocks)
 
-    def _embed(self, x_t: Tensor, t: Tensor, labels: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _embed(self, x_t: Tensor, t: Tensor, condition: Condition, class_token: Tensor | None) -> tuple[Tensor, Tensor]:
         x = self.x_embedder(x_t)
-        if (extra is not None) != (self.extra_dim > 0):
+        if (class_token is not None) != bool(self.noisy_inputs):
+            (dim,) = self.noisy_inputs.get("class_token", (0,))
             raise ValueError(
-                f"denoiser.class_token_dim = {self.extra_dim}, but the recipe passes the denoiser "
-                f"{'no' if extra is None else 'a'} class token; set it to 0, or use a recipe such as 'reg'"
+                f"denoiser.class_token_dim = {dim}, but the recipe passes the denoiser "
+                f"{'no' if class_token is None else 'a'} class token; set it to 0, or use a recipe such as 'reg'"
             )
-        if extra is not None:
-            token = self.wg_norm(self.cls_projectors2(extra.to(x.dtype)))
+        if class_token is not None:
+            token = self.wg_norm(self.cls_projectors2(class_token.to(x.dtype)))
             x = torch.cat([token[:, None].to(x.dtype), x], dim=1)
         # fp32 under autocast, as in the published code: bf16 would round off small updates of the residual stream.
         x = x + self.pos_embed
-        return x, self.t_embedder(t, x.dtype) + self.y_embedder.embedding_table(labels).to(x.dtype)
+        return x, self.t_embedder(t, x.dtype) + self.y_embedder.embedding_table(condition.label).to(x.dtype)
 
 
 class Block(nn.Module):

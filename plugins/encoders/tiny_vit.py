@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components import registry
+from components.contracts import Encoder
 from components.files.weights import load_strict, read_state
 
 WIDTH, DEPTH, HEADS, PATCH, GRID = 96, 3, 3, 4, 8  # GRID: tokens per side in training, on 32-pixel images
@@ -34,7 +35,7 @@ class Block(nn.Module):
 
 
 @registry.encoders.register("tiny_vit")
-class TinyViT(nn.Module):
+class TinyViT(Encoder):
     """Small ViT trained on dataset ``shapes``; its weights ship with the repository, so quick runs need no download.
 
     It has three blocks of width 96. It was trained with labels on split "train", on 32-pixel images with 8 x 8 tokens

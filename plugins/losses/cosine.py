@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from components.contracts import AlignmentLoss
 from components.nn.alignment_heads import ConvHead, MLPHead
 from components.nn.precision import at_least_fp32
 from components.registry import losses
 
 
 @losses.register("cosine")
-class Cosine:
+class Cosine(AlignmentLoss):
     """Negative cosine similarity between projected denoiser tokens and encoder tokens (REPA, iREPA, HASTE).
 
     The defaults are those of REPA (arXiv 2410.06940). For iREPA (arXiv 2512.10794), set ``head = "conv"`` and

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from components.contracts import Posterior
+from components.contracts import Posterior, ReconstructionLoss
 from components.files.weights import WeightsError, hub_file, load_strict, read_state
 from components.nn.precision import at_least_fp32, no_autocast
 from components.registry import File, losses
@@ -28,7 +28,7 @@ HUB_FILE = "model.safetensors"
 
 
 @losses.register("lpips")
-class LPIPS(nn.Module):
+class LPIPS(ReconstructionLoss):
     """LPIPS perceptual distance between image and reconstruction, on frozen VGG16 features.
 
     State-dict keys: ``features.N.*`` as in torchvision's VGG16, and ``linear.K.weight`` for the K-th feature map.
@@ -45,6 +45,7 @@ class LPIPS(nn.Module):
     """
 
     keep_fp32 = True
+    metric = "lpips"
     shift: Tensor
     scale: Tensor
 

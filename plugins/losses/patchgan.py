@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from components.contracts import AdversarialLoss, Network
 from components.files import weights_file
 from components.files.adapter import State, StateDictAdapter
 from components.files.weights import load_strict
@@ -17,7 +18,7 @@ from components.nn.precision import at_least_fp32, no_autocast
 from components.registry import File, losses
 
 
-class PatchDiscriminator(nn.Module):
+class PatchDiscriminator(Network):
     """PatchGAN discriminator: one logit per overlapping patch (Isola et al. 2017, arXiv 1611.07004, appendix 6.1.2).
 
     State-dict keys are those of the published discriminator: ``main.0.weight``, ...
@@ -81,7 +82,7 @@ class Published(StateDictAdapter):
 
 
 @losses.register("patchgan")
-class PatchGAN(nn.Module):
+class PatchGAN(AdversarialLoss):
     """Hinge GAN loss with a PatchGAN discriminator and optional LeCam regularization.
 
     The discriminator's batch norm always uses batch statistics, computed over all ranks. Before ``start_step`` the

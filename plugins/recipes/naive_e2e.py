@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from components.contracts import Batch, Draws, Modules, Update
-from components.diffusion.losses import denoising, discriminate, drop_labels, reconstruction
+from components.contracts import Batch, Modules, RandomNumbers, Recipe, Update
+from components.diffusion.losses import denoising, discriminate, drop_condition, reconstruction
 from components.distributed.freeze import frozen
 from components.registry import recipes
 
 
 @recipes.register("naive_e2e")
-class NaiveEndToEnd:
+class NaiveEndToEnd(Recipe):
     """Train the tokenizer with the diffusion loss, to reproduce its failure: latents become trivial to denoise."""
 
     uses = frozenset({"tokenizer", "denoiser", "latent_norm", "reconstruction", "discriminator"})
@@ -19,20 +19,20 @@ class NaiveEndToEnd:
         "denoiser": ("denoiser",),
     }
 
-    def step(self, m: Modules, batch: Batch, draws: Draws, update: Update, step: int) -> None:
-        x, labels = batch.images, batch.labels
-        t = m.flow.times(draws.time)
-        labels = drop_labels(m, labels, draws.label)
+    def step(self, m: Modules, batch: Batch, random: RandomNumbers, update: Update, step: int) -> None:
+        x = batch.images
+        t = m.flow.times(random["time"])
+        condition = drop_condition(m, batch.condition, random["label"])
 
         posterior = m.tokenizer.encode(x)
-        z = posterior.sample(draws.posterior)
+        z = posterior.sample(random["posterior"])
         x_hat = m.tokenizer.decode(z)
         with frozen(m.denoiser, m.discriminator):
-            path = m.flow.at(m.latent_norm.batch(z, update=False), t, draws.noise)
+            path = m.flow.at(m.latent_norm.batch(z, update=False), t, random["noise"])
             terms = reconstruction(m, x, x_hat, posterior, step)
-            update("tokenizer", terms | denoising(m, path, t, labels))
+            update("tokenizer", terms | denoising(m, path, t, condition))
 
         discriminate(m, x, x_hat, step, update)
 
-        path = m.flow.at(m.latent_norm.batch(z.detach()), t, draws.noise)
-        update("denoiser", denoising(m, path, t, labels))
+        path = m.flow.at(m.latent_norm.batch(z.detach()), t, random["noise"])
+        update("denoiser", denoising(m, path, t, condition))

@@ -6,14 +6,14 @@ import math
 
 import torch
 
-from components.contracts import Batch, Draws, Modules, Update
+from components.contracts import Batch, Distribution, LatentShape, Modules, RandomNumbers, Recipe, Update
 from components.diffusion.losses import discriminate, frozen_posterior, reconstruction
 from components.distributed.freeze import frozen
 from components.registry import recipes
 
 
 @recipes.register("rae_decoder")
-class RaeDecoder:
+class RaeDecoder(Recipe):
     """Train decoder and discriminator on noisy latents of a frozen encoder (RAE); for the tokenizer rae.
 
     The decoder's input is z + sigma n, with n ~ N(0, I) and sigma ~ |N(0, noise_tau^2)| per image, which makes it
@@ -35,12 +35,18 @@ class RaeDecoder:
             raise ValueError(f"recipe.noise_tau = {noise_tau}: expected at least 0")
         self.noise_tau = noise_tau
 
-    def step(self, m: Modules, batch: Batch, draws: Draws, update: Update, step: int) -> None:
+    def random_numbers(self, m: Modules, latent: LatentShape) -> dict[str, Distribution]:
+        return {
+            "noise": Distribution("normal", latent, key="posterior"),
+            "sigma": Distribution("uniform", key="time"),
+        }
+
+    def step(self, m: Modules, batch: Batch, random: RandomNumbers, update: Update, step: int) -> None:
         x = batch.images
         posterior = frozen_posterior(m, batch)
-        # Inverse transform sampling: draws.time is uniform, sigma half-normal.
-        sigma = self.noise_tau * math.sqrt(2) * torch.erfinv(draws.time)
-        noise = sigma[:, None, None, None] * draws.posterior
+        # Inverse transform sampling: a uniform number becomes a half-normal sigma.
+        sigma = self.noise_tau * math.sqrt(2) * torch.erfinv(random["sigma"])
+        noise = sigma[:, None, None, None] * random["noise"]
         x_hat = m.tokenizer.decode(posterior.mean + noise.to(posterior.mean.dtype))
         with frozen(m.discriminator):
             update("tokenizer", reconstruction(m, x, x_hat, posterior, step))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from components.contracts import Batch, Draws, LossTerm, Modules, Update
+from components.contracts import Batch, Distribution, LatentShape, LossTerm, Modules, RandomNumbers, Recipe, Update
 from components.diffusion.losses import (
     alignment,
     class_tokens,
-    drop_labels,
+    drop_condition,
     encode_targets,
     frozen_posterior,
     velocity_mse,
@@ -17,7 +17,7 @@ from components.registry import recipes
 
 
 @recipes.register("reg")
-class Reg:
+class Reg(Recipe):
     """Train REPA with a denoiser that denoises the first encoder's class token together with the latent (REG).
 
     The denoiser must take a class token (``class_token_dim`` of ``sit``), and every encoder must have one.
@@ -34,33 +34,41 @@ class Reg:
 
     def check(self, m: Modules) -> None:
         for label, encoder in m.encoders.items():
-            if not hasattr(encoder, "embed"):
+            if not encoder.own_embedding:
                 raise ValueError(
                     f"recipe.name = 'reg' denoises and aligns the class token, but the encoder [encoders.{label}] "
-                    "has none (no embed() method); use a vision transformer with a class token, such as dinov2"
+                    "has none (own_embedding is false); use a vision transformer with a class token, such as dinov2"
                 )
         label, encoder = next(iter(m.encoders.items()))
-        dim = getattr(m.denoiser, "extra_dim", 0)
-        if dim != encoder.embed_dim:
+        shape = m.denoiser.noisy_inputs.get("class_token")
+        if shape != (encoder.embed_dim,):
             raise ValueError(
                 f"recipe.name = 'reg' needs a denoiser that takes [encoders.{label}]'s class token of "
-                f"{encoder.embed_dim} features, but this one takes {dim or 'none'}; set denoiser.class_token_dim = "
-                f"{encoder.embed_dim} (sit has that option)"
+                f"{encoder.embed_dim} features, but this one takes {shape[0] if shape else 'none'}; set "
+                f"denoiser.class_token_dim = {encoder.embed_dim} (sit has that option)"
             )
 
-    def step(self, m: Modules, batch: Batch, draws: Draws, update: Update, step: int) -> None:
-        t = m.flow.times(draws.time)
-        z = frozen_posterior(m, batch).sample(draws.posterior)
-        path = m.flow.at(m.latent_norm(z), t, draws.noise)
-        vectors = class_tokens(m, batch)
-        class_path = m.flow.at(vectors[0], t, draws.extra)
+    def denoised(self, m: Modules) -> dict[str, tuple[int, ...]]:
+        return {"class_token": m.denoiser.noisy_inputs["class_token"]}
 
-        out = m.denoiser(path.x_t, t, drop_labels(m, batch.labels, draws.label), class_path.x_t)
+    def random_numbers(self, m: Modules, latent: LatentShape) -> dict[str, Distribution]:
+        noise = Distribution("normal", m.denoiser.noisy_inputs["class_token"], key="extra")
+        return super().random_numbers(m, latent) | {"class_noise": noise}
+
+    def step(self, m: Modules, batch: Batch, random: RandomNumbers, update: Update, step: int) -> None:
+        t = m.flow.times(random["time"])
+        z = frozen_posterior(m, batch).sample(random["posterior"])
+        path = m.flow.at(m.latent_norm(z), t, random["noise"])
+        classes = class_tokens(m, batch)
+        class_path = m.flow.at(classes[0], t, random["class_noise"])
+
+        condition = drop_condition(m, batch.condition, random["label"])
+        out = m.denoiser(path.x_t, t, condition, class_token=class_path.x_t)
         terms = {
             "velocity": LossTerm(1.0, velocity_mse(out.velocity, path.velocity)),
-            "class_velocity": LossTerm(self.class_weight, velocity_mse(out.extra, class_path.velocity)),
+            "class_velocity": LossTerm(self.class_weight, velocity_mse(out.others["class_token"], class_path.velocity)),
         }
         # The class token comes first and is aligned like any other token.
         patches = encode_targets(m, batch, step)
-        targets = [torch.cat([c[:, None], y], dim=1) for c, y in zip(vectors, patches)]
+        targets = [torch.cat([c[:, None], y], dim=1) for c, y in zip(classes, patches)]
         update("denoiser", terms | alignment(m, out.tokens, targets, m.alignment.denoiser_weight, step))

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from components.contracts import Batch, Draws, Modules, Update
-from components.diffusion.losses import denoising, drop_labels, encode_targets, frozen_posterior
+from components.contracts import Batch, Modules, RandomNumbers, Recipe, Update
+from components.diffusion.losses import denoising, drop_condition, encode_targets, frozen_posterior
 from components.registry import recipes
 
 
 @recipes.register("repa")
-class Repa:
+class Repa(Recipe):
     """Train denoiser and alignment heads on a frozen tokenizer (REPA); also second stage of REPA-E's best result."""
 
     uses = frozenset({"tokenizer", "denoiser", "heads", "latent_norm", "encoders", "alignment"})
     trains = {"denoiser": ("denoiser", "heads")}
     cached_latents = True
 
-    def step(self, m: Modules, batch: Batch, draws: Draws, update: Update, step: int) -> None:
-        t = m.flow.times(draws.time)
-        z = frozen_posterior(m, batch).sample(draws.posterior)
-        path = m.flow.at(m.latent_norm(z), t, draws.noise)
-        labels = drop_labels(m, batch.labels, draws.label)
-        update("denoiser", denoising(m, path, t, labels, encode_targets(m, batch, step), step))
+    def step(self, m: Modules, batch: Batch, random: RandomNumbers, update: Update, step: int) -> None:
+        t = m.flow.times(random["time"])
+        z = frozen_posterior(m, batch).sample(random["posterior"])
+        path = m.flow.at(m.latent_norm(z), t, random["noise"])
+        condition = drop_condition(m, batch.condition, random["label"])
+        update("denoiser", denoising(m, path, t, condition, encode_targets(m, batch, step), step))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from components.contracts import Batch, Draws, Modules, Update
-from components.diffusion.losses import alignment, denoising, discriminate, drop_labels, encode_targets, reconstruction
+from components.contracts import Batch, Modules, RandomNumbers, Recipe, Update
+from components.diffusion.losses import (
+    alignment,
+    denoising,
+    discriminate,
+    drop_condition,
+    encode_targets,
+    reconstruction,
+)
 from components.distributed.freeze import frozen
 from components.registry import recipes
 
 
 @recipes.register("repae")
-class RepaE:
+class RepaE(Recipe):
     """Train tokenizer, discriminator, denoiser and alignment heads jointly (REPA-E).
 
     The alignment loss reaches the tokenizer through the denoiser's first blocks; the diffusion loss does not reach it.
@@ -33,25 +40,25 @@ class RepaE:
         "denoiser": ("denoiser", "heads"),
     }
 
-    def step(self, m: Modules, batch: Batch, draws: Draws, update: Update, step: int) -> None:
-        x, labels = batch.images, batch.labels
+    def step(self, m: Modules, batch: Batch, random: RandomNumbers, update: Update, step: int) -> None:
+        x, condition = batch.images, batch.condition
         targets = encode_targets(m, batch, step)
-        t = m.flow.times(draws.time)
+        t = m.flow.times(random["time"])
 
         posterior = m.tokenizer.encode(x)
-        z = posterior.sample(draws.posterior)
+        z = posterior.sample(random["posterior"])
         x_hat = m.tokenizer.decode(z)
         with frozen(m.denoiser, m.heads, m.discriminator):
             # Running statistics and no label dropout: this pass does not train the denoiser and must not affect it.
-            path = m.flow.at(m.latent_norm(z), t, draws.noise)
+            path = m.flow.at(m.latent_norm(z), t, random["noise"])
             terms = reconstruction(m, x, x_hat, posterior, step)
             if targets:
-                tokens = m.denoiser.tokens(path.x_t, t, labels)
+                tokens = m.denoiser.tokens(path.x_t, t, condition)
                 terms |= alignment(m, tokens, targets, m.alignment.tokenizer_weight, step)
             update("tokenizer", terms)
 
         discriminate(m, x, x_hat, step, update)
 
         # Stop-gradient: without it the diffusion loss collapses the latents (FID 444 in the paper's ablation).
-        path = m.flow.at(m.latent_norm.batch(z.detach()), t, draws.noise)
-        update("denoiser", denoising(m, path, t, drop_labels(m, labels, draws.label), targets, step))
+        path = m.flow.at(m.latent_norm.batch(z.detach()), t, random["noise"])
+        update("denoiser", denoising(m, path, t, drop_condition(m, condition, random["label"]), targets, step))

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from components.contracts import Posterior
+from components.contracts import Posterior, Tokenizer
 from components.nn.precision import at_least_fp32
 from components.registry import tokenizers
 
 
 @tokenizers.register("identity")
-class Identity(nn.Module):
+class Identity(Tokenizer):
     """Identity, for diffusion in pixel space: factor 1, three channels, no weights.
 
     The denoiser's ``patch_size`` sets the number of tokens: 16 at 256 pixels yields 16 x 16 tokens, as in the latent
@@ -23,7 +21,6 @@ class Identity(nn.Module):
     factor = 1
     channels = 3
     trainable = False
-    adapters = ()
 
     def __init__(self) -> None:  # nn.Module.__init__ accepts any arguments, so options would not be checked
         super().__init__()
@@ -36,10 +33,3 @@ class Identity(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Return ``z`` (B, 3, R, R) unchanged."""
         return z
-
-    def load_weights(self) -> None:
-        """Do nothing: there are no weights."""
-
-    def units(self) -> Sequence[nn.Module]:
-        """Return an empty list."""
-        return []

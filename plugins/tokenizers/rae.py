@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from components.contracts import Posterior
+from components.contracts import Posterior, Tokenizer
 from components.files import weights_file
 from components.files.weights import WeightsError, load_strict
 from components.nn.precision import at_least_fp32
@@ -37,7 +37,7 @@ PUBLISHED = (
 
 
 @tokenizers.register("rae")
-class RAE(nn.Module):
+class RAE(Tokenizer):
     """RAE: tokens of a frozen encoder as latents, and a ViT decoder, which the recipe rae_decoder trains.
 
     The latent (B, D, R / patch_size, R / patch_size) consists of the encoder plugin's tokens, without the final norm's
@@ -65,9 +65,7 @@ class RAE(nn.Module):
         ValueError: the encoder does not exist or refuses its options, or a size is not divisible as required.
     """
 
-    trainable = True
     frozen_encoder = True
-    adapters = ()
 
     def __init__(
         self,
@@ -120,9 +118,11 @@ class RAE(nn.Module):
         """(B, D, h, w) -> (B, 3, R, R), nominally in [-1, 1]."""
         self._check_side(z.shape[-1], self.factor)
         x = self.decoder(z.flatten(2).transpose(1, 2))
-        mean, std = (getattr(self.encoder, name, None) for name in ("mean", "std"))
+        if self.encoder.pixel_stats is None:
+            return x
         # x is in the encoder's input normalization, (image in [0, 1] - mean) / std.
-        return x if mean is None or std is None else (x * std + mean) * 2 - 1
+        mean, std = self.encoder.pixel_stats
+        return (x * std + mean) * 2 - 1
 
     def load_weights(self) -> None:
         """Load the encoder's weights and, if set, the decoder's ``checkpoint``.
@@ -229,6 +229,5 @@ def _make_encoder(name: str, options: dict[str, Any], resolution: int, grid: int
             f"tokenizer.encoder_options.{key}: {first['msg']}; options of encoder '{name}': {', '.join(plugin.options)}"
         ) from error
     encoder = plugin.cls(resolution, grid, **options)
-    if hasattr(encoder, "final_norm"):
-        encoder.final_norm = False  # its affine parameters would change the output of the non-affine norm
+    encoder.drop_final_norm()  # its affine parameters would change the output of the non-affine norm
     return encoder

@@ -23,7 +23,7 @@ TOLERANCE = 3  # of 255; image decoders differ
 
 def check_recipe(config: Config, recipe: Recipe) -> None:
     """Raise ConfigError if the config names a cache and the recipe cannot train on one."""
-    if config.latent_cache.path and not getattr(recipe, "cached_latents", False):
+    if config.latent_cache.path and not recipe.cached_latents:
         why = "trains the tokenizer" if "tokenizer" in recipe.uses & set().union(*recipe.trains.values()) else (
             "does not declare cached_latents = True"
         )  # fmt: skip
@@ -49,7 +49,9 @@ def features(config: Config, recipe: Recipe, cache: LatentCache) -> list[str]:
 
 
 def needs_images(config: Config, recipe: Recipe, cache: LatentCache) -> bool:
-    """Whether some encoder's features must be computed from images because they are not read from the cache."""
+    """Whether images are read too: for encoders whose features are not read from the cache, or for their conditions."""
+    if registry.datasets.get(config.dataset.name).cls.conditions:
+        return True
     return "encoders" in recipe.uses and len(features(config, recipe, cache)) < len(config.encoders)
 
 
@@ -187,7 +189,7 @@ def _encoder_problems(config: Config, label: str, there: dict[str, Any], parts: 
 
 
 def _able() -> str:
-    return ", ".join(p.name for p in registry.recipes if getattr(p.cls, "cached_latents", False))
+    return ", ".join(p.name for p in registry.recipes if p.cls.cached_latents)
 
 
 def _short(digest: str) -> str:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from components.contracts import Dataset, DatasetItem
 from components.data.loader import DataError, UnreadableCounter, start_worker
-from components.diffusion.draws import generator
+from components.diffusion.random_numbers import generator
 from components.distributed.parallel import World
 from components.distributed.ranks import Ranks
 from components.files import manifest

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from components.data.loader import DataError
+from components.data.pixels import to_float
 from components.distributed.parallel import World
 from components.files.fingerprint import fingerprint
 from components.latent_cache.cache import DTYPES, FLIPPED, FORMAT
@@ -79,7 +80,7 @@ class Networks:
         images = images.to(self.device, non_blocking=True)
         with self._computing():
             for suffix in self._suffixes():
-                x = (images.flip(-1) if suffix else images).float().div_(127.5).sub_(1)
+                x = to_float(images.flip(-1) if suffix else images)
                 x = x.contiguous(memory_format=self.layout)
                 posterior = self.tokenizer.encode(x)
                 mean, std = posterior.mean.float(), posterior.std.float()

@@ -109,21 +109,22 @@ def _micro_batches(config: configs.Config, parts, world, real: bool):
 
     import torch
 
-    from components.contracts import Batch
+    from components.contracts import Batch, Condition
     from components.data.loader import make_loader
     from components.data.prefetch import Prefetcher
-    from components.diffusion.draws import draw
+    from components.diffusion.random_numbers import draw
 
     t = config.training
     size = t.batch_size // (world.size * t.accumulation)
 
-    def draws(position: int):
-        return draw(t.seed, 0, range(size), size, parts.latent, parts.extra_dim).to(world.device)
+    def random_numbers(position: int):
+        found = draw(t.seed, 0, range(size), size, parts.random_numbers)
+        return {name: numbers.to(world.device) for name, numbers in found.items()}
 
     if not real:
         images = torch.rand(size, 3, t.resolution, t.resolution, device=world.device) * 2 - 1
         labels = torch.arange(size, device=world.device) % parts.num_classes
-        return contextlib.nullcontext(itertools.repeat((Batch(images, labels), draws(0))))
+        return contextlib.nullcontext(itertools.repeat((Batch(images, Condition(labels)), random_numbers(0))))
 
     @contextlib.contextmanager
     def loading():
@@ -132,7 +133,7 @@ def _micro_batches(config: configs.Config, parts, world, real: bool):
             parts.dataset, seed=t.seed, batch_size=t.batch_size, workers=config.loader.workers,
             prefetch=config.loader.prefetch, pin_memory=world.device.type == "cuda", **options,
         )  # fmt: skip
-        with Prefetcher(loader, world.device, extra=draws) as batches:
+        with Prefetcher(loader, world.device, beside=random_numbers) as batches:
             yield ((batch, drawn) for batch, drawn, _ in batches)
 
     return loading()

@@ -148,7 +148,7 @@ def advice(config: configs.Config, cost) -> list[str]:
     trained = {name for members in cost.parts.recipe.trains.values() for name in members}
     active, states = [], []
     for role in ("denoiser", "tokenizer"):
-        if role in trained and getattr(config.activation_checkpoint, role) != "full":
+        if role in trained and config.activation_checkpoint.model_dump()[role] != "full":
             active.append(f'activation_checkpoint.{role} = "full"')
     if cost.images > 1:
         factor = next(n for n in range(2, cost.images + 1) if cost.images % n == 0)

@@ -18,14 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", metavar="TOML", help="for a recipe: TOML file with the tables of the parts it needs")
     parser.epilog = (
         "Weights are random and no weight file is read. Choose options that make the model small.\n"
-        "In your own test suite: pytest -p plugins.conformance.pytest_options --pyargs plugins.conformance\n"
-        "  --plugin MODULE:NAME [--option KEY=VALUE]"
+        "In your own test suite: pytest -p trainer.plugin_kit.conformance.pytest_options\n"
+        "  --pyargs trainer.plugin_kit.conformance --plugin MODULE:NAME [--option KEY=VALUE]"
     )
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from components.conformance import examine, resolve
     from components.registry import PluginError
+    from trainer.plugin_kit.conformance import examine, resolve
 
     if rest:
         raise PluginError(f"unexpected argument '{rest[0]}'; see python -m trainer conform --help")

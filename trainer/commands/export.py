@@ -118,7 +118,7 @@ def _tokenizer_of_config(stored: Stored) -> dict[str, Tensor]:
     Raises:
         ConfigError: the config names no such file.
     """
-    from trainer.run.assemble import make_plugin
+    from trainer.run.construct import make_plugin
 
     if not named_files("tokenizer", stored.config.tokenizer):
         key = weights_key(stored.config)
@@ -171,11 +171,9 @@ def _foreign(
     overrides: list[str],
 ) -> tuple[list[Path], str]:
     """Write a format that the plugin of ``role`` declares."""
-    import torch
-
     from components.files.adapter import Exported
     from trainer.models.source import read_source
-    from trainer.run.assemble import build_parts
+    from trainer.run.construct import construct_parts
 
     for name in make.requires:
         if name not in stored.states:
@@ -189,9 +187,8 @@ def _foreign(
         if path.is_dir():
             online = read_source(str(path), weights="online", overrides=overrides, needs=make.exports).states
     config = stored.config
-    with torch.device("meta"):  # heads, which need encoders, are not constructed
-        uses = frozenset(make.exports) - {"heads"}
-        m = build_parts(config, dataset=None, prepare=lambda place, name, module: None, uses=uses).modules
+    uses = frozenset(make.exports) - {"heads"}  # heads need encoders
+    m = construct_parts(config, on_meta=True, uses=uses).modules
     return make(getattr(m, role)).to_files(
         out,
         Exported(

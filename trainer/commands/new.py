@@ -1,4 +1,4 @@
-"""python -m trainer new: write a skeleton plugin, its test, and a config that uses it."""
+"""python -m trainer new: write a working plugin to start from, its tests, and a config that trains with it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,21 @@ from pathlib import Path
 from components import registry
 from components.registry import PluginError
 
-SUMMARY = "write a working skeleton of a plugin, its test, and a config that trains with it"
+SUMMARY = "write a working plugin to start from, its tests, and a config that trains with it"
+KINDS = (  # one module each in trainer/plugin_kit/templates
+    "encoder",
+    "tokenizer",
+    "denoiser",
+    "reconstruction_loss",
+    "adversarial_loss",
+    "alignment_loss",
+    "dataset",
+    "recipe",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", choices=sorted(registry.KINDS), help="kind of plugin")
+    parser.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("name", help="name in configs: lower-case letters, digits and underscores")
     parser.add_argument(
         "--folder", default=".", metavar="DIR", help="output folder, created if missing (default: current folder)"
@@ -27,25 +37,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     if rest:
         raise PluginError(f"unexpected argument '{rest[0]}'; see python -m trainer new --help")
-    from trainer.plugin_kit.skeletons import files
+    from trainer.plugin_kit.templates import render
 
     kind, name, folder = arguments.kind, arguments.name, Path(arguments.folder).expanduser()
-    texts = files(kind, name)
+    texts = render(kind, name)
     if there := [str(folder / file) for file in texts if (folder / file).exists()]:
         raise PluginError(f"{', '.join(there)}: exists already; nothing was written. Choose another name or --folder")
-    check_name(kind, name)
+    check_name(kind.rpartition("_")[2], name)  # all kinds of losses share one registry
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8")
     except OSError as error:
         raise PluginError(f"--folder: '{folder}' cannot be written to ({error})") from error
-    plugin, test, toml = (shlex.quote(str(folder / file)) for file in texts)
+    plugin, tests, toml = (shlex.quote(str(folder / file)) for file in texts)
     print(
-        f"Wrote the {kind} {name}:\n  {plugin}\n  {test}\n  {toml}\n"
+        f"Wrote the {kind.replace('_', ' ')} {name}:\n  {plugin}\n  {tests}\n  {toml}\n"
         "It works as it is. Replace its body with your own, and keep these passing:\n"
         f"  python -m trainer conform {plugin}:{name}\n"
-        f"  python -m pytest {test}\n"
+        f"  python -m pytest {tests}\n"
         f"  python -m trainer train {toml}\n"
         "docs/writing-a-plugin.md describes what each kind must provide."
     )

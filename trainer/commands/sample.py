@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from components.distributed.parallel import World
     from trainer.models.sample_folder import SampleFolder
     from trainer.models.source import Source
+    from trainer.run.parts import Parts
 
 SUMMARY = "sample images from a run, a checkpoint or an exported model"
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-samples", type=int, default=64, help="number of images (default: 64)")
     parser.add_argument("--out", help="output folder (default: samples/... in the source)")
     add_model_arguments(parser)
-    parser.add_argument("--method", choices=("euler", "heun", "sde"), help="integrator (default: as in the run)")
+    parser.add_argument("--method", help="sampler: euler, heun, sde or one of the recipe's (default: as in the run)")
     parser.add_argument("--steps", type=int, help="integration steps (default: as in the run)")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1: none (default: as in the run)")
     parser.add_argument("--guidance-low", type=float, help="smallest t with guidance (t = 0 is data)")
@@ -99,7 +100,7 @@ def sample(arguments: argparse.Namespace, overrides: list[str], world: World) ->
     about = {"num_samples": arguments.num_samples, "batch_size": batch_size}
     ranks.first(lambda: folder.begin(describe(arguments, source, guide, plan, kind) | about))
     missing = ranks.first(lambda: folder.missing(arguments.num_samples))
-    draw(arguments, folder, sampler, missing, batch_size, kind, source.parts.num_classes, world)
+    draw(arguments, folder, sampler, missing, batch_size, kind, source.parts, world)
     ranks.first(lambda: None)  # barrier: all ranks have written their files
 
     if world.is_main:
@@ -122,7 +123,7 @@ def draw(
     missing: set[int],
     batch_size: int,
     kind: list[int] | str,
-    num_classes: int,
+    parts: Parts,
     world: World,
 ) -> None:
     """Sample the missing images. Batch boundaries do not depend on the rank count, so neither do the images."""
@@ -132,7 +133,7 @@ def draw(
     import torch
     from tqdm import tqdm
 
-    from components.diffusion.image_sampler import to_uint8
+    from components.data.pixels import to_uint8
     from trainer.models.sample_folder import labels_of
 
     counts = Counter(i // batch_size for i in missing)
@@ -142,9 +143,10 @@ def draw(
         writes = []
         for turn, first in enumerate(batches[world.rank :: world.size]):
             ids = range(first * batch_size, (first + 1) * batch_size)
-            labels = torch.tensor(labels_of(ids, kind, num_classes, arguments.seed), device=world.device)
+            labels = torch.tensor(labels_of(ids, kind, parts.num_classes, arguments.seed), device=world.device)
+            condition = parts.sampling_condition(torch.tensor(ids), labels)
             with autocast(arguments.precision, world.device):
-                images = to_uint8(sampler(ids, labels)).cpu()
+                images = to_uint8(sampler(ids, condition)).cpu()
             for write in writes:  # of the previous batch: raises its errors, and bounds the queue
                 write.result()
             writes = [pool.submit(folder.write, i, image) for i, image in zip(ids, images) if i in missing]
@@ -182,7 +184,7 @@ def make_sampler(source: Source, guide: Source | None, plan: SamplingPlan, preci
                 module.double()
     try:
         other = guide.parts.modules.denoiser if guide else None
-        return ImageSampler(plan, m.denoiser, m.latent_norm, m.tokenizer, m.flow, source.parts.latent, other)
+        return ImageSampler(plan, source.parts.recipe, m, source.parts.latent, other)
     except ValueError as error:
         raise configs.ConfigError(str(error)) from error
 

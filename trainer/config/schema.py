@@ -228,9 +228,9 @@ class Sampling(Table):
     """Draw grids of reconstructions and samples every N steps; 0: only at the end."""
     images: Positive = 64
     """Samples per grid, cycling through the classes."""
-    method: Literal["euler", "heun", "sde"] = "euler"
-    """Integrator: euler (first order) or heun (second order) for the ODE; sde: Euler-Maruyama."""
-    steps: Annotated[int, Field(ge=2)] = 50
+    method: str = "euler"
+    """Sampler: euler (first order) or heun (second order) for the ODE; sde: Euler-Maruyama; or one of the recipe's."""
+    steps: Positive = 50
     """Integration steps; heun evaluates the denoiser twice per step, the others once."""
     guidance: Annotated[float, Field(ge=1)] = 4.0
     """Classifier-free guidance scale; 1: none."""

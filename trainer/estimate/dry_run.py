@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from components.contracts import Batch, Draws
+from components.contracts import Batch, Condition, RandomNumbers
+from components.diffusion.random_numbers import placeholders
 from components.distributed.parallel import World
 from trainer.config import Config
 from trainer.estimate.fake_ranks import cuda_autocast, held_tensors, pretended_ranks, prime
 from trainer.estimate.memory_tracker import GATHERED, TEMPORARY, StepTracker, Traffic
 from trainer.run import assemble
+from trainer.run.construct import construct_parts, trained_modules
 from trainer.run.monitor.flops import never_stop
 from trainer.run.parts import Parts
 from trainer.run.prepare import Preparation, mesh_shape
@@ -100,16 +102,16 @@ def dry_run(config: Config, world_size: int, local_size: int, bf16: bool) -> Cos
 
 def _build(config: Config, world: World, dtype: torch.dtype | None) -> Parts:
     """Like :func:`trainer.run.assemble.build`, with all parts on the meta device."""
-    recipe = assemble.make_plugin("recipe", "recipe", config.recipe)
-    prepare = _Weightless(config, assemble.trained_modules(recipe), world, files=False)
+    with StepTracker():  # returns 0 where code reads a value
+        parts = construct_parts(config, on_meta=True)
+    prepare = _Weightless(config, trained_modules(parts.recipe), world, files=False)
     if prepare.sharding is not None:
         # One fake device stands for both GPU and host; the kind of a tensor decides where it lives.
         prepare.sharding = dataclasses.replace(prepare.sharding, param_dtype=dtype, cpu_offload=False)
     prepare.config = _changed(config, "parallel", cpu_offload=False)
     prepare.world = dataclasses.replace(world, device=torch.device("meta"))
-    with StepTracker(), torch.device("meta"):  # the tracker returns 0 where code reads a value
-        parts = assemble.build_parts(config, None, prepare)
-    parts.averages = prepare.copies
+    with StepTracker(), torch.device("meta"):
+        prepare(parts)
     return parts
 
 
@@ -131,7 +133,7 @@ def _watch_gradients(tracker: StepTracker, group) -> None:
 
 def micro_batches(
     config: Config, parts: Parts, world: World, count: int, tracker: StepTracker | None = None
-) -> Iterator[tuple[Batch, Draws]]:
+) -> Iterator[tuple[Batch, RandomNumbers]]:
     """Yield random images and random numbers of one rank.
 
     Args:
@@ -146,11 +148,8 @@ def micro_batches(
         if tracker is not None:
             tracker.repeats = t.accumulation - count + 1 if index == 0 else 1
         images = torch.rand(size, 3, t.resolution, t.resolution, **where)
-        draws = Draws(
-            torch.randn(size, *parts.latent, **where), torch.randn(size, *parts.latent, **where),
-            torch.rand(size, **where), torch.rand(size, **where), torch.randn(size, parts.extra_dim, **where),
-        )  # fmt: skip
-        yield Batch(images, torch.zeros(size, dtype=torch.int64, **where)), draws
+        condition = Condition(torch.zeros(size, dtype=torch.int64, **where))
+        yield Batch(images, condition), placeholders(parts.random_numbers, size, **where)
 
 
 def _changed(config: Config, table: str, **values: object) -> Config:

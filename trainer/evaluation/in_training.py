@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from components import registry
-from components.diffusion.image_sampler import to_uint8
+from components.data.pixels import to_uint8
 from components.distributed.parallel import World, gather_rows
 from components.distributed.ranks import Ranks
 from components.evaluation import EvaluationError

@@ -18,7 +18,7 @@ from components.registry import nearest
 from trainer import config as configs
 from trainer.config import ConfigError
 from trainer.config.schema import PluginTable
-from trainer.run.assemble import make_plugin
+from trainer.run.construct import make_plugin
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from components import registry
-from components.diffusion.image_sampler import to_uint8
+from components.data.pixels import to_float, to_uint8
 from components.distributed.parallel import World
 from components.distributed.ranks import Ranks
 from components.evaluation.extract import extract
@@ -25,7 +25,7 @@ from trainer.config.schema import PluginTable
 from trainer.evaluation.comparison import check_counts
 from trainer.evaluation.measured import Measured, network_warnings
 from trainer.evaluation.references import Reference
-from trainer.run.assemble import make_plugin
+from trainer.run.construct import make_plugin
 
 METRICS = ("rfid", "psnr", "ssim", "lpips")
 
@@ -88,8 +88,7 @@ def evaluate_reconstruction(
         if "ssim" in pixelwise:
             values["ssim"] = ssim(x, y)
         if "lpips" in pixelwise:
-            pair = (image.float() / 127.5 - 1 for image in (x, y))
-            values["lpips"] = lpips(*pair, None).double().expand(len(x))  # the batch's mean
+            values["lpips"] = lpips(to_float(x), to_float(y), None).double().expand(len(x))  # the batch's mean
         for m in networks:
             for side, batch in (("x", x), ("y", y)):
                 features = m.network(batch)
@@ -137,5 +136,5 @@ def evaluate_reconstruction(
 @torch.no_grad()
 def reconstruct(tokenizer: Any, images: Tensor) -> Tensor:
     """Reconstruct uint8 images (B, 3, R, R) from their posterior means; returns the same shape and dtype."""
-    x = (images.float() / 127.5 - 1).to(parameter_dtype(tokenizer))
+    x = to_float(images).to(parameter_dtype(tokenizer))
     return to_uint8(tokenizer.decode(tokenizer.encode(x).mean).float().clamp(-1, 1))

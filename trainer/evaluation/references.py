@@ -16,7 +16,7 @@ from components.evaluation.moments import Gaussian, read_statistics
 from trainer.config import Config, ConfigError
 from trainer.evaluation.measured import Measured
 from trainer.models.sample_folder import SETTINGS, SampleFolder
-from trainer.run.assemble import make_plugin
+from trainer.run.construct import make_plugin
 
 
 @dataclass

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from components import registry
 from components.files import weights_file
 from components.files.adapter import State, recognized, take_module
@@ -16,7 +14,7 @@ from components.files.weights import WeightsError, check_fit
 from components.files.weights_file import WeightsFile, stated_statistics
 from components.nn.latent_norm import LatentNorm
 from trainer.config import Config, ConfigError, PluginTable, named_files, weights_key
-from trainer.run.assemble import build_parts
+from trainer.run.construct import construct_parts
 from trainer.run.initial_statistics import read_statistics
 
 
@@ -65,9 +63,8 @@ def import_model(
         config.training.num_classes = config.training.num_classes or adapter.num_classes(
             file, _option(config, "denoiser.label_dropout") or 0.0
         )
-    with torch.device("meta"):
-        m = build_parts(config, dataset=None, prepare=lambda place, role, module: None).modules
-    own = {part: getattr(m, part).state_dict() for part in PARTS if getattr(m, part) is not None}
+    m = construct_parts(config, on_meta=True).modules
+    own = {part: module.state_dict() for part, module in m.named().items() if part in PARTS}
     step = file.values.get("steps", file.values.get("global_step", 0))
     found = Imported(int(step), "online" if weights == "model" else "ema")
     problems: list[str] = []

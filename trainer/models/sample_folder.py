@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from components.diffusion.draws import generator
+from components.data.pixels import to_float
+from components.diffusion.random_numbers import generator
 from components.files.atomic import atomic_write
 from components.version import version
 from trainer.config import ConfigError
@@ -93,7 +94,7 @@ class SampleFolder:
         from trainer.run.pictures import grid, save_png
 
         images = torch.stack([self.read(i) for i in range(min(count, GRID_IMAGES))])
-        save_png(grid(images.float() / 127.5 - 1), self.path / GRID)
+        save_png(grid(to_float(images)), self.path / GRID)
         return self.path / GRID
 
     def write_archive(self, count: int, resolution: int) -> Path:

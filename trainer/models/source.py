@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from components import registry
 from components.checkpoint import CheckpointError, CheckpointManager
 from components.distributed.materialize import allocate, filled_by_loading, materialize
 from components.distributed.parallel import World, compile_units
 from components.files.fingerprint import fingerprint
 from components.files.weights import load_strict
 from trainer.config import Config, ConfigError, load, loads, named_files, weights_key
-from trainer.run import assemble
+from trainer.run.construct import construct_parts, make_plugin
 from trainer.run.parts import Parts
 from trainer.run.prepare import seeded
 
@@ -128,7 +129,7 @@ def open_source(
     Args:
         world: this process; every rank builds unsharded modules.
         needs: fields of ``Modules``; those that a checkpoint does not hold, such as "encoders", load their own weights.
-        dataset: also build the config's dataset.
+        dataset: also build the config's dataset; it is always built if the denoiser is conditioned on more than labels.
         compiled: apply torch.compile to the modules' units.
 
     Raises:
@@ -138,14 +139,18 @@ def open_source(
     config, seed = stored.config, stored.config.training.seed
     what = f"'{path}'"
 
-    def prepare(place: str, role: str, module: nn.Module) -> None:
+    data = None
+    if dataset or registry.datasets.get(config.dataset.name).cls.conditions:
+        data = make_plugin("dataset", "dataset", config.dataset, config.training.resolution)
+    parts = construct_parts(config, data, uses=frozenset(needs))
+    for role, module in parts.modules.named().items():
         module.eval().requires_grad_(False)
         if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
             if role in stored.states and filled_by_loading(module):
                 # Drawing random weights for a large denoiser, only to overwrite them, costs more than loading it.
                 allocate(module, world.device)
             else:
-                with seeded(seed, place):
+                with seeded(seed, parts.places[role]):
                     materialize(module, world.device)
         module.to(world.device)
         if role in stored.states:
@@ -159,15 +164,10 @@ def open_source(
                 f"{what} holds no trained {role}"
                 + (f"; set {weights_key(config)}" if role == "tokenizer" else "; expected a run or model folder")
             )
-        elif hasattr(module, "load_weights"):
+        else:
             module.load_weights()
         if compiled and any(True for _ in module.parameters()):
             compile_units(module)
-
-    data = None
-    if dataset:
-        data = assemble.make_plugin("dataset", "dataset", config.dataset, config.training.resolution)
-    parts = assemble.build_parts(config, data, prepare, uses=frozenset(needs))
     parts.dataset = data
     return Source(**vars(stored), parts=parts)
 

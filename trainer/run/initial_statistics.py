@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from components.contracts import Modules
+from components.contracts import Distribution, Modules
 from components.data.loader import make_loader
-from components.diffusion.draws import draw
+from components.data.pixels import to_float
+from components.diffusion.random_numbers import draw
 from components.distributed.parallel import World
 from components.files.weights import WeightsError, local_file, read_state
 from components.files.weights_file import stated_statistics
@@ -75,7 +76,7 @@ def measure_statistics(config: Config, parts: Parts, world: World) -> tuple[Tens
     The result is the same for every world size. Cost: encodes ``latent_norm.images`` images, divided among the ranks.
     """
     m: Modules = parts.modules
-    batch_size = config.training.batch_size
+    batch_size, declared = config.training.batch_size, {"posterior": Distribution("normal", parts.latent)}
     loader = make_loader(
         parts.dataset, seed=config.training.seed, batch_size=batch_size, rank=world.rank, world=world.size
     )
@@ -84,13 +85,13 @@ def measure_statistics(config: Config, parts: Parts, world: World) -> tuple[Tens
     for loaded, position in zip(loader, positions):
         if position >= max(config.latent_norm.images, batch_size):
             break
-        x = loaded.images.to(world.device).float().div_(127.5).sub_(1)
+        x = to_float(loaded.images.to(world.device))
         x = x.to(parameter_dtype(m.tokenizer))
         step, first = divmod(position, batch_size)
         here = range(first, first + len(x))
         # Negative step: training must not reuse these random numbers.
-        draws = draw(config.training.seed, -1 - step, here, batch_size, parts.latent)
-        z = m.tokenizer.encode(x).sample(draws.posterior.to(world.device)).double()
+        noise = draw(config.training.seed, -1 - step, here, batch_size, declared)["posterior"]
+        z = m.tokenizer.encode(x).sample(noise.to(world.device)).double()
         total += torch.stack([torch.ones_like(z), z, z.square()]).sum(dim=(1, 3, 4))
     if world.size > 1:
         dist.all_reduce(total)

@@ -15,10 +15,10 @@ from components.checkpoint import (
     module_state,
     optimizer_state,
 )
-from components.contracts import Draws
+from components.contracts import RandomNumbers
 from components.data.loader import UnreadableCounter, make_loader
 from components.data.prefetch import Prefetcher
-from components.diffusion.draws import draw
+from components.diffusion.random_numbers import draw
 from components.distributed.parallel import World
 from components.monitor.guard import Alarm
 from components.monitor.metrics import Metrics, StepRecord, same_on_all_ranks
@@ -27,7 +27,7 @@ from components.version import version
 from trainer.config import Config, changes
 from trainer.evaluation.in_training import TrainingEvaluation
 from trainer.run import alarms
-from trainer.run.assemble import build, check
+from trainer.run.assemble import construct, prepare
 from trainer.run.initial_statistics import prepare_latent_norm
 from trainer.run.monitor.flops import try_flops_per_image
 from trainer.run.monitor.profiling import Profiler
@@ -53,9 +53,10 @@ class Trainer:
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world, self.device = config, world, world.device
         self.folder = Path(config.run.dir)
-        self._meta = check(config, world.size, world.local_size)
+        self.parts = construct(config, world)
         self.evaluation = TrainingEvaluation(config, world) if config.evaluation.every else None
-        self.parts = build(config, world)
+        self._meta = self.parts.on_meta()
+        prepare(config, self.parts, world)
         # Recorded in the config, since the dataset may be unavailable when the run is sampled from.
         config.training.num_classes = self.parts.num_classes
         self.metrics = Metrics()
@@ -83,7 +84,7 @@ class Trainer:
         """Everything the next step depends on, and the tokenizer even if frozen, for sampling from a run folder."""
         modules = {"tokenizer", "latent_norm"} | {name for group in self.groups.values() for name in group.modules}
         named = self.parts.modules.named()
-        return {
+        state = {
             "modules": {name: module_state(named[name]) for name in sorted(modules) if name in named},
             "ema": {name: module_state(m) for name, m in self.ema.modules.items()} if self.ema else {},
             "optimizers": {name: optimizer_state(g.modules, g.optimizer) for name, g in self.groups.items()},
@@ -96,6 +97,11 @@ class Trainer:
             "config": self.config.to_toml(),
             "version": version(),
         }
+        m = self.parts.modules
+        if m.copies or m.state:
+            copies = {name: module_state(module) for name, module in m.copies.items()}
+            state["recipe"] = {"copies": copies, "state": dict(m.state)}
+        return state
 
     def load(self, path: Path) -> str:
         """Load a checkpoint into the run; returns the config that it was saved with."""
@@ -109,6 +115,10 @@ class Trainer:
             load_module_state(self.ema.modules[name], module)
         for name, group in self.groups.items():
             load_optimizer_state(group.modules, group.optimizer, state["optimizers"][name])
+        if "recipe" in state:
+            for name, module in state["recipe"]["copies"].items():
+                load_module_state(self.parts.modules.copies[name], module)
+            self.parts.modules.state = state["recipe"]["state"]
         progress = state["progress"]
         self.step, self.consumed = progress["step"], progress["consumed"]
         self.unreadable.load_state_dict(progress["unreadable"])
@@ -146,6 +156,7 @@ class Trainer:
                 prepare_latent_norm(self.config, self.parts, self.world)
             if self.ema is not None:
                 self.ema.reset()
+            self.parts.reset_copies()
         if self.step >= self.config.training.steps:
             total = self.config.training.steps
             self._log(f"already complete: step {self.step} of {total}; increase training.steps to continue")
@@ -266,19 +277,20 @@ class Trainer:
         first_step, first_position = self.step, self.consumed
         size = c.training.batch_size // (self.world.size * c.training.accumulation)
 
-        def draws(position: int) -> Draws:
+        declared = self.parts.random_numbers
+
+        def random_numbers(position: int) -> RandomNumbers:
             steps, place = divmod(position - first_position, c.training.batch_size)
             here = range(place, place + size)
-            parts, size_of_all = self.parts, c.training.batch_size
-            return draw(c.training.seed, first_step + steps, here, size_of_all, parts.latent, parts.extra_dim)
+            return draw(c.training.seed, first_step + steps, here, c.training.batch_size, declared)
 
-        return Prefetcher(loader, self.device, extra=draws)
+        return Prefetcher(loader, self.device, beside=random_numbers)
 
     def _micro_batches(self, batches: Prefetcher) -> Iterator:
         for _ in range(self.config.training.accumulation):
-            batch, draws, unreadable = next(batches)
-            self.unreadable.update(len(batch.labels), unreadable)
-            yield batch, draws
+            batch, random, unreadable = next(batches)
+            self.unreadable.update(len(batch.condition.label), unreadable)
+            yield batch, random
 
     def _roll_back(self, alarm: Alarm) -> None:
         """Load the last checkpoint before the anomaly began, but continue with data that has not been seen yet.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from components.contracts import Dataset, LatentShape, Modules, Recipe
+from components.contracts import Condition, Dataset, Distribution, LatentShape, Modules, Recipe
+from components.latent_cache.cache import LatentCache
+from components.optim.ema import copy_values
 
 
 @dataclass
@@ -19,9 +23,12 @@ class Parts:
         dataset: the training data, images or cached latents; None if it was not built.
         num_classes: number of class labels, without the null label.
         latent: shape of one latent.
+        places: table in the config of each of ``modules.named()``; seeds its initial weights.
         unused: config tables that the recipe does not use (``denoiser``, ``encoders``).
         averages: copies of modules for the EMA, by name; sharded like the modules.
         images: the image dataset; None if training reads cached latents and no images are available.
+        cache: latent cache to train on, if any.
+        missing: one message per file that the run needs and that does not exist, with how to get it.
     """
 
     recipe: Recipe
@@ -29,11 +36,37 @@ class Parts:
     dataset: Dataset | None
     num_classes: int
     latent: LatentShape
+    places: dict[str, str]
     unused: list[str] = field(default_factory=list)
     averages: dict[str, nn.Module] = field(default_factory=dict)
     images: Dataset | None = None
+    cache: LatentCache | None = None
+    missing: list[str] = field(default_factory=list)
 
     @property
-    def extra_dim(self) -> int:
-        """Dimension of the vector, such as a class token, that is denoised together with the latent; 0 without one."""
-        return getattr(self.modules.denoiser, "extra_dim", 0)
+    def random_numbers(self) -> dict[str, Distribution]:
+        """Random numbers of a training step, by name."""
+        return self.recipe.random_numbers(self.modules, self.latent)
+
+    def sampling_condition(self, ids: Tensor, labels: Tensor | None = None) -> Condition:
+        """Condition of the samples with these numbers (B,): their labels (by default the classes in turn) and more."""
+        labels = ids % self.num_classes if labels is None else labels
+        dataset = self.dataset if self.images is None else self.images
+        more = dataset.sampling_conditions(ids.tolist()) if dataset is not None else {}
+        return Condition(labels, more).to(labels.device)
+
+    def reset_copies(self) -> None:
+        """Set the recipe's copies to the present values of their sources."""
+        named = self.modules.named()
+        for name, source in self.recipe.copies.items():
+            copy_values(self.modules.copies[name], named[source])
+
+    def on_meta(self) -> Parts:
+        """Copy without memory, on the meta device. To be called before the modules are compiled or sharded."""
+        memo = {}
+        for module in self.modules.named().values():
+            for tensor in (*module.parameters(), *module.buffers()):
+                empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+                parameter = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+        return replace(self, modules=copy.deepcopy(self.modules, memo))

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from components.contracts import Modules
+from components.data.pixels import to_float
 from components.diffusion.image_sampler import ImageSampler, SamplingPlan
 from components.diffusion.samplers import Guidance
 from components.distributed.parallel import World, gather_rows
@@ -24,7 +26,7 @@ MAX_RECONSTRUCTIONS = 20
 
 def averaged(parts: Parts, ema: Ema | None, name: str):
     """EMA copy of a module if there is one, otherwise the module itself."""
-    return ema.modules[name] if ema is not None and name in ema.modules else getattr(parts.modules, name)
+    return ema.modules[name] if ema is not None and name in ema.modules else parts.modules.named()[name]
 
 
 def image_sampler(config: Config, parts: Parts, ema: Ema | None) -> ImageSampler:
@@ -32,8 +34,8 @@ def image_sampler(config: Config, parts: Parts, ema: Ema | None) -> ImageSampler
     s = config.sampling
     guidance = Guidance(s.guidance, s.guidance_low, s.guidance_high)
     plan = SamplingPlan(s.method, s.steps, guidance, config.training.seed, s.shift)
-    denoiser, norm, tokenizer = (averaged(parts, ema, name) for name in ("denoiser", "latent_norm", "tokenizer"))
-    return ImageSampler(plan, denoiser, norm, tokenizer, parts.modules.flow, parts.latent)
+    networks = {name: averaged(parts, ema, name) for name in ("denoiser", "latent_norm", "tokenizer")}
+    return ImageSampler(plan, parts.recipe, Modules(**networks, flow=parts.modules.flow), parts.latent)
 
 
 def sample_images(config: Config, parts: Parts, ema: Ema | None, world: World, count: int) -> tuple[Tensor, Tensor]:
@@ -46,7 +48,7 @@ def sample_images(config: Config, parts: Parts, ema: Ema | None, world: World, c
     share = -(-count // world.size)
     ids = torch.arange(world.rank * share, (world.rank + 1) * share, device=world.device)
     chunks = ids.split(AT_ONCE)
-    images = torch.cat([sampler(chunk.tolist(), chunk % parts.num_classes) for chunk in chunks])
+    images = torch.cat([sampler(chunk.tolist(), parts.sampling_condition(chunk)) for chunk in chunks])
     # Images beyond the count exist only so that all ranks make the same calls.
     return gather_rows(images)[:count], torch.arange(count, device=world.device) % parts.num_classes
 
@@ -63,7 +65,7 @@ def fixed_images(parts: Parts, device: torch.device) -> Tensor:
     """First images of the dataset, (B, 3, R, R) in [-1, 1]; requires ``parts.images``."""
     count = min(MAX_RECONSTRUCTIONS, len(parts.images))
     images = torch.stack([parts.images[i].image for i in range(count)])
-    return images.to(device).float().div_(127.5).sub_(1)
+    return to_float(images.to(device))
 
 
 def grid(images: Tensor, columns: int = COLUMNS) -> Tensor:

@@ -1,16 +1,17 @@
-"""Prepares modules for a run: activation checkpointing, compile, sharding, initialization, pretrained weights."""
+"""Prepares constructed modules for a run: activation checkpointing, compile, sharding, initialization, pretrained weights."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from components.diffusion.draws import generator
+from components.contracts import Network
+from components.diffusion.random_numbers import generator
 from components.distributed import parallel
 from components.distributed.activation_checkpoint import Recompute, apply_recompute, backend_within
 from components.distributed.materialize import allocate, materialize
@@ -18,9 +19,8 @@ from components.distributed.parallel import ParallelError, Sharding, World
 from components.files.weights import WeightsError
 from components.optim.ema import frozen_copy
 from trainer.config import Config, ConfigError
+from trainer.run.parts import Parts
 
-# Methods other than `forward` that the contracts call, by role: FSDP must wrap them.
-METHODS = {"tokenizer": ("encode", "decode"), "denoiser": ("tokens",), "encoders": ("embed",)}
 # Roles of convolutional networks, which use channels_last if the config asks for it.
 CONVOLUTIONAL = ("tokenizer", "discriminator", "recon")
 
@@ -68,14 +68,12 @@ def seeded(seed: int, place: str) -> Iterator[None]:
         yield
 
 
-def construct(seed: int, place: str, make: Callable[[], Any], on_meta: bool) -> Any:
-    """Call a constructor, seeded; on the meta device if ``on_meta`` (the module has ``init_weights``)."""
-    with seeded(seed, place), torch.device("meta") if on_meta else contextlib.nullcontext():
-        return make()
+# The largest modules come last, so that a missing file is reported before they are allocated.
+LAST = ("denoiser", "latent_norm", "heads")
 
 
 class Preparation:
-    """Prepares modules for a run, one at a time; modules on the meta device are sharded before they get memory.
+    """Prepares the modules of a run; modules on the meta device are sharded before they get memory.
 
     Args:
         config: the run's config.
@@ -83,10 +81,6 @@ class Preparation:
         world: rank, world size and device of this process.
         files: if False, read no weights; frozen modules are random. Used for timing.
         backend: torch.compile backend.
-
-    Attributes:
-        missing: one message per weights file that could not be read, with how to get it.
-        copies: frozen copies of modules for the EMA, by role; their values are set later.
     """
 
     def __init__(
@@ -94,42 +88,63 @@ class Preparation:
     ) -> None:
         self.config, self.trained, self.world, self.files, self.backend = config, trained, world, files, backend
         self.sharding = make_sharding(config, world)
-        self.missing: list[str] = []
-        self.copies: dict[str, nn.Module] = {}
 
-    def __call__(self, place: str, role: str, module: nn.Module) -> None:
-        """Prepare one module in place.
+    def __call__(self, parts: Parts) -> None:
+        """Prepare all modules of ``parts`` in place, with copies for the EMA and for the recipe.
+
+        Raises:
+            ConfigError: files are missing; lists them.
+        """
+        named = {name: module for name, module in parts.modules.named().items() if not name.startswith("copies.")}
+        for name in sorted(named, key=lambda name: name in LAST):
+            if name in LAST and parts.missing:
+                break
+            copies = [parts.modules.copies[key] for key, source in parts.recipe.copies.items() if source == name]
+            try:
+                self.prepare(parts, name, named[name], copies)
+            except WeightsError as error:
+                parts.missing.append(str(error))
+        if parts.missing:
+            raise ConfigError("this run needs files that do not exist:\n" + "\n".join(f"- {m}" for m in parts.missing))
+        parts.reset_copies()
+        parts.modules.state = parts.recipe.init_state(parts.modules)
+
+    def prepare(self, parts: Parts, role: str, module: nn.Module, copies: Sequence[nn.Module]) -> None:
+        """Prepare one module in place, and its ``copies`` for the recipe.
 
         Args:
-            place: the module's table in the config; its initial weights are seeded with it.
-            role: the module's field in :class:`components.contracts.Modules`.
-            module: a newly constructed module, on the CPU or on the meta device.
+            role: its name in ``parts.modules.named()``.
+
+        Raises:
+            WeightsError: its weights cannot be loaded.
         """
-        learns = role.split(".")[0] in self.trained
+        learns, place = role.split(".")[0] in self.trained, parts.places[role]
         module.train(learns)
         if not learns:
             module.requires_grad_(False)
         if self.config.training.precision == "fp64":
-            module.to(torch.float64)
+            for each in (module, *copies):
+                each.to(torch.float64)
         if averaged(self.config, self.trained, role):
-            self.copies[role] = frozen_copy(module)
-        # An nn.ModuleList (the alignment heads) has no forward: its items are prepared one by one.
-        networks = list(module) if isinstance(module, nn.ModuleList) else [module]
-        recompute = Recompute.parse(getattr(self.config.activation_checkpoint, role, "none"))
+            parts.averages[role] = frozen_copy(module)
+        networks = _networks(module)
+        recompute = Recompute.parse(self.recomputation(role))
         for network in networks:
             if learns:
                 apply_recompute(network, recompute)
-            if self.config.training.compile and any(True for _ in network.parameters()):
-                parallel.compile_units(network, backend_within(recompute.budget, self.backend))
+        if self.config.training.compile:
+            for network in [*networks, *(network for each in copies for network in _networks(each))]:
+                if any(True for _ in network.parameters()):
+                    parallel.compile_units(network, backend_within(recompute.budget, self.backend))
         self.place(place, role, networks, learns)
-        if role in self.copies:
-            copy = self.copies[role]
-            self.place(place, role, list(copy) if isinstance(copy, nn.ModuleList) else [copy], False, is_copy=True)
-        if self.files and hasattr(module, "load_weights"):
-            try:
-                module.load_weights()
-            except WeightsError as error:
-                self.missing.append(str(error))
+        for each in (*copies, *([parts.averages[role]] if role in parts.averages else [])):
+            self.place(place, role, _networks(each), False, is_copy=True)
+        if self.files and isinstance(module, Network):
+            module.load_weights()
+
+    def recomputation(self, role: str) -> str:
+        """The setting of [activation_checkpoint] for a module; "none" if there is no such key."""
+        return self.config.activation_checkpoint.model_dump().get(role, "none")
 
     def place(self, place: str, role: str, networks: list[nn.Module], learns: bool, is_copy: bool = False) -> None:
         """Shard networks if the run needs it, allocate them on the device, and initialize those on the meta device.
@@ -155,8 +170,7 @@ class Preparation:
             if not on_meta:
                 network.to(device)
             if sharded:
-                methods = [name for name in METHODS.get(role.split(".")[0], ()) if hasattr(network, name)]
-                parallel.shard(network, sharding, methods, learns)
+                parallel.shard(network, sharding, learns)
             if on_meta:
                 param_device = torch.device("cpu") if sharded and p.cpu_offload else None
                 if is_copy:
@@ -171,6 +185,11 @@ class Preparation:
             convolutional = role.startswith(CONVOLUTIONAL)
             if self.config.training.channels_last and convolutional and not sharded:
                 network.to(memory_format=torch.channels_last)
+
+
+def _networks(module: nn.Module) -> list[nn.Module]:
+    """The module itself, or the items of an ``nn.ModuleList`` (the alignment heads), which has no forward."""
+    return list(module) if isinstance(module, nn.ModuleList) else [module]
 
 
 def averaged(config: Config, trained: set[str], role: str) -> bool:

@@ -159,7 +159,7 @@ class Reporter:
             panels["samples"] = pictures.grid(images)
         if self.writer is None:
             return
-        if images is not None and hasattr(parts.images, "judge"):
+        if images is not None and parts.images is not None and parts.images.has_judge:
             right = (parts.images.judge(images.cpu()) == labels.cpu()).float().mean().item()
             self._write(step, {"samples/judged_right": right}, json_too=False)
             logger.info(f"step {step}: the judge recognizes {right:.0%} of {len(images)} samples")
@@ -198,7 +198,7 @@ class Reporter:
         """Tags for the HPARAMS tab, including later ones, since TensorBoard keeps the list of a run's first end."""
         e, dataset = self.config.evaluation, registry.datasets.get(self.config.dataset.name).cls
         coming = [f"evaluation/{name}" for name in e.metrics if e.every]
-        if "denoiser" in self.groups and hasattr(dataset, "judge"):
+        if "denoiser" in self.groups and dataset.has_judge:
             coming.append("samples/judged_right")
         shown = [tag for tag in self._shown if tag.startswith(FINAL) or tag.endswith("/loss")]
         return list(dict.fromkeys([*(f"{group}/loss" for group in self.groups), *shown, *coming]))

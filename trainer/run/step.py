@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from components.contracts import Batch, Draws, LossTerm, Modules, Recipe
+from components.contracts import Batch, LossTerm, Modules, RandomNumbers, Recipe
 from components.distributed import parallel
 from components.monitor.latent_statistics import observed, statistics
 from components.monitor.metrics import StepRecord
@@ -94,7 +94,9 @@ class Step:
         changing = [modules.tokenizer, modules.latent_norm, modules.discriminator]
         self._buffers = [b for module in changing if module is not None for b in module.buffers()]
 
-    def __call__(self, step: int, micro_batches: Iterable[tuple[Batch, Draws]], stop: bool = False) -> StepRecord:
+    def __call__(
+        self, step: int, micro_batches: Iterable[tuple[Batch, RandomNumbers]], stop: bool = False
+    ) -> StepRecord:
         """Run one step without synchronizing with the device.
 
         Args:
@@ -122,17 +124,17 @@ class Step:
             parallel.reshard(*self.modules.named().values(), *averages)
 
     def _run(
-        self, step: int, micro_batches: Iterable[tuple[Batch, Draws]], stop: bool
+        self, step: int, micro_batches: Iterable[tuple[Batch, RandomNumbers]], stop: bool
     ) -> tuple[tuple[str, ...], Tensor, dict[str, float], dict[str, tuple[list[str], Tensor]]]:
         """Run the step; returns names and device values of its metrics, host metrics, and gradient norms by layer."""
         before = [b.clone() for b in self._buffers]
         self._terms.clear()
-        for batch, draws in waiting("data", micro_batches):
+        for batch, random in waiting("data", micro_batches):
             if batch.images is not None:
                 images = batch.images.to(dtype=self.image_dtype, memory_format=self.memory_format)
                 batch = batch._replace(images=images)
             with self._autocast(), segments(), observed() as latents:
-                self.recipe.step(self.modules, batch, draws, self._update, step)
+                self.recipe.step(self.modules, batch, random, self._update, step)
             for z in latents:
                 for name, value in statistics(z).items():
                     self._terms[f"latent/{name}"].append(value.to(self.device, torch.float64))
@@ -148,6 +150,8 @@ class Step:
             buffer.copy_(torch.where(finite, buffer, old))
         if self.ema is not None:
             self.ema.update(finite)
+        self.recipe.after_step(self.modules, finite, step)
+        parallel.reshard(*self.modules.copies.values())  # full weights gathered in this step are out of date
 
         measured |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
         if self.modules.latent_norm is not None:
@@ -168,11 +172,11 @@ class Step:
         flat = torch.stack(list(means.values()))
         return dict(zip(means, parallel.mean_over_ranks(flat)))
 
-    def _update(self, group: str, terms: dict[str, LossTerm], **extra: Tensor) -> None:
+    def _update(self, group: str, terms: dict[str, LossTerm], **logged: Tensor) -> None:
         if group not in self.groups:
             raise KeyError(f"the recipe updates '{group}', but its `trains` declares only {sorted(self.groups)}")
         total = torch.stack([weight * value for weight, value in terms.values()]).sum()
-        values = {name: value for name, (_, value) in terms.items()} | extra | {"loss": total}
+        values = {name: value for name, (_, value) in terms.items()} | logged | {"loss": total}
         for name, value in values.items():
             self._terms[f"{group}/{name}"].append(value.detach().to(self.device, torch.float64))
         # No gradient before a discriminator's start step.

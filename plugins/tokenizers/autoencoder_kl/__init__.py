@@ -8,7 +8,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.contracts import Posterior
+from components.contracts import Posterior, Tokenizer
 from components.files.adapter import load_module
 from components.nn.precision import at_least_fp32
 from components.registry import File, tokenizers
@@ -23,7 +23,7 @@ PRESETS = {
 
 
 @tokenizers.register("autoencoder_kl")
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(Tokenizer):
     """Convolutional VAE: SD 1, 2 and XL (f8d4), SD3 and FLUX (f8d16), VA-VAE (f16d32), or a custom architecture.
 
     State-dict keys are those of the CompVis and REPA-E checkpoints.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from components.contracts import Posterior
+from components.contracts import Posterior, Tokenizer
 from components.files.adapter import Exported, State, StateDictAdapter, load_module
 from components.files.model_file import save_tree
 from components.files.weights_file import WeightsFile
@@ -49,7 +49,7 @@ class Palette(StateDictAdapter):
 
 
 @tokenizers.register("color_blocks")
-class ColorBlocks(nn.Module):
+class ColorBlocks(Tokenizer):
     """Linear maps between blocks of 4 x 4 pixels and four channels.
 
     Args:

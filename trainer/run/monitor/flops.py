@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from components.contracts import Batch, Draws, LossTerm, Posterior
+from components.contracts import Batch, Condition, LossTerm, Posterior
+from components.diffusion.random_numbers import placeholders
 from components.distributed.parallel import World
 from components.latent_cache.dataset import CachedEncoder
 from components.monitor.flops import FlopCounter
 from components.nn import batch_norm
 from trainer.config import Config
-from trainer.run.assemble import trained_modules
+from trainer.run.construct import trained_modules
 from trainer.run.parts import Parts
 from trainer.run.prepare import CONVOLUTIONAL, image_format
 
@@ -30,7 +31,7 @@ def flops_per_image(config: Config, parts: Parts, cached: Collection[str] | None
     without activation checkpointing. All losses are included, even those that start late or stop early.
 
     Args:
-        parts: on the meta device, as made by :func:`trainer.run.assemble.check`; they are given fake weights.
+        parts: on the meta device (:meth:`Parts.on_meta`); they are given fake weights.
         cached: labels of the encoders whose features are cached, if the run reads cached latents; None: it reads
             images.
         world_size: ranks of the run; sharded weights keep their memory format, which affects how some attention is
@@ -53,24 +54,21 @@ def flops_per_image(config: Config, parts: Parts, cached: Collection[str] | None
             trained = name.split(".")[0] in learns
             module.to_empty(device="cpu").train(trained).requires_grad_(trained)
         never_stop(parts)
-        draws = Draws(
-            torch.randn(size, *parts.latent), torch.randn(size, *parts.latent), torch.rand(size), torch.rand(size),
-            torch.randn(size, parts.extra_dim),
-        )  # fmt: skip
+        random = placeholders(parts.random_numbers, size)
         images = torch.rand(size, 3, t.resolution, t.resolution).to(memory_format=layout)
-        batch = Batch(images, torch.zeros(size, dtype=torch.int64))
+        batch = Batch(images, Condition(torch.zeros(size, dtype=torch.int64)))
         if cached is not None:
             tokens = {k: torch.randn(size, m.denoiser.grid**2, m.encoders[k].embed_dim) for k in cached}
             posterior = Posterior.from_std(torch.randn(size, *parts.latent), torch.ones(size, *parts.latent))
             batch = batch._replace(posterior=posterior, features=tokens)
         with counter:
-            parts.recipe.step(m, batch, draws, _backward, t.steps - 1)
+            parts.recipe.step(m, batch, random, _backward, t.steps - 1)
     return round(counter.flops / size)
 
 
 def never_stop(parts: Parts) -> None:
     """Keep an alignment loss that stops early at full strength."""
-    if hasattr(parts.modules.alignment, "strength"):
+    if parts.modules.alignment is not None:
         parts.modules.alignment.strength = lambda step: 1.0
 
 
@@ -96,7 +94,7 @@ def try_flops_per_image(config: Config, meta: Parts, parts: Parts, world: World)
     return count
 
 
-def _backward(group: str, terms: dict[str, LossTerm], **extra: Tensor) -> None:
+def _backward(group: str, terms: dict[str, LossTerm], **logged: Tensor) -> None:
     total = torch.stack([weight * value for weight, value in terms.values()]).sum()
     if total.requires_grad:
         total.backward()

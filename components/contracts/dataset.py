@@ -1,0 +1,48 @@
+"""Base class of datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from components.contracts.records import DatasetItem
+
+
+class Dataset:
+    """Map-style dataset of images with class labels. Constructed from ``(resolution: int)`` and options.
+
+    Attributes:
+        num_classes: number of classes; labels are in [0, num_classes).
+        class_names: one name per class.
+        flip: whether random horizontal flips are allowed in training.
+        has_judge: whether :meth:`judge` is available.
+        conditions: names in ``DatasetItem.condition``, if the denoiser is conditioned on more than the class.
+    """
+
+    has_judge: ClassVar[bool] = False
+    conditions: ClassVar[tuple[str, ...]] = ()
+
+    num_classes: int
+    class_names: Sequence[str]
+    flip: bool = False
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> DatasetItem:
+        raise NotImplementedError
+
+    def mirrored(self, index: int) -> DatasetItem:
+        """The item of the image mirrored left-right. A dataset that stores mirrored copies (a cache) overrides it."""
+        item = DatasetItem(*self[index])
+        return item._replace(image=item.image.flip(-1)) if isinstance(item.image, Tensor) else item
+
+    def judge(self, images: Tensor) -> Tensor:
+        """Images (B, 3, R, R) in [-1, 1] -> the class (B,) that each shows, to measure how well samples fit labels."""
+        raise NotImplementedError
+
+    def sampling_conditions(self, ids: Sequence[int]) -> dict[str, Tensor]:
+        """Conditions (B, ...) of the samples with these numbers, for each name in ``conditions``; depend on ids only."""
+        return {}

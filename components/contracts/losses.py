@@ -1,0 +1,93 @@
+"""Base classes of losses: reconstruction, adversarial and alignment.
+
+Shapes: B images per micro-batch, R pixels per side, N tokens on the denoiser's grid, D_k features of encoder k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from components.contracts.networks import Network
+from components.contracts.records import Posterior
+
+
+class ReconstructionLoss(Network):
+    """One term of the tokenizer's loss.
+
+    Attributes:
+        role: field of :class:`Modules` that holds losses of this kind.
+        weight: factor of the term in the sum.
+        metric: name of the perceptual distance that the loss computes, by which evaluation finds it; "": none.
+    """
+
+    role: ClassVar[str] = "reconstruction"
+    metric: ClassVar[str] = ""
+
+    weight: float
+
+    def forward(self, x: Tensor, x_hat: Tensor, posterior: Posterior) -> Tensor:
+        """Images and reconstructions (B, 3, R, R) and their posterior -> scalar loss, unweighted."""
+        raise NotImplementedError
+
+
+class AdversarialLoss(Network):
+    """A discriminator with its two losses. All of its parameters belong to a module in ``units()``.
+
+    Attributes:
+        role: field of :class:`Modules` that holds losses of this kind.
+        weight: factor of the generator loss in the tokenizer's loss.
+    """
+
+    role: ClassVar[str] = "discriminator"
+
+    weight: float
+
+    def generator(self, x_hat: Tensor, step: int) -> Tensor:
+        """Generator loss of the reconstructions (B, 3, R, R): a scalar, zero before the start step."""
+        raise NotImplementedError
+
+    def discriminator(self, x: Tensor, x_hat: Tensor, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the terms of the discriminator's loss, which are summed, and scalars that are only logged, by name.
+
+        ``x`` and ``x_hat`` are images and detached reconstructions (B, 3, R, R).
+        """
+        raise NotImplementedError
+
+
+class AlignmentLoss:
+    """Distance between projected denoiser tokens and target tokens, with one head per depth and encoder.
+
+    Attributes:
+        role: field of :class:`Modules` that holds losses of this kind.
+        tokenizer_weight: weight of the term in the tokenizer's loss.
+        denoiser_weight: weight of the term in the denoiser's loss.
+    """
+
+    role: ClassVar[str] = "alignment"
+
+    tokenizer_weight: float
+    denoiser_weight: float
+
+    def make_heads(self, width: int, embed_dims: Sequence[int], grid: int) -> nn.ModuleList:
+        """Create the trainable heads, one per entry of ``embed_dims``: (B, N, width) -> (B, N, D_k).
+
+        With several depths, ``embed_dims`` repeats the encoders' dimensions once per depth, in the order of the depths.
+        """
+        raise NotImplementedError
+
+    def align(self, projected: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        """Pairs of projected tokens and targets (B, N, D_k) -> scalar loss, the mean over pairs.
+
+        Training passes one pair per call and computes the weighted mean over encoders itself.
+        """
+        raise NotImplementedError
+
+    def strength(self, step: int) -> float:
+        """Schedule that multiplies both weights; steps count from 0. Where it is 0, neither encoders nor heads run.
+
+        It must depend on the step alone, so that resuming is exact.
+        """
+        return 1.0

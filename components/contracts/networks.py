@@ -1,0 +1,160 @@
+"""Base classes of the networks that plugins provide: tokenizers, denoisers and encoders.
+
+Shapes: B images per micro-batch, R pixels per side, C latent channels of h x w, N = n x n tokens on the
+denoiser's grid, D_k features of encoder k. Images that reach a model are float in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from components.contracts.records import Condition, DenoiserOutput, Posterior, Tokens
+
+
+class Network(nn.Module):
+    """A module that the trainer initializes, shards, compiles and loads; also the base of losses with weights.
+
+    Attributes:
+        forward_methods: methods other than ``forward`` that use the parameters; FSDP must wrap them.
+        keep_fp32: compute in fp32 even in a bf16 run; may also be set on a unit that is a ``Network``.
+        adapters: classes derived from :class:`components.files.adapter.StateDictAdapter`: file formats of other
+            programs that a tokenizer, denoiser or discriminator is read from and written to, besides its own keys.
+    """
+
+    forward_methods: ClassVar[tuple[str, ...]] = ()
+    keep_fp32: ClassVar[bool] = False
+    adapters: ClassVar[tuple[Any, ...]] = ()
+
+    def units(self) -> Sequence[nn.Module]:
+        """Submodules to compile, checkpoint and shard separately, called only through ``forward``; none: one unit."""
+        return ()
+
+    def init_weights(self) -> None:
+        """Initialize every parameter and buffer, using torch's global generator.
+
+        A class that overrides this is constructed on the meta device and sharded before it gets memory; others are
+        constructed on the CPU. Loading a trained model skips it if the state dict holds every parameter and buffer.
+        """
+
+    def load_weights(self) -> None:
+        """Load pretrained weights, if the options name any. Called once, after the module has left the meta device.
+
+        Raises:
+            WeightsError: if they cannot be loaded; the message lists every way to provide them.
+        """
+
+    @classmethod
+    def initializes_itself(cls) -> bool:
+        """Whether the class overrides :meth:`init_weights`."""
+        return cls.init_weights is not Network.init_weights
+
+
+class Tokenizer(Network):
+    """Encodes images to latents and decodes latents to images. Constructed from its options alone.
+
+    Attributes:
+        factor: downsampling factor, pixels per latent position along each side.
+        channels: latent channels C.
+        trainable: whether any part of the tokenizer can be trained.
+        frozen_encoder: only the decoder can be trained. ``encode`` must not propagate gradients, and the encoder's
+            parameters must not require them.
+        resolution: image side in pixels, if the tokenizer supports only one.
+    """
+
+    forward_methods = ("encode", "decode")
+
+    factor: int
+    channels: int
+    trainable: bool = True
+    frozen_encoder: bool = False
+    resolution: int | None = None
+
+    def encode(self, x: Tensor) -> Posterior:
+        """Images (B, 3, R, R) in [-1, 1] -> posterior over latents (B, C, R / factor, R / factor)."""
+        raise NotImplementedError
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> images (B, 3, h * factor, w * factor), nominally in [-1, 1]."""
+        raise NotImplementedError
+
+
+class Denoiser(Network):
+    """Predicts the velocity of x_t. Constructed from ``(latent: LatentShape, num_classes: int)`` and options.
+
+    Attributes:
+        width: dimension of the hidden tokens.
+        grid: tokens per side; N = grid ** 2.
+        align_depth: index of the block, counted from 1, whose output ``tokens`` returns; or an ascending list.
+        null_label: label of the unconditional class, ``num_classes``.
+        label_dropout: probability of replacing a condition with :meth:`null_condition` in training.
+        noisy_inputs: tensors that the denoiser denoises together with the latent, such as REG's class token: shape per
+            image by name. ``forward`` and ``tokens`` take each by this name, noised, and ``forward`` returns their
+            velocities in ``others``. A vector's token precedes the patch tokens.
+    """
+
+    forward_methods = ("tokens",)
+
+    width: int
+    grid: int
+    align_depth: int | Sequence[int]
+    null_label: int
+    label_dropout: float = 0.0
+    noisy_inputs: dict[str, tuple[int, ...]] = {}
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> DenoiserOutput:
+        """Velocity and hidden tokens at x_t (B, C, h, w), t (B,) in [0, 1], labels in [0, null_label]."""
+        raise NotImplementedError
+
+    def tokens(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tokens:
+        """Hidden tokens only: blocks after the last ``align_depth`` do not run."""
+        raise NotImplementedError
+
+    def null_condition(self, condition: Condition) -> Condition:
+        """The unconditional counterpart of a condition, of the same shapes."""
+        return condition._replace(label=torch.full_like(condition.label, self.null_label))
+
+
+class Encoder(Network):
+    """A frozen visual encoder whose patch tokens are the alignment targets.
+
+    Constructed from ``(resolution: int, grid: int)`` (image side in pixels, the denoiser's tokens per side) and
+    options.
+
+    Attributes:
+        embed_dim: dimension D of a token.
+        own_embedding: whether ``embed`` is the model's own image embedding, such as its class token.
+        native_grid: the ``grid`` that evaluation constructs the encoder with.
+        pixel_stats: mean and standard deviation (1, 3, 1, 1) by which the encoder normalizes images in [0, 1]; None: it
+            takes images in [-1, 1] as they are.
+    """
+
+    forward_methods = ("embed",)
+
+    embed_dim: int
+    own_embedding: bool = False
+    native_grid: int = 16  # 224 pixels with patches of 14
+
+    @property
+    def pixel_stats(self) -> tuple[Tensor, Tensor] | None:
+        return None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, R, R) in [-1, 1] -> patch tokens (B, grid * grid, D), in row-major order."""
+        raise NotImplementedError
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, 3, R, R) in [-1, 1] -> one vector (B, D) per image; by default the mean of the patch tokens."""
+        tokens: Tensor = self(images)
+        return tokens.mean(1)
+
+    def drop_final_norm(self) -> None:
+        """Return tokens before the model's final norm from now on, if it has one that can be left out."""
+
+
+def units_of(module: nn.Module) -> Sequence[nn.Module]:
+    """``module.units()`` of a :class:`Network`; none for any other module."""
+    return module.units() if isinstance(module, Network) else ()

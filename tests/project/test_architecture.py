@@ -1,0 +1,124 @@
+"""The architecture rules: which package may import which, and plugin imports stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+PACKAGES = ("trainer", "components", "plugins")
+MAY_IMPORT = {"trainer": {"trainer", "components"}, "components": {"components"}, "plugins": {"components"}}
+FILES = [p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    """Return the dotted names of all imports in a file, including those inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_follow_the_table(path):
+    package, *_ = parts = path.relative_to(ROOT).parts
+    ours = {name for name in imported(path) if name.split(".")[0] in PACKAGES}
+    outside = {name for name in ours if name.split(".")[0] not in MAY_IMPORT[package]}
+    if path.name == "train_shapes_nets.py":  # a script that trains the networks of two plugins
+        outside = {name for name in outside if not name.startswith("plugins.")}
+    if package == "plugins" and len(parts) > 3:  # a plugin of several files
+        outside = {name for name in outside if not name.startswith(".".join(parts[:-1]) + ".")}
+    assert not outside, f"{path.relative_to(ROOT)} imports {sorted(outside)}"
+
+
+def test_only_the_config_module_and_its_readers_know_the_config():
+    for path in FILES:
+        if path.relative_to(ROOT).parts[0] != "trainer":
+            assert "trainer.config" not in path.read_text()
+
+
+def test_no_branch_on_a_plugins_name():
+    """A test like `config.recipe.name == "repae"` in the core needs an edit for every new plugin: ask the object."""
+    from components import registry
+
+    registry.discover("plugins")
+    names = {plugin.name for kind in registry.KINDS.values() for plugin in kind}
+    for path in FILES:
+        if path.relative_to(ROOT).parts[0] == "plugins":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare) and "name" in ast.unparse(node.left):
+                constants = {c.value for c in ast.walk(node) if isinstance(c, ast.Constant)}
+                assert not names & constants, f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
+
+
+def test_discovery_imports_no_heavy_library():
+    code = (
+        "import sys; from components import registry; registry.discover('plugins'); "
+        "assert not registry.failures, registry.failures; "
+        "print([m for m in ('timm', 'torchvision', 'torchmetrics', 'tensorboard') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_option_of_every_plugin_is_documented():
+    from components import registry
+
+    registry.discover("plugins")
+    for kind in registry.KINDS.values():
+        for plugin in kind:
+            assert plugin.summary, f"{plugin.kind} {plugin.name} has no docstring"
+            for option in plugin.options.values():
+                assert option.doc, f"{plugin.kind} {plugin.name}: option {option.name} is not in its Args"
+
+
+def test_help_comes_without_torch():
+    code = (
+        "import sys\nfrom trainer.__main__ import main\n"
+        "try: main(['train', '--help'])\nfinally: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "[training]" in done.stdout
+
+
+MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
+
+
+def needed() -> dict[str, set[str]]:
+    """Return the modules that each module imports, including those inside functions and for annotations."""
+    needs = {}
+    for name, path in MODULES.items():
+        found = {i if i in MODULES else i.rpartition(".")[0] for i in imported(path)}
+        needs[name] = {other for other in found if other in MODULES and other != name}
+    return needs
+
+
+def test_training_does_not_import_the_plugin_kit():
+    needs, todo, found = needed(), ["trainer.commands.train"], set()
+    while todo:
+        found.add(name := todo.pop())
+        todo += needs[name] - found
+    assert "trainer.run.loop" in found
+    assert not [name for name in found if name.startswith("trainer.plugin_kit")]
+
+
+def test_no_circle_of_imports():
+    needs = needed()
+    while free := {name for name, others in needs.items() if not others}:
+        needs = {name: others - free for name, others in needs.items() if name not in free}
+    assert not needs, f"among these modules: {sorted(needs)}"
+
+
+@pytest.mark.parametrize("package", ["components", "trainer"])
+def test_the_core_is_arranged_in_rooms(package):
+    files = [p.name for p in (ROOT / package).iterdir() if p.is_file() and p.name != "__init__.py"]
+    assert len(files) <= 5, f"{files}: which subject does each belong to?"

@@ -1,0 +1,673 @@
+"""Plugins that each violate one requirement of their kind, with the message the conformance kit must report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from components.contracts import DatasetItem, DenoiserOutput, LossTerm, Posterior
+from components.registry import Plugin, Registry
+from trainer.plugin_kit.conformance import toys
+
+CASES: list[tuple[Plugin, str, str]] = []
+"""(plugin, name of the check that fails, part of its message)."""
+
+
+def broken(kind: str, check: str, says: str) -> Callable[[type], type]:
+    def add(cls: type) -> type:
+        registry = Registry(kind)  # separate: no config can name these
+        registry.register(cls.__name__)(cls)
+        CASES.append((registry.get(cls.__name__), check, says))
+        return cls
+
+    return add
+
+
+# Options
+
+
+@broken("encoder", "is_made_as_its_kind", "is constructed with (resolution, grid), but __init__ takes (resolution)")
+class NoGrid(toys.ToyEncoder):
+    """Ignores the grid."""
+
+    def __init__(self, resolution: int, *, grid: int = 4) -> None:
+        super().__init__(resolution, grid)
+
+
+@broken("loss", "says_what_it_is", "has no line for: power")
+class Undocumented(toys.ToyL1):
+    """Has an undocumented option."""
+
+    def __init__(self, *, power: int = 1) -> None:
+        pass
+
+
+@broken("loss", "refuses_bad_options", "option power accepts values of any type")
+class Untyped(toys.ToyL1):
+    """Has an option without a type.
+
+    Args:
+        power: exponent.
+    """
+
+    def __init__(self, *, power=1) -> None:
+        pass
+
+
+@broken("loss", "refuses_bad_options", "its default 'one' is not of its type int")
+class DefaultOfAnotherType(toys.ToyL1):
+    """Has an option whose default does not match its type.
+
+    Args:
+        power: exponent.
+    """
+
+    def __init__(self, *, power: int = "one") -> None:
+        pass
+
+
+@broken("loss", "refuses_bad_options", "a type that TOML cannot express")
+class TensorOption(toys.ToyL1):
+    """Has an option of type tensor, which TOML cannot express.
+
+    Args:
+        matrix: of colors.
+    """
+
+    def __init__(self, *, matrix: torch.Tensor = None) -> None:
+        pass
+
+
+@broken("loss", "can_be_made", "raises ZeroDivisionError")
+class CannotBeMade(toys.ToyL1):
+    """Raises in its constructor."""
+
+    def __init__(self) -> None:
+        self.weight = 1 / 0
+
+
+# Encoders
+
+
+@broken("encoder", "gives_tokens_at_every_resolution", "expected (1, 16, 12): drop class and register tokens")
+class ClassToken(toys.ToyEncoder):
+    """Keeps the class token."""
+
+    def forward(self, images):
+        tokens = super().forward(images)
+        return torch.cat([tokens.mean(1, keepdim=True), tokens], 1)
+
+
+@broken("encoder", "gives_tokens_at_every_resolution", "for 2 images of 64 px and a grid of 4; expected (2, 16, 12)")
+class OneResolution(toys.ToyEncoder):
+    """Returns one token per image patch, whatever the grid."""
+
+    def forward(self, images):
+        return F.unfold(images, 8, stride=8).transpose(1, 2)[..., :12] @ self.matrix[:12].to(images.dtype)
+
+
+@broken("encoder", "gives_rows_first", "column-major")
+class ColumnsFirst(toys.ToyEncoder):
+    """Transposes the grid."""
+
+    def forward(self, images):
+        return super().forward(images.mT)
+
+
+@broken("encoder", "is_frozen", "are trainable (layer.weight")
+class Trainable(toys.ToyEncoder):
+    """Has trainable weights."""
+
+    def __init__(self, resolution: int, grid: int) -> None:
+        super().__init__(resolution, grid)
+        self.layer = nn.Linear(12, 12)
+
+    def forward(self, images):
+        return self.layer(super().forward(images))
+
+
+@broken("encoder", "repeats_itself", "draws random numbers (dropout?)")
+class Noisy(toys.ToyEncoder):
+    """Adds random noise."""
+
+    def forward(self, images):
+        tokens = super().forward(images)
+        return tokens + 0.01 * torch.randn_like(tokens)
+
+
+@broken("encoder", "treats_images_one_by_one", "depends on the other images of the batch")
+class BatchNormed(toys.ToyEncoder):
+    """Subtracts the batch mean."""
+
+    def forward(self, images):
+        tokens = super().forward(images)
+        return tokens - tokens.mean(0)
+
+
+@broken("encoder", "keeps_fp64", "tokens is float32 in an fp64 run")
+class AlwaysFloat(toys.ToyEncoder):
+    """Always casts to fp32."""
+
+    def forward(self, images):
+        return super().forward(images).float()
+
+
+@broken("encoder", "keeps_its_head_in_bf16", "tokens is float16 under bf16 autocast")
+class HalfUnderAutocast(toys.ToyEncoder):
+    """Confuses fp16 with bf16."""
+
+    def forward(self, images):
+        tokens = super().forward(images)
+        return tokens.half() if torch.is_autocast_enabled("cpu") else tokens
+
+
+@broken("encoder", "saves_and_loads", "neither a parameter nor a persistent buffer")
+class HiddenWeights(toys.ToyEncoder):
+    """Draws a matrix that no checkpoint contains."""
+
+    def __init__(self, resolution: int, grid: int) -> None:
+        super().__init__(resolution, grid)
+        self.hidden = torch.randn(12, 12)
+
+    def forward(self, images):
+        tokens = super().forward(images)
+        return tokens @ self.hidden.to(tokens.dtype)
+
+
+@broken("encoder", "can_be_made_without_memory", "cannot be made on torch.device('meta')")
+class LooksAtValues(toys.ToyEncoder):
+    """Reads its weights in the constructor."""
+
+    def __init__(self, resolution: int, grid: int) -> None:
+        super().__init__(resolution, grid)
+        self.positive = bool(torch.randn(3).sum() > 0)
+
+
+@broken("encoder", "compiles_in_one_graph", "cannot be compiled in one graph")
+class GraphBreak(toys.ToyEncoder):
+    """Branches on a tensor's value."""
+
+    def __init__(self, resolution: int, grid: int) -> None:
+        super().__init__(resolution, grid)
+        self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def forward(self, images):
+        tokens = super().forward(images) * self.scale
+        return tokens if tokens.mean().item() < 3 else tokens / 2
+
+
+# Denoisers
+
+
+@broken("denoiser", "keeps_shapes", "velocity has shape (1, 8, 8, 8)")
+class PredictsSigma(toys.ToyDenoiser):
+    """Returns twice the velocity's channels, as for a learned variance."""
+
+    def forward(self, x_t, t, labels):
+        out = super().forward(x_t, t, labels)
+        return DenoiserOutput(torch.cat([out.velocity] * 2, 1), out.tokens)
+
+
+@broken("denoiser", "has_its_attributes", "has no attribute null_label")
+class NoNullLabel(toys.ToyDenoiser):
+    """Does not declare its null label."""
+
+    def __init__(self, latent, num_classes) -> None:
+        super().__init__(latent, num_classes)
+        del self.null_label
+
+
+@broken("denoiser", "tokens_are_those_of_the_whole", "tokens() differs from the tokens of a full forward pass")
+class OtherTokens(toys.ToyDenoiser):
+    """Returns other tokens from ``forward`` than from ``tokens``."""
+
+    def forward(self, x_t, t, labels):
+        out = super().forward(x_t, t, labels)
+        return DenoiserOutput(out.velocity, self.blocks[1](out.tokens))
+
+
+@broken("denoiser", "depends_on_all_inputs", "does not depend on t")
+class Timeless(toys.ToyDenoiser):
+    """Ignores the time."""
+
+    def tokens(self, x_t, t, labels):
+        return super().tokens(x_t, 0 * t, labels)
+
+
+@broken("denoiser", "leads_gradients_to_latents", "no gradient reaches the latents through tokens()")
+class DetachedTokens(toys.ToyDenoiser):
+    """Detaches the tokens from the alignment loss."""
+
+    def tokens(self, x_t, t, labels):
+        return super().tokens(x_t, t, labels).detach()
+
+
+@broken("denoiser", "learns_with_all_of_it", "no output depends on: idle.weight, idle.bias")
+class IdleWeights(toys.ToyDenoiser):
+    """Has a layer that is never called."""
+
+    def __init__(self, latent, num_classes) -> None:
+        super().__init__(latent, num_classes)
+        self.idle = nn.Linear(3, 3)
+
+
+@broken("denoiser", "repeats_itself", "draws random numbers (dropout?)")
+class Dropout(toys.ToyDenoiser):
+    """Drops tokens in training."""
+
+    def tokens(self, x_t, t, labels):
+        return F.dropout(super().tokens(x_t, t, labels), 0.1, self.training)
+
+
+class _Initialized(toys.ToyDenoiser):
+    """Initializes itself correctly; base of the broken ones."""
+
+    def __init__(self, latent, num_classes) -> None:
+        super().__init__(latent, num_classes)
+        self.register_buffer("positions", torch.empty(self.grid**2))
+        self.register_buffer("order", torch.empty(self.grid**2, dtype=torch.int64))
+        _Initialized.init_weights(self)
+
+    def init_weights(self):
+        for module in (self.embed, self.labels, self.out, *self.blocks):
+            module.reset_parameters()
+        self.positions.copy_(torch.linspace(-1, 1, self.grid**2))
+        self.order.copy_(torch.arange(self.grid**2))
+
+    def tokens(self, x_t, t, labels):
+        tokens = super().tokens(x_t, t, labels)
+        return tokens[:, self.order] + self.positions.to(tokens.dtype)[:, None]
+
+
+@broken("denoiser", "can_be_made_without_memory", "leaves uninitialized: positions")
+class ForgetsABuffer(_Initialized):
+    """Initializes its parameters but not its buffers."""
+
+    def init_weights(self):
+        kept = self.positions.clone()
+        super().init_weights()
+        self.positions.copy_(kept)
+
+
+@broken("denoiser", "can_be_made_without_memory", "init_weights() sets order to other values than __init__")
+class ForgetsIndices(_Initialized):
+    """Leaves an integer buffer uninitialized."""
+
+    def init_weights(self):
+        super().init_weights()
+        self.order.zero_()
+
+
+@broken("denoiser", "has_sound_units", "units() contains blocks.0, whose weights are used, but not through its forward")
+class LyingUnits(toys.ToyDenoiser):
+    """Uses a unit's weights without calling the unit."""
+
+    def tokens(self, x_t, t, labels):
+        block, self.blocks[0] = self.blocks[0], nn.Identity()
+        try:
+            tokens = super().tokens(x_t, t, labels)
+        finally:
+            self.blocks[0] = block
+        return F.linear(tokens, block.weight, block.bias)
+
+
+@broken("denoiser", "has_sound_units", "units()[0] (Linear) is not a sub-module")
+class ForeignUnits(toys.ToyDenoiser):
+    """Lists a unit that is not its submodule."""
+
+    def units(self):
+        return [nn.Linear(2, 2)]
+
+
+@broken("denoiser", "has_sound_units", "or also contains one of its sub-modules")
+class NestedUnits(toys.ToyDenoiser):
+    """Lists a module list together with its items."""
+
+    def units(self):
+        return [self.blocks, *self.blocks]
+
+
+@broken("denoiser", "shards_with_fsdp2", "fails under FSDP2")
+class WeightsBesideForward(toys.ToyDenoiser):
+    """Uses a unit's weight before calling the unit, while the weight is still sharded."""
+
+    def tokens(self, x_t, t, labels):
+        return super().tokens(x_t * self.blocks[0].bias.mean(), t, labels)
+
+
+# Tokenizers
+
+
+@broken(
+    "tokenizer", "keeps_shapes", "the posterior's mean has shape (1, 4, 4, 4) for 1 images of 16 px; expected (1, 4"
+)
+class WrongFactor(toys.ToyTokenizer):
+    """Declares a factor of 8 but downsamples by 4."""
+
+    factor = 8
+
+
+@broken("tokenizer", "bounds_its_variance", "end with .clamp(-30.0, 20.0)")
+class Unbounded(toys.ToyTokenizer):
+    """Does not clamp the log-variance."""
+
+    def encode(self, x):
+        return Posterior(*self.encoder(x).chunk(2, dim=1))
+
+
+@broken("tokenizer", "passes_gradients", "decode passes no finite, nonzero gradient to the latents")
+class NoGradientThroughDecode(toys.ToyTokenizer):
+    """Decodes without gradients."""
+
+    @torch.no_grad()
+    def decode(self, z):
+        return super().decode(z)
+
+
+@broken("tokenizer", "freezes_on_request", "set trainable = False")
+class SecretlyFrozen(toys.ToyTokenizer):
+    """Is frozen without declaring it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+
+
+@broken("tokenizer", "keeps_its_head_in_bf16", "mean is bfloat16 under bf16 autocast")
+class RoundedPosterior(toys.ToyTokenizer):
+    """Sums its KL in bf16."""
+
+
+# Losses
+
+
+@broken("loss", "is_a_scalar", "must be a scalar tensor, but is (1, 3, 32, 32)")
+class PerPixel(toys.ToyL1):
+    """Returns a value per pixel instead of a mean."""
+
+    def __call__(self, x, x_hat, posterior):
+        return (x - x_hat).abs()
+
+
+@broken("loss", "has_weight_and_call", "has no attribute weight")
+class Weightless:
+    """Has no weight."""
+
+    def __call__(self, x, x_hat, posterior):
+        return (x - x_hat).abs().mean()
+
+
+@broken("loss", "keeps_its_head_in_bf16", "loss is bfloat16 under bf16 autocast")
+class RoundedLoss(toys.ToyL1):
+    """Averages in bf16."""
+
+    def __call__(self, x, x_hat, posterior):
+        return (x.to(x_hat.dtype) - x_hat).abs().mean()
+
+
+@broken("loss", "pulls_at_the_reconstruction", "not finite if image and reconstruction are equal")
+class RootOfZero(toys.ToyL1):
+    """Takes the square root of a sum of squares that can be zero."""
+
+    def __call__(self, x, x_hat, posterior):
+        return (x - x_hat.to(x.dtype)).square().sum().sqrt()
+
+
+@broken("loss", "has_no_weights", "network.weight is trainable, but has no optimizer")
+class LearnedLoss(nn.Module):
+    """Has weights."""
+
+    weight = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x, x_hat, posterior):
+        return (self.network(x) - self.network(x_hat)).abs().float().mean()
+
+
+@broken("loss", "has_all_weights_in_units", "network.weight is in none of units()")
+class NoUnits(toys.ToyAdversary):
+    """Does not list its network as a unit."""
+
+    def units(self):
+        return []
+
+
+@broken("loss", "has_a_weight", "weight = '0.1' is a str; expected float or int: weight in the tokenizer's loss")
+class WordForAWeight(toys.ToyAdversary):
+    """Has a string as its weight."""
+
+    weight = "0.1"
+
+
+@broken("loss", "has_both_sides", "has no discriminator, required by components.contracts.AdversarialLoss")
+class OneSided(nn.Module):
+    """Has only the generator's loss."""
+
+    weight = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def generator(self, x_hat, step):
+        return x_hat.mean()
+
+
+@broken("loss", "judges_images", "no gradient reaches the reconstruction")
+class DetachedGenerator(toys.ToyAdversary):
+    """Detaches the generator's loss from the reconstruction."""
+
+    def generator(self, x_hat, step):
+        return super().generator(x_hat.detach(), step)
+
+
+@broken("loss", "makes_heads", "expected (2, 16, 24)")
+class HeadsOfOneSize(toys.ToyAlignment):
+    """Ignores the encoders' dimensions."""
+
+    def make_heads(self, width, embed_dims, grid):
+        return nn.ModuleList(nn.Linear(width, 7) for _ in embed_dims)
+
+
+@broken("loss", "has_its_weights", "has no attribute denoiser_weight: weight in the denoiser's loss")
+class OneWeight:
+    """Has a weight for only one of its two losses."""
+
+    tokenizer_weight = 1.0
+    make_heads, align = toys.ToyAlignment.make_heads, toys.ToyAlignment.align
+
+
+@broken("loss", "prefers_the_target", "is not below that of random tokens")
+class Repels(toys.ToyAlignment):
+    """Has the wrong sign."""
+
+    def align(self, projected, targets):
+        return -super().align(projected, targets)
+
+
+# Datasets
+
+
+class _Gray:
+    """Gray images of two classes; a correct dataset."""
+
+    num_classes, class_names, flip = 2, ("dark", "light"), False
+
+    def __init__(self, resolution: int) -> None:
+        self.resolution = resolution
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> DatasetItem:
+        if not 0 <= index < 100:
+            raise IndexError(index)
+        side = self.resolution
+        return DatasetItem(torch.full((3, side, side), index % 2 * 255, dtype=torch.uint8), index % 2)
+
+
+@broken("dataset", "labels_lie_in_range", "is 2, outside [0, num_classes = 2)")
+class LabelsFromOne(_Gray):
+    """Counts classes from 1."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return DatasetItem(item.image, item.label + 1)
+
+
+@broken("dataset", "gives_images_at_every_resolution", "expected torch.uint8")
+class FloatImages(_Gray):
+    """Returns images that are already scaled to float."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return DatasetItem(item.image / 255, item.label)
+
+
+@broken("dataset", "gives_images_at_every_resolution", "has shape (48, 48, 3) at resolution 48")
+class ChannelsLast(_Gray):
+    """Returns channels last, except at one resolution."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return item if self.resolution == 32 else DatasetItem(item.image.permute(1, 2, 0), item.label)
+
+
+@broken("dataset", "is_a_function_of_the_index", "item 0 differs between two reads")
+class RandomCrops(_Gray):
+    """Draws from the global generator."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return DatasetItem(torch.randint(256, item.image.shape, dtype=torch.uint8), item.label)
+
+
+@broken("dataset", "ends", "item 100 of 100 does not raise IndexError")
+class Endless(_Gray):
+    """Wraps around at its end."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index % 100)
+
+
+@broken("dataset", "travels_to_workers", "cannot be pickled")
+class OpenFile(_Gray):
+    """Holds an open file, which cannot be sent to another process."""
+
+    def __init__(self, resolution: int) -> None:
+        super().__init__(resolution)
+        self.read = lambda index: index
+
+
+@broken("dataset", "has_its_attributes", "one name for each of its 2 classes")
+class Nameless(_Gray):
+    """Does not name its classes."""
+
+    class_names = ()
+
+
+# Recipes
+
+
+class _Sound:
+    """Trains the tokenizer's reconstruction and the denoiser's velocity; a correct recipe."""
+
+    uses = frozenset({"tokenizer", "denoiser", "latent_norm", "reconstruction"})
+    trains = {"tokenizer": ("tokenizer",), "denoiser": ("denoiser",)}
+
+    def step(self, m, batch, draws, update, step):
+        posterior = m.tokenizer.encode(batch.images)
+        z = posterior.sample(draws.posterior)
+        loss = m.reconstruction["l1"](batch.images, m.tokenizer.decode(z), posterior)
+        update("tokenizer", {"l1": LossTerm(1.0, loss)})
+        update("denoiser", {"velocity": LossTerm(1.0, self.velocity(m, z.detach(), batch, draws))})
+
+    def velocity(self, m, z, batch, draws):
+        t = m.flow.times(draws.time)
+        path = m.flow.at(m.latent_norm.batch(z), t, draws.noise)
+        return (m.denoiser(path.x_t, t, batch.labels).velocity.to(z.dtype) - path.velocity).square().mean()
+
+
+@broken("recipe", "states_its_parts", "not fields: ['vae']")
+class UnknownPart(_Sound):
+    """Refers to the tokenizer by another name."""
+
+    uses = frozenset({"vae"})
+
+
+@broken("recipe", "takes_a_step", "step updates the groups ['denoiser', 'tokenizer'], but trains lists ['denoiser']")
+class UnknownGroup(_Sound):
+    """Updates a group that it does not train."""
+
+    trains = {"denoiser": ("denoiser",)}
+
+
+@broken("recipe", "teaches_each_group_from_its_own_losses", "sends gradients into tokenizer")
+class NoStopGradient(_Sound):
+    """Lets the diffusion loss reach the tokenizer."""
+
+    def step(self, m, batch, draws, update, step):
+        posterior = m.tokenizer.encode(batch.images)
+        z = posterior.sample(draws.posterior)
+        loss = m.reconstruction["l1"](batch.images, m.tokenizer.decode(z.detach()), posterior)
+        update("tokenizer", {"l1": LossTerm(1.0, loss)})
+        update("denoiser", {"velocity": LossTerm(1.0, self.velocity(m, z, batch, draws))})
+
+
+@broken("recipe", "leaves_everything_as_it_found_it", "does not restore requires_grad of denoiser.")
+class LeavesFrozen(_Sound):
+    """Freezes a module and does not unfreeze it."""
+
+    def step(self, m, batch, draws, update, step):
+        super().step(m, batch, draws, update, step)
+        m.denoiser.requires_grad_(False)
+
+
+@broken("recipe", "leaves_everything_as_it_found_it", "step changes the weight denoiser.")
+class StepsItself(_Sound):
+    """Updates the weights itself."""
+
+    def step(self, m, batch, draws, update, step):
+        super().step(m, batch, draws, update, step)
+        with torch.no_grad():
+            m.denoiser.out.weight.mul_(0.9)
+
+
+@broken("recipe", "repeats_itself", "which would differ between ranks; use draws")
+class OwnNoise(_Sound):
+    """Draws its own times."""
+
+    def velocity(self, m, z, batch, draws):
+        return super().velocity(m, z, batch, draws._replace(time=torch.rand_like(draws.time)))
+
+
+@broken("recipe", "keeps_losses_in_fp32", "term velocity of 'denoiser' is torch.bfloat16 under bf16 autocast")
+class RoundedVelocity(_Sound):
+    """Computes the velocity loss in bf16."""
+
+    def velocity(self, m, z, batch, draws):
+        return super().velocity(m, z, batch, draws).to(torch.get_autocast_dtype("cpu") if _autocast() else z.dtype)
+
+
+@broken("recipe", "trains_on_cached_latents", "fails on a batch without images")
+class NeedsImages(_Sound):
+    """Declares that it trains on cached latents, but uses the images."""
+
+    uses = frozenset({"tokenizer", "denoiser", "latent_norm"})
+    trains = {"denoiser": ("denoiser",)}
+    cached_latents = True
+
+    def step(self, m, batch, draws, update, step):
+        with torch.no_grad():
+            z = m.tokenizer.encode(batch.images).sample(draws.posterior)
+        update("denoiser", {"velocity": LossTerm(1.0, self.velocity(m, z, batch, draws))})
+
+
+def _autocast() -> Any:
+    return torch.is_autocast_enabled("cpu")

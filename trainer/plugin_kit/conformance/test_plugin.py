@@ -1,0 +1,23 @@
+"""One test per check of the plugin named with ``--plugin``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.plugin_kit.conformance import check, checks, resolve
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    config = metafunc.config
+    if not (spec := config.getoption("--plugin", default=None)):
+        raise SystemExit(
+            "no plugin named; use pytest -p trainer.plugin_kit.conformance.pytest_options "
+            "--pyargs trainer.plugin_kit.conformance --plugin my_lab.encoders:my_encoder"
+        )
+    subject = resolve("plugins", spec, config.getoption("--option"), config.getoption("--parts"))
+    found = checks(subject)
+    metafunc.parametrize(("subject", "function"), [(subject, f) for f in found.values()], ids=list(found))
+
+
+def test_plugin(subject: Any, function: Any) -> None:
+    check(subject, function)
