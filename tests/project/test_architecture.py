@@ -111,6 +111,25 @@ def test_training_does_not_import_the_plugin_kit():
     assert not [name for name in found if name.startswith("trainer.plugin_kit")]
 
 
+def test_a_training_run_imports_only_what_it_uses():
+    code = (
+        "import sys\nimport trainer.commands.train\nfrom trainer import config\n"
+        "loaded = config.load('train_configs/quickstart.toml', ['--evaluation.every=0', '--training.resolution=32'])\n"
+        "from components.distributed.parallel import World\nfrom trainer.run.loop import Trainer\n"
+        "Trainer(loaded, World())\nprint(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [name for name in done.stdout.splitlines()[-1].split() if name in MODULES]
+    unused = ("components.evaluation", "trainer.evaluation", "trainer.estimate", "trainer.plugin_kit", "trainer.models")
+    assert [name for name in found if name.startswith(unused)] == []
+    named = {"recipes.repae", "tokenizers.autoencoder_kl", "tokenizers.autoencoder_kl.diffusers_format"}
+    named |= {"denoisers.sit", "encoders.tiny_vit", "datasets.shapes"}
+    named |= {f"losses.{name}" for name in ("cosine", "patchgan", "reconstruction")}
+    plugins = {name.removeprefix("plugins.") for name in found if name.count(".") > 1 and name.startswith("plugins.")}
+    assert plugins == named
+
+
 def test_no_circle_of_imports():
     needs = needed()
     while free := {name for name, others in needs.items() if not others}:

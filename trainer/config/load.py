@@ -90,7 +90,7 @@ def validate(data: dict[str, Any], source: str) -> Config:
     config.evaluation.reference = _find(config.evaluation.reference, folder)
     config.evaluation.inception_weights = _find(config.evaluation.inception_weights, folder)
     try:
-        registry.discover("plugins", config.plugins)
+        registry.discover("plugins", config.plugins, lazy=True)
     except registry.PluginError as error:
         raise ConfigError(f"{source}: {error}") from error
     problems = [p for place, kind, table in plugin_tables(config) for p in _check_plugin(place, kind, table, folder)]
@@ -236,8 +236,13 @@ def _check_plugin(place: str, kind: str, table: PluginTable, folder: Path) -> li
 
 def _optimizer_problems(config: Config) -> list[str]:
     problems = []
-    every = {name for recipe in registry.recipes for name in recipe.cls.trains}
-    for name, table in (config.optimizer.model_extra or {}).items():
+    tables = config.optimizer.model_extra or {}
+    every: set[str] = set()
+    if registry.recipes.has(config.recipe.name):
+        every |= registry.recipes.get(config.recipe.name).cls.trains.keys()
+    if not tables.keys() <= every:  # listing the other recipes imports all of them
+        every |= {name for recipe in registry.recipes for name in recipe.cls.trains}
+    for name, table in tables.items():
         if not isinstance(table, dict):
             problems.append(f"optimizer.{name}: unknown key{nearest(name, [*OptimizerTable.model_fields, *every])}")
         elif name not in every:
