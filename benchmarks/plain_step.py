@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.contracts import Modules
+from components.contracts import Condition, Modules
 
 
 class Random(NamedTuple):
@@ -62,9 +62,9 @@ class Denoiser(nn.Module):
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Return velocity (B, C, h, w), or None if ``align_only``, and projected tokens (B, N, D_k) per encoder."""
         if align_only:
-            velocity, tokens = None, self.transformer.tokens(x_t, t, labels)
+            velocity, tokens = None, self.transformer.tokens(x_t, t, Condition(labels))
         else:
-            velocity, tokens, _ = self.transformer(x_t, t, labels)
+            velocity, tokens, _ = self.transformer(x_t, t, Condition(labels))
         return velocity, [head(tokens) for head in self.heads]
 
 
@@ -261,7 +261,7 @@ def check(m: Modules) -> None:
     loss = m.alignment
     if loss is not None and (getattr(loss, "spatial_norm", True) or loss.schedule != "constant"):
         wrong.append("alignment loss: expected the cosine without spatial_norm and schedule")
-    if m.denoiser is not None and (not isinstance(m.denoiser.align_depth, int) or getattr(m.denoiser, "extra_dim", 0)):
+    if m.denoiser is not None and (not isinstance(m.denoiser.align_depth, int) or m.denoiser.noisy_inputs):
         wrong.append("[denoiser]: expected one align_depth and no class token")
     if set(m.reconstruction) - {"l1", "kl", "lpips"}:
         wrong.append(f"[losses]: expected l1, kl and lpips; got {sorted(m.reconstruction)}")

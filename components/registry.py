@@ -140,7 +140,7 @@ class Registry:
                 )
             from components import contracts  # imports torch, which a command's --help does not need
 
-            if not issubclass(cls, tuple(vars(contracts)[base] for base in self.bases)):
+            if self.bases and not issubclass(cls, tuple(vars(contracts)[base] for base in self.bases)):
                 raise PluginError(
                     f"{self.kind} '{name}' ({plugin.where}): {cls.__name__} must derive from "
                     f"components.contracts.{' or '.join(self.bases)}"

@@ -44,5 +44,5 @@ class Dataset:
         raise NotImplementedError
 
     def sampling_conditions(self, ids: Sequence[int]) -> dict[str, Tensor]:
-        """Conditions (B, ...) of the samples with these numbers, for each name in ``conditions``; depend on ids only."""
+        """Conditions (B, ...) of the samples with these numbers, by name; a function of the numbers alone."""
         return {}

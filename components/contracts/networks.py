@@ -29,6 +29,9 @@ class Network(nn.Module):
     keep_fp32: ClassVar[bool] = False
     adapters: ClassVar[tuple[Any, ...]] = ()
 
+    def __init__(self) -> None:  # that of nn.Module accepts any arguments, so a plugin's options would not be checked
+        super().__init__()
+
     def units(self) -> Sequence[nn.Module]:
         """Submodules to compile, checkpoint and shard separately, called only through ``forward``; none: one unit."""
         return ()

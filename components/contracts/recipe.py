@@ -127,7 +127,7 @@ class Recipe:
         return [encoder.embed_dim for encoder in m.encoders.values()]
 
     def init_state(self, m: Modules) -> dict[str, Tensor]:
-        """Tensors that the recipe keeps between steps, before the first step; equal on all ranks, saved in checkpoints."""
+        """Initial values of the tensors kept between steps, by name; equal on all ranks, saved in checkpoints."""
         return {}
 
     def after_step(self, m: Modules, finite: Tensor, step: int) -> None:

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 class Prefetcher:
     """Iterates over a loader in a background thread and keeps the next micro-batch ready on the device.
 
-    Yields ``(batch, beside, unreadable)``: a :class:`components.contracts.Batch`, the result of ``beside``, and the paths
-    of unreadable files that were replaced. Exceptions in the loader or in ``beside`` are re-raised by ``next`` with
-    their original traceback. Create it in the main thread (PyTorch detects killed workers only from there), and use it
+    Yields ``(batch, beside, unreadable)``: a :class:`components.contracts.Batch`, the result of ``beside``, and the
+    paths of unreadable files that were replaced. Exceptions in the loader or in ``beside`` are re-raised by ``next``
+    with their original traceback. Create it in the main thread (PyTorch detects killed workers only there), and use it
     as a context manager or call :meth:`close`.
 
     Device memory: one float micro-batch in addition to the one in use.

@@ -22,9 +22,6 @@ class Identity(Tokenizer):
     channels = 3
     trainable = False
 
-    def __init__(self) -> None:  # nn.Module.__init__ accepts any arguments, so options would not be checked
-        super().__init__()
-
     def encode(self, x: Tensor) -> Posterior:
         """(B, 3, R, R) in [-1, 1] -> posterior with the image as mean and the minimum standard deviation (3e-7)."""
         x = at_least_fp32(x)

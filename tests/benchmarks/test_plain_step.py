@@ -62,8 +62,8 @@ def plain(m: Modules, kind, **options):
 
 
 def numbers(draws) -> Random:
-    draws.label[0] = 0.05  # at least one label is dropped
-    return Random(draws.posterior, draws.noise, draws.time, draws.label)
+    draws["label"][0] = 0.05  # at least one label is dropped
+    return Random(draws["posterior"], draws["noise"], draws["time"], draws["label"])
 
 
 def assert_equal(ours: torch.nn.Module, theirs: torch.nn.Module, what: str) -> None:
@@ -95,7 +95,7 @@ def joint_steps(ours: Modules, other: Modules, steps: int, **options) -> None:
     for k in range(steps):
         batch, draws = toys.batch(k)
         random = numbers(draws)
-        read, seen = step(k, [(batch, draws)]).read(), baseline(batch.images, batch.labels, random)
+        read, seen = step(k, [(batch, draws)]).read(), baseline(batch.images, batch.condition.label, random)
         assert {name.split("/")[1] for name in seen if name.startswith("tokenizer/")} == {
             "l1", "kl", "lpips", "gan", "align", "loss",
         }  # fmt: skip
@@ -147,7 +147,7 @@ def test_second_stage_equals_ours(modules):
             features = {name: encoder(batch.images) for name, encoder in modules.encoders.items()}
         cached = batch._replace(images=None, posterior=Posterior(posterior.mean, posterior.logvar), features=features)
         read = step(k, [(cached, draws)]).read()
-        seen = baseline(posterior.mean, posterior.std, list(features.values()), batch.labels, random)
+        seen = baseline(posterior.mean, posterior.std, list(features.values()), batch.condition.label, random)
         compare_values(read, seen)
     compare_weights(modules, ema, baseline)
 

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from components import registry
+from components.contracts import ReconstructionLoss
 from components.registry import PluginError, Registry
 from trainer import config
 from trainer.__main__ import main
@@ -63,10 +64,11 @@ def test_files_are_declared_and_found_beside_the_toml(tmp_path):
         tmp_path / "talk.py",
         """
         from components import registry
+        from components.contracts import Encoder, ReconstructionLoss
         from components.registry import File
 
         @registry.encoders.register("talk")
-        class Talk:
+        class Talk(Encoder):
             '''Talk.
 
             Args:
@@ -96,10 +98,10 @@ def test_files_are_declared_and_found_beside_the_toml(tmp_path):
 
 def test_duplicate_names_name_both_files(tmp_path):
     source = """
-        from components import registry
+        from components import contracts, registry
 
         @registry.losses.register("twice")
-        class Twice:
+        class Twice(contracts.ReconstructionLoss):
             '''Twice.'''
     """
     first, second = write(tmp_path / "one.py", source), write(tmp_path / "two.py", source)
@@ -112,10 +114,10 @@ def test_the_same_file_named_twice_is_no_duplicate(tmp_path):
     path = write(
         tmp_path / "once.py",
         """
-        from components import registry
+        from components import contracts, registry
 
         @registry.losses.register("once")
-        class Once:
+        class Once(contracts.ReconstructionLoss):
             '''Once.'''
         """,
     )
@@ -127,9 +129,19 @@ def test_kwargs_are_refused():
     with pytest.raises(PluginError, match=r"\*\*options"):
 
         @registry.losses.register("loose")
-        class Loose:
+        class Loose(ReconstructionLoss):
             def __init__(self, **options):
                 pass
+
+
+def test_a_plugin_derives_from_the_base_of_its_kind():
+    with pytest.raises(PluginError, match=r"encoder 'bare' .*: Bare must derive from components.contracts.Encoder"):
+
+        @registry.encoders.register("bare")
+        class Bare:
+            pass
+
+    assert "bare" not in registry.encoders.names()
 
 
 @pytest.mark.parametrize(
@@ -191,7 +203,8 @@ def test_lazily_only_what_is_asked_for_is_imported(tmp_path, monkeypatch):
 
 def test_entry_points_of_installed_packages(tmp_path, monkeypatch):
     (tmp_path / "third_party.py").write_text(
-        "from components import registry\n\n@registry.losses.register('third')\nclass Third:\n    '''Third.'''\n"
+        "from components import contracts, registry\n\n@registry.losses.register('third')\n"
+        "class Third(contracts.ReconstructionLoss):\n    '''Third.'''\n"
     )
     info = tmp_path / "third_party-1.0.dist-info"
     info.mkdir()

@@ -32,7 +32,7 @@ def finished(trainer: Trainer) -> dict:
         return observe(record, values, *rest)
 
     def stepped(m, batch, draws, update, k):
-        for image, noise in zip(batch.images, draws.noise):
+        for image, noise in zip(batch.images, draws["noise"]):
             seen.append((k, image.double().sum().item(), noise.double().sum().item()))
         step(m, batch, draws, update, k)
 

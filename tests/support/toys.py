@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from components.contracts import Batch, Draws, LatentShape, Modules
+from components.contracts import Batch, Condition, Distribution, Encoder, LatentShape, Modules, RandomNumbers, Recipe
 from components.diffusion.flow import Flow
 from components.diffusion.random_numbers import draw, generator
 from components.nn.latent_norm import LatentNorm
@@ -17,6 +17,7 @@ from plugins.tokenizers.autoencoder_kl import AutoencoderKL
 
 LATENT = LatentShape(4, 8, 8)
 CLASSES = 10
+NUMBERS = Recipe().random_numbers(Modules(), LATENT) | {"sigma": Distribution("uniform", key="time")}
 
 TOML = """
 [training]
@@ -77,7 +78,7 @@ decay = 0.9
 """
 
 
-class PatchMeans(nn.Module):
+class PatchMeans(Encoder):
     """Stand-in for an encoder: a fixed random projection of each image patch."""
 
     embed_dim = 12
@@ -113,9 +114,10 @@ def modules(seed: int = 0, dtype: torch.dtype = torch.float64) -> Modules:
     return m
 
 
-def batch(step: int = 0, size: int = 4, dtype: torch.dtype = torch.float64) -> tuple[Batch, Draws]:
+def batch(step: int = 0, size: int = 4, dtype: torch.dtype = torch.float64) -> tuple[Batch, RandomNumbers]:
     """Images, labels and random numbers of one micro-batch."""
     g = generator("batch", step)
     images = torch.rand(size, 3, 32, 32, generator=g, dtype=dtype) * 2 - 1
     labels = torch.randint(CLASSES, (size,), generator=g)
-    return Batch(images, labels), Draws(*(x.to(dtype) for x in draw(0, step, range(size), size, LATENT)))
+    numbers = draw(0, step, range(size), size, NUMBERS)
+    return Batch(images, Condition(labels)), {name: x.to(dtype) for name, x in numbers.items()}

@@ -1,4 +1,4 @@
-"""Prepares constructed modules for a run: activation checkpointing, compile, sharding, initialization, pretrained weights."""
+"""Prepares constructed modules: activation checkpointing, compile, sharding, initialization, pretrained weights."""
 
 from __future__ import annotations
 

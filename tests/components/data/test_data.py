@@ -13,7 +13,7 @@ import traceback
 import pytest
 import torch
 
-from components.contracts import DatasetItem
+from components.contracts import Dataset, DatasetItem
 from components.data.loader import DataError, GlobalOrder, MicroBatches, TrainingView, UnreadableCounter, make_loader
 from components.data.prefetch import Prefetcher
 from tests.support import ROOT
@@ -21,7 +21,7 @@ from tests.support import ROOT
 torch.set_num_threads(1)
 
 
-class Numbers:
+class Numbers(Dataset):
     """Dataset whose sample i shows i on the left and 0 on the right, with label i."""
 
     def __init__(self, size=10, flip=False, broken=(), unreadable=(), delay=0.0):
@@ -64,7 +64,7 @@ def global_batches(steps, world=1, accumulation=1, consumed=0, size=50, batch_si
     ]
     ranks = [take(loader, steps * accumulation) for loader in loaders]
     return [
-        [x for i in range(accumulation) for r in ranks for x in r[k * accumulation + i].labels.tolist()]
+        [x for i in range(accumulation) for r in ranks for x in r[k * accumulation + i].condition.label.tolist()]
         for k in range(steps)
     ]
 
@@ -139,7 +139,7 @@ def test_resume_continues_the_uninterrupted_sequence(workers, world, accumulatio
             step, i = divmod(m, accumulation)
             part = slice((i * world + rank) * size, (i * world + rank + 1) * size)
             assert torch.equal(batch.images, whole[done + step].images[part])
-            assert torch.equal(batch.labels, whole[done + step].labels[part])
+            assert torch.equal(batch.condition.label, whole[done + step].condition.label[part])
 
 
 def test_an_indivisible_batch_and_an_empty_dataset_are_refused():
@@ -212,7 +212,7 @@ def test_unreadable_files_are_counted_and_logged_once(caplog):
     with caplog.at_level(logging.WARNING), Prefetcher(loader, "cpu") as batches:
         for batch, _, unreadable in itertools.islice(batches, 3):
             assert sorted(unreadable) == ["4.png", "7.png"]
-            counter.update(len(batch.labels), unreadable)
+            counter.update(len(batch.condition.label), unreadable)
     assert (counter.count, counter.seen) == (6, 30)
     assert sorted(r.getMessage().split()[-1] for r in caplog.records) == ["4.png", "7.png"]
 
@@ -251,11 +251,14 @@ def test_batches_arrive_in_order_as_floats(workers):
     dataset = Numbers(200)
     loader = make_loader(dataset, workers=workers, **arguments)
     expected = take(make_loader(dataset, **arguments), 10)
-    with Prefetcher(loader, "cpu", extra=lambda position: position * 10) as batches:
-        for m, (batch, extra, unreadable) in enumerate(itertools.islice(batches, 10)):
+    with Prefetcher(loader, "cpu", beside=lambda position: position * 10) as batches:
+        for m, (batch, beside, unreadable) in enumerate(itertools.islice(batches, 10)):
             assert torch.equal(batch.images, expected[m].images.to(torch.float32) / 127.5 - 1)
-            assert torch.equal(batch.labels, expected[m].labels) and batch.labels.dtype == torch.int64
-            assert extra == 10 * (16 + 8 * (m // 2) + (2 * (m % 2) + 1) * 2)
+            assert (
+                torch.equal(batch.condition.label, expected[m].condition.label)
+                and batch.condition.label.dtype == torch.int64
+            )
+            assert beside == 10 * (16 + 8 * (m // 2) + (2 * (m % 2) + 1) * 2)
             assert unreadable == []
 
 
@@ -269,7 +272,9 @@ def test_the_range_of_bytes_is_minus_one_to_one():
 def test_workers_need_no_fork():
     loader = make_loader(Numbers(), seed=0, batch_size=2, workers=1, start_method="forkserver")
     with Prefetcher(loader, "cpu") as batches:
-        assert torch.equal(next(batches)[0].labels, take(make_loader(Numbers(), seed=0, batch_size=2), 1)[0].labels)
+        assert torch.equal(
+            next(batches)[0].condition.label, take(make_loader(Numbers(), seed=0, batch_size=2), 1)[0].condition.label
+        )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -277,7 +282,7 @@ def test_an_error_in_the_dataset_reaches_the_consumer(workers):
     loader = make_loader(Numbers(10, broken={6}), seed=0, batch_size=2, shuffle=False, workers=workers)
     with Prefetcher(loader, "cpu") as batches:
         for expected in ([0, 1], [2, 3], [4, 5]):
-            assert next(batches)[0].labels.tolist() == expected
+            assert next(batches)[0].condition.label.tolist() == expected
         for _ in range(2):  # raised every time, without hanging
             with pytest.raises(ValueError, match="sample 6 is broken") as caught:
                 next(batches)
@@ -285,11 +290,11 @@ def test_an_error_in_the_dataset_reaches_the_consumer(workers):
             assert "image = torch.zeros" not in shown and 'raise ValueError(f"sample {index} is broken")' in shown
 
 
-def test_an_error_in_extra_reaches_the_consumer_with_its_traceback():
+def test_an_error_in_beside_reaches_the_consumer_with_its_traceback():
     def draw(position):
         raise KeyError(position)
 
-    with Prefetcher(make_loader(Numbers(), seed=0, batch_size=2), "cpu", extra=draw) as batches:
+    with Prefetcher(make_loader(Numbers(), seed=0, batch_size=2), "cpu", beside=draw) as batches:
         with pytest.raises(KeyError) as caught:
             next(batches)
         assert "draw" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
@@ -307,7 +312,7 @@ def test_waiting_is_measured():
 
 def test_one_batch_is_prepared_ahead_and_no_more():
     started = []
-    with Prefetcher(make_loader(Numbers(), seed=0, batch_size=2), "cpu", extra=started.append) as batches:
+    with Prefetcher(make_loader(Numbers(), seed=0, batch_size=2), "cpu", beside=started.append) as batches:
         for used in range(3):
             deadline = time.monotonic() + 10
             while len(started) <= used and time.monotonic() < deadline:
@@ -389,11 +394,11 @@ def test_the_gpu_gets_the_same_batches():
     expected = take(make_loader(dataset, seed=0, batch_size=64), 20)
     loader = make_loader(dataset, seed=0, batch_size=64, workers=2, pin_memory=True)
     draws = lambda position: {"noise": torch.full((1000, 1000), float(position))}  # noqa: E731
-    with Prefetcher(loader, "cuda", extra=draws) as batches:
-        for m, (batch, extra, _) in enumerate(itertools.islice(batches, 20)):
+    with Prefetcher(loader, "cuda", beside=draws) as batches:
+        for m, (batch, beside, _) in enumerate(itertools.islice(batches, 20)):
             # With a busy stream, memory that the side stream reuses too early would show.
             torch.cuda._sleep(20_000_000)
-            images, noise = batch.images.clone(), extra["noise"].clone()
-            del batch, extra
+            images, noise = batch.images.clone(), beside["noise"].clone()
+            del batch, beside
             assert torch.equal(images.cpu(), expected[m].images.float().div(127.5).sub(1))
             assert bool((noise == m * 64).all())

@@ -7,7 +7,7 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from components.contracts import DenoiserOutput, LatentShape
+from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape, Recipe
 from components.diffusion.flow import Flow, dimension_shift
 from components.diffusion.image_sampler import ImageSampler, SamplingPlan
 from components.diffusion.samplers import sample_ode, sample_sde
@@ -76,7 +76,7 @@ def test_shift_by_dimensions():
     assert dimension_shift(LatentShape(768, 16, 16)) == pytest.approx(math.sqrt(48))
 
 
-class Spy(torch.nn.Module):
+class Spy(Denoiser):
     """A velocity that does not depend on x; records the times at which it is evaluated."""
 
     null_label, label_dropout = 10, 0.1
@@ -86,7 +86,7 @@ class Spy(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
         self.asked: list[float] = []
 
-    def forward(self, x, t, labels):
+    def forward(self, x, t, condition):
         self.asked.append(t[0].item())
         return DenoiserOutput(torch.ones_like(x), x)
 
@@ -96,27 +96,26 @@ def expected(times: list[float], shift: float) -> list[float]:
 
 
 def test_the_integrators_follow_the_shifted_times():
-    x, labels = torch.zeros(1, 2, 2, 2, dtype=torch.float64), torch.tensor([3])
+    x, labels = torch.zeros(1, 2, 2, 2, dtype=torch.float64), Condition(torch.tensor([3]))
     flow = Flow(shift=2.5)
     spy = Spy()
-    z = sample_ode(spy, x, labels, steps=4, warp=flow.shifted)
+    z = sample_ode(spy, x, labels, steps=4, flow=flow)
     assert spy.asked == pytest.approx(expected([1, 0.75, 0.5, 0.25], 2.5))
     torch.testing.assert_close(z, x - 1)  # from 1 to 0, whatever the steps between
     spy = Spy()
-    sample_ode(spy, x, labels, steps=3, heun=True, warp=flow.shifted)
+    sample_ode(spy, x, labels, steps=3, heun=True, flow=flow)
     assert spy.asked == pytest.approx(expected([1, 2 / 3, 2 / 3, 1 / 3, 1 / 3], 2.5))
     spy = Spy()
-    sample_sde(spy, x, labels, steps=4, step_noise=lambda i: torch.zeros_like(x), flow=flow, warp=flow.shifted)
+    sample_sde(spy, x, labels, steps=4, step_noise=lambda i: torch.zeros_like(x), flow=flow)
     assert spy.asked == pytest.approx(expected([1, 0.68, 0.36, 0.04], 2.5))
 
 
 @pytest.mark.parametrize(("plan", "shift"), [(0.0, 2.0), (3.0, 3.0), (1.0, 1.0)])
 def test_sampling_takes_the_flows_shift_unless_it_has_its_own(plan, shift):
     m, spy = toys.modules(), Spy()
-    sampler = ImageSampler(
-        SamplingPlan(steps=2, shift=plan), spy, m.latent_norm, m.tokenizer, Flow(shift=2.0), toys.LATENT
-    )
-    sampler([0], torch.tensor([1]))
+    m.denoiser, m.flow = spy, Flow(shift=2.0)
+    sampler = ImageSampler(SamplingPlan(steps=2, shift=plan), Recipe(), m, toys.LATENT)
+    sampler([0], Condition(torch.tensor([1])))
     assert spy.asked == pytest.approx(expected([1, 0.5], shift))
 
 

@@ -53,7 +53,7 @@ def shard_and_fill(rank: int, world: int, shape: tuple[int, int]) -> tuple[dict[
     with torch.device("meta"):
         module = sit()
     whole = sum(p.numel() * p.element_size() for p in module.parameters())
-    shard(module, Sharding(make_mesh("cpu", shape)), ("tokens",))
+    shard(module, Sharding(make_mesh("cpu", shape)))
     torch.manual_seed(3)
     with Peak() as peak:
         materialize(module, CPU)

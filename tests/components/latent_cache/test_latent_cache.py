@@ -85,7 +85,7 @@ def test_pickled_and_in_forked_workers(made):
     batches = list(loader)
     assert torch.equal(torch.cat([b.cached.mean for b in batches]), tensors["mean"])
     assert torch.equal(torch.cat([b.cached.features["vit"] for b in batches]), tensors["features.vit"])
-    assert batches[0].images is None and torch.equal(torch.cat([b.labels for b in batches]), tensors["labels"])
+    assert batches[0].images is None and torch.equal(torch.cat([b.condition.label for b in batches]), tensors["labels"])
 
 
 @pytest.mark.parametrize("made", ["fp16"], indirect=True)

@@ -128,7 +128,8 @@ def steps_on_a_gpu() -> Iterator[tuple[PhaseClock, dict[str, float]]]:
     step.clock, step.device = PhaseClock(device), device
     for k in range(3):
         images, draws = toys.batch(k, dtype=torch.float32)
-        batch, draws = Batch(images.images.to(device), images.labels.to(device)), draws.to(device)
+        batch, draws = Batch(images.images.to(device), images.condition.to(device)), draws
+        draws = {name: numbers.to(device) for name, numbers in draws.items()}
         torch.cuda.set_sync_debug_mode("error" if k else "default")
         try:
             record = step(k, [(batch, draws)])

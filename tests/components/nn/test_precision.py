@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from components.contracts import Condition
 from components.optim.optimizer import ParameterGroup, Schedule
 from components.registry import denoisers, discover, recipes
 from plugins.denoisers.sit import TimeEmbedding
@@ -76,11 +77,12 @@ def test_the_residual_stream_is_fp32_and_contiguous(name):
     for block in network.units():
         block.register_forward_pre_hook(lambda module, inputs: streams.append(inputs[0]))
     with torch.autocast("cpu", torch.bfloat16):
-        out = network(torch.randn(2, *toys.LATENT), torch.rand(2), torch.tensor([1, 2]))
+        out = network(torch.randn(2, *toys.LATENT), torch.rand(2), Condition(torch.tensor([1, 2])))
     assert len(streams) == len(network.units())
     assert all(x.dtype == torch.float32 and x.is_contiguous() for x in streams)
     assert out.tokens.dtype == torch.float32
     low = network.to(torch.bfloat16)  # a network in bf16 without autocast stays in bf16
     assert (
-        low(torch.randn(2, *toys.LATENT).bfloat16(), torch.rand(2), torch.tensor([1, 2])).tokens.dtype == torch.bfloat16
+        low(torch.randn(2, *toys.LATENT).bfloat16(), torch.rand(2), Condition(torch.tensor([1, 2]))).tokens.dtype
+        == torch.bfloat16
     )

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from components.contracts import Denoiser, LatentShape
+from components.contracts import Condition, Denoiser, LatentShape
 from components.distributed.materialize import WholeTensorRandom, materialize
 from components.distributed.parallel import Sharding, World, compile_units, make_mesh, shard
 from components.nn.lightningdit import LightningBlock, RMSNorm, Rotary, rotate
@@ -170,7 +170,7 @@ class Formulas:
 def test_lightningdit_is_its_formula(options, qk_norm):
     denoiser = random_weights(lightningdit(qk_norm=qk_norm, **options))
     x, t, labels = inputs()
-    out = denoiser(x, t, labels)
+    out = denoiser(x, t, Condition(labels))
     patch = options.get("patch_size", 2)
     formulas = Formulas(denoiser.state_dict(), 6 // patch, patch)
     velocity, after = formulas.lightningdit(x, t, labels, options.get("heads", 2), 3)
@@ -184,7 +184,7 @@ def test_lightningdit_is_its_formula(options, qk_norm):
 def test_ditdh_is_its_formula(options, qk_norm):
     denoiser = random_weights(ditdh(qk_norm=qk_norm, **options))
     x, t, labels = inputs()
-    out = denoiser(x, t, labels)
+    out = denoiser(x, t, Condition(labels))
     patch = options.get("patch_size", 2)
     formulas = Formulas(denoiser.state_dict(), 6 // patch, patch)
     head = options.get("head_heads", 4), options.get("head_depth", 2)
@@ -197,9 +197,9 @@ def test_weights_of_reversed_time_answer_as_on_their_own_time():
     """With reversed time, 0 is noise and 1 is data, and the velocity points to the data."""
     theirs, ours = (random_weights(lightningdit(reversed_time=r)) for r in (False, True))
     x, t, labels = inputs()
-    found, expected = ours(x, t, labels), theirs(x, 1 - t, labels)
+    found, expected = ours(x, t, Condition(labels)), theirs(x, 1 - t, Condition(labels))
     torch.testing.assert_close(found.velocity, -expected.velocity, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(ours.tokens(x, t, labels), expected.tokens, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.tokens(x, t, Condition(labels)), expected.tokens, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -207,14 +207,14 @@ def test_tokens_alone_are_those_of_the_whole_pass(name):
     denoiser = random_weights(MAKERS[name]())
     assert isinstance(denoiser, Denoiser)
     x, t, labels = inputs()
-    whole = denoiser(x, t, labels)
+    whole = denoiser(x, t, Condition(labels))
     ran = []
     for i, block in enumerate(denoiser.units()):
         block.register_forward_hook(lambda *_, i=i: ran.append(i))
-    assert torch.equal(denoiser.tokens(x, t, labels), whole.tokens) and ran == [0, 1]
+    assert torch.equal(denoiser.tokens(x, t, Condition(labels)), whole.tokens) and ran == [0, 1]
     several = random_weights(MAKERS[name](align_depth=[1, 3]))
-    first, last = several.tokens(x, t, labels)
-    assert torch.equal(last, several(x, t, labels).tokens[1]) and not torch.equal(first, last)
+    first, last = several.tokens(x, t, Condition(labels))
+    assert torch.equal(last, several(x, t, Condition(labels)).tokens[1]) and not torch.equal(first, last)
 
 
 # Counted as the published code does, including the fixed position embedding and the fixed frequencies. XL: "675.26M" in
@@ -305,7 +305,7 @@ def test_a_new_network_is_materialized_whole_and_says_zero(name):
     torch.manual_seed(0)
     materialize(denoiser, torch.device("cpu"))
     x, t, labels = (part.float() if part.is_floating_point() else part for part in inputs())
-    velocity, tokens, _ = denoiser(x, t, labels)
+    velocity, tokens, _ = denoiser(x, t, Condition(labels))
     embed = denoiser.x_embedder if name == "lightningdit" else denoiser.s_embedder
     assert not velocity.any() and torch.equal(tokens, embed(x) + denoiser.pos_embed)
     direct = MAKERS[name]()
@@ -334,9 +334,9 @@ def test_norms_and_rotations_are_fp32_islands():
 def test_under_autocast_the_network_stays_close(name):
     denoiser = random_weights(MAKERS[name](qk_norm=True)).float()
     x, t, labels = (part.float() if part.is_floating_point() else part for part in inputs())
-    exact = denoiser(x, t, labels).velocity
+    exact = denoiser(x, t, Condition(labels)).velocity
     with torch.autocast("cpu", torch.bfloat16):
-        found = denoiser(x, t, labels).velocity
+        found = denoiser(x, t, Condition(labels)).velocity
     assert 0 < (found - exact).abs().max() / exact.abs().max() < 0.05
 
 
@@ -387,7 +387,7 @@ def test_one_graph_for_each_kind_of_block():
 
 
 def loss(denoiser, x, t, labels) -> torch.Tensor:
-    velocity, tokens, _ = denoiser(x, t, labels)
+    velocity, tokens, _ = denoiser(x, t, Condition(labels))
     return velocity.square().mean() + tokens.square().mean()
 
 
@@ -401,7 +401,7 @@ def sharded(rank: int, world: int) -> dict[str, float]:
     for name, make in MAKERS.items():
         with torch.device("meta"):
             denoiser = make(qk_norm=True).double()
-        shard(denoiser, Sharding(make_mesh("cpu", (1, world))), ("tokens",))
+        shard(denoiser, Sharding(make_mesh("cpu", (1, world))))
         torch.manual_seed(0)
         materialize(denoiser, torch.device("cpu"))
         with WholeTensorRandom(), torch.no_grad():
@@ -409,10 +409,10 @@ def sharded(rank: int, world: int) -> dict[str, float]:
                 torch.nn.init.normal_(p, std=0.2)
         alone = make(qk_norm=True).double()
         alone.load_state_dict({key: getattr(v, "full_tensor", v.clone)() for key, v in denoiser.state_dict().items()})
-        share = [part[rank::world] for part in inputs()]
+        x, t, labels = (part[rank::world] for part in inputs())
         with torch.no_grad():
-            difference = denoiser.tokens(*share) - alone.tokens(*share)
-        loss(denoiser, *share).backward()
+            difference = denoiser.tokens(x, t, Condition(labels)) - alone.tokens(x, t, Condition(labels))
+        loss(denoiser, x, t, labels).backward()
         loss(alone, *inputs()).backward()
         found[f"{name}/tokens"] = difference.abs().max().item()
         for (key, p), q in zip(denoiser.named_parameters(), alone.parameters()):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from components.contracts import LatentShape
+from components.contracts import Condition, Denoiser, LatentShape
 from components.diffusion.flow import Flow
 from components.diffusion.samplers import Guidance, sample_ode, sample_sde
 from components.nn.latent_norm import LatentNorm
@@ -60,7 +60,7 @@ def test_denoiser_path_and_alignment(path, time, mode):
     x = RECORDED["variants/x"].double()
     point = flow.at(norm.batch(x) if mode == "train" else norm(x), t, RECORDED["variants/noise"])
     # In training mode the recording also dropped labels at random; the alignment pass never does.
-    out = denoiser(point.x_t, t, RECORDED["variants/labels"])
+    out = denoiser(point.x_t, t, Condition(RECORDED["variants/labels"]))
     close(norm.running_mean, recorded["bn_running_mean"], 1e-12)
     close(norm.running_var, recorded["bn_running_var"], 1e-12)
     if mode == "eval":
@@ -88,7 +88,7 @@ INTERVAL = {"low": 0.1, "high": 0.7}
 )
 def test_samplers(name, kind, options):
     denoiser, _, _ = published_modules(trained=True)
-    noise, labels = RECORDED["sampling/noise"].double(), RECORDED["sampling/labels"]
+    noise, labels = RECORDED["sampling/noise"].double(), Condition(RECORDED["sampling/labels"])
     if kind == "ode":
         z = sample_ode(denoiser, noise, labels, steps=10, **options)
     else:
@@ -102,12 +102,19 @@ def test_heun_guides_by_the_time_it_evaluates():
     """The published sampler tests t for both slopes of a step; this one tests each slope's own time."""
     seen = []
 
-    class Spy(torch.nn.Module):
+    class Spy(Denoiser):
         null_label = 10
 
-        def forward(self, x, t, labels):
+        def forward(self, x, t, condition):
             seen.append((round(t[0].item(), 6), len(x) == 2))
             return type("Out", (), {"velocity": torch.zeros_like(x)})
 
-    sample_ode(Spy(), torch.zeros(1, 4, 8, 8), torch.tensor([1]), steps=4, guidance=Guidance(2.0, 0.3, 0.6), heun=True)
+    sample_ode(
+        Spy(),
+        torch.zeros(1, 4, 8, 8),
+        Condition(torch.tensor([1])),
+        steps=4,
+        guidance=Guidance(2.0, 0.3, 0.6),
+        heun=True,
+    )
     assert seen and all(guided == (0.3 <= t <= 0.6) for t, guided in seen)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from components.contracts import Modules
+from components.contracts import AlignmentLoss, Condition, Modules
 from components.diffusion.losses import alignment, denoising, encode_targets
 from components.distributed.parallel import World
 from components.nn.alignment_heads import ConvHead
@@ -82,7 +82,7 @@ def test_tokens_come_from_each_depth():
         nn.init.normal_(p, std=0.1)
     for net in nets.values():
         net.load_state_dict(nets[1].state_dict())
-    given = normal(2, *toys.LATENT), torch.tensor([0.2, 0.7]).double(), torch.tensor([1, 10])
+    given = normal(2, *toys.LATENT), torch.tensor([0.2, 0.7]).double(), Condition(torch.tensor([1, 10]))
     after = {}
     for number, block in enumerate(nets[1].blocks, 1):
         block.register_forward_hook(lambda _, __, out, number=number: after.update({number: out}))
@@ -198,13 +198,13 @@ def test_a_loss_without_schedule_is_at_full_strength():
     m = toys.modules()
     batch, _ = toys.batch()
 
-    class Plain:
+    class Plain(AlignmentLoss):
         denoiser_weight, align = 0.5, m.alignment.align
 
     m.alignment = Plain()
     targets = encode_targets(m, batch, 10**6)
     path = m.flow.at(normal(4, *toys.LATENT), torch.full((4,), 0.5), normal(4, *toys.LATENT, seed=1))
-    assert denoising(m, path, torch.full((4,), 0.5), batch.labels, targets, 10**6)["align"].weight == 0.5
+    assert denoising(m, path, torch.full((4,), 0.5), batch.condition, targets, 10**6)["align"].weight == 0.5
 
 
 # -- runs --------------------------------------------------------------------------------------------------------

@@ -10,9 +10,8 @@ import re
 
 import pytest
 import torch
-from torch import nn
 
-from components.contracts import Batch, Draws, LatentShape, Modules
+from components.contracts import Batch, Condition, Encoder, LatentShape, Modules
 from components.diffusion.flow import Flow
 from components.diffusion.samplers import sample_ode
 from components.nn.latent_norm import LatentNorm
@@ -49,7 +48,7 @@ LOSSES = {
 }
 
 
-class Recorded(nn.Module):
+class Recorded(Encoder):
     def forward(self, images):
         return self.targets
 
@@ -127,9 +126,10 @@ def test_three_steps_and_the_samples_behind_them():
     for k in range(3):
         batch, drawn = g["batches"][k], g["draws"][k]
         m.encoders["recorded"].targets = batch["zs"][0].double()
-        draws = Draws(*(drawn[n].double() for n in ("posterior_noise", "noise")),
-                      *(drawn[n].double().flatten() for n in ("time", "label_drop_u")))  # fmt: skip
-        record = step(k, [(Batch(batch["raw_image"].double() / 127.5 - 1, batch["labels"]), draws)])
+        normal = {"posterior": drawn["posterior_noise"].double(), "noise": drawn["noise"].double()}
+        draws = normal | {"time": drawn["time"].double().flatten(), "label": drawn["label_drop_u"].double().flatten()}
+        images = batch["raw_image"].double() / 127.5 - 1
+        record = step(k, [(Batch(images, Condition(batch["labels"])), draws)])
         read = record.read()
         for theirs, ours in LOSSES.items():
             difference = abs(read[ours] / float(g["losses"][k][theirs]) - 1)
@@ -145,6 +145,6 @@ def test_three_steps_and_the_samples_behind_them():
             }
             differences |= {name: max(value, differences.get(name, 0.0)) for name, value in found.items()}
     s = g["sampling"]
-    z = sample_ode(m.denoiser, s["noise"], s["labels"], steps=s["num_steps"])
+    z = sample_ode(m.denoiser, s["noise"], Condition(s["labels"]), steps=s["num_steps"])
     differences["samples"] = agree({"z": z}, {"z": s["euler_cfg1"]}, "samples")
     print(differences)

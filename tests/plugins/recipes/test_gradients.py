@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 
+from components.contracts import Batch, Condition
 from components.distributed.freeze import frozen
 from components.registry import discover, recipes
 from tests.support import toys
@@ -95,7 +96,7 @@ def test_what_wrapped_methods_return_shows_its_tensors_to_fsdp():
     m = toys.modules(dtype=torch.float32)
     batch, _ = toys.batch(dtype=torch.float32)
     posterior = m.tokenizer.encode(batch.images)
-    out = m.denoiser(posterior.mean, torch.rand(4), batch.labels)
+    out = m.denoiser(posterior.mean, torch.rand(4), batch.condition)
     for record in (posterior, out):
         leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(record) if leaf is not None]
         assert len(leaves) == 2 and all(leaf.requires_grad for leaf in leaves)
@@ -112,8 +113,8 @@ def flops_of_a_step(rank: int, world: int, shape: tuple[int, int]) -> int:
         module.requires_grad_(any(name in members for members in recipe.trains.values()))
     if world > 1:
         sharding = parallel.Sharding(parallel.make_mesh("cpu", shape))
-        parallel.shard(m.tokenizer, sharding, ("encode", "decode"))
-        parallel.shard(m.denoiser, sharding, ("tokens",))
+        parallel.shard(m.tokenizer, sharding)
+        parallel.shard(m.denoiser, sharding)
         for part in (*m.heads, m.discriminator):
             parallel.shard(part, sharding)
     batch, draws = toys.batch(size=8)
@@ -123,7 +124,8 @@ def flops_of_a_step(rank: int, world: int, shape: tuple[int, int]) -> int:
         sum(weight * value for weight, value in terms.values()).backward()
 
     with FlopCounterMode(display=False) as counter:
-        recipe.step(m, type(batch)(*(x[share] for x in batch[:2])), type(draws)(*(x[share] for x in draws)), update, 0)
+        part = Batch(batch.images[share], Condition(batch.condition.label[share]))
+        recipe.step(m, part, {name: x[share] for name, x in draws.items()}, update, 0)
     return counter.get_total_flops()
 
 

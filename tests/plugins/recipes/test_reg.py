@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from components import registry
-from components.contracts import Batch, Draws, LatentShape, Modules
+from components.contracts import Batch, Condition, LatentShape, Modules
 from components.diffusion.flow import Flow
 from components.diffusion.image_sampler import ImageSampler, Joint, SamplingPlan
 from components.diffusion.samplers import Guidance, sample_sde
@@ -82,9 +82,10 @@ class Given(nn.Module):
 def test_outputs_and_losses_are_those_of_the_published_code():
     denoiser, heads = published()
     parts = Given()
-    given, labels = parts.given, parts.given["labels"].long()
+    given, labels = parts.given, Condition(parts.given["labels"].long())
     m = Modules(parts, denoiser, heads, parts, {"dino": parts}, alignment=Cosine(head_width=16), flow=Flow())
-    draws = Draws(given["noise"], given["noise"], given["t"], torch.ones(3), given["cls_noise"])
+    draws = {"posterior": given["noise"], "noise": given["noise"], "time": given["t"], "label": torch.ones(3)}
+    draws["class_noise"] = given["cls_noise"]
     terms = {}
     Reg().step(m, Batch(torch.zeros(3, 3, 32, 32), labels), draws, lambda group, made: terms.update(made), 0)
     torch.testing.assert_close(terms["velocity"].value, RECORDED["out/denoising_loss"].mean())
@@ -95,26 +96,26 @@ def test_outputs_and_losses_are_those_of_the_published_code():
     # The recording aligns the class token with a separate target, to distinguish it from the denoised token.
     parts.given["target"][:, 0] = given["cls"]
     path, class_path = (m.flow.at(given[x], given["t"], given[e]) for x, e in (("x", "noise"), ("cls", "cls_noise")))
-    out = denoiser(path.x_t, given["t"], labels, class_path.x_t)
+    out = denoiser(path.x_t, given["t"], labels, class_token=class_path.x_t)
     close(out.velocity, "out/velocity")
-    close(out.extra, "out/cls_velocity")
+    close(out.others["class_token"], "out/cls_velocity")
     close(m.alignment.align([heads[0](out.tokens)], [RECORDED["in/target"].double()]), "out/proj_loss")
     by_hand = m.alignment.align([heads[0](out.tokens)], [parts.given["target"]])
     torch.testing.assert_close(terms["align"].value, by_hand)
-    assert torch.equal(denoiser.tokens(path.x_t, given["t"], labels, class_path.x_t), out.tokens)
+    assert torch.equal(denoiser.tokens(path.x_t, given["t"], labels, class_token=class_path.x_t), out.tokens)
 
 
 @pytest.mark.parametrize(("name", "guidance"), [("cfg1", Guidance()), ("cfg2", Guidance(2.3, 0.0, 0.85))])
 def test_samples_are_those_of_the_published_code(name, guidance):
     """The sampler treats latent and class token as one state, with the same guidance."""
     s = {k.removeprefix("sampling/"): v for k, v in RECORDED.items() if k.startswith("sampling/")}
-    joint = Joint(published()[0], LATENT)
+    joint = Joint(published()[0], LATENT, {"class_token": (DIM,)})
 
     def state(latents, classes):
         return torch.cat([latents.double().flatten(1), classes.double()], dim=1)
 
     final = sample_sde(
-        joint, state(s["noise"], s["cls_noise"]), s["labels"], steps=6, flow=Flow(), guidance=guidance,
+        joint, state(s["noise"], s["cls_noise"]), Condition(s["labels"]), steps=6, flow=Flow(), guidance=guidance,
         step_noise=lambda i: state(s["eps"][i], s["cls_eps"][i]),
     )  # fmt: skip
     close(joint.split(final)[0], f"sampling/{name}")
@@ -128,22 +129,21 @@ class Decoder:
 
 
 def sampler(guide=None, **options) -> ImageSampler:
-    return ImageSampler(
-        SamplingPlan(steps=3, **options), published()[0], LatentNorm(4).double(), Decoder(), Flow(), LATENT, guide
-    )
+    m = Modules(Decoder(), published()[0], latent_norm=LatentNorm(4).double(), flow=Flow())
+    return ImageSampler(SamplingPlan(steps=3, **options), Reg(), m, LATENT, guide)
 
 
 @pytest.mark.parametrize("method", ["euler", "heun", "sde"])
 def test_an_image_does_not_depend_on_its_neighbors(method):
-    images = sampler(method=method)([0, 1, 2], torch.tensor([1, 2, 3]))
+    images = sampler(method=method)([0, 1, 2], Condition(torch.tensor([1, 2, 3])))
     assert images.shape == (3, 3, 8, 8) and images.isfinite().all()
-    torch.testing.assert_close(sampler(method=method)([2], torch.tensor([3])), images[2:])
-    guided = sampler(method=method, guidance=Guidance(2.0))([2], torch.tensor([3]))
+    torch.testing.assert_close(sampler(method=method)([2], Condition(torch.tensor([3]))), images[2:])
+    guided = sampler(method=method, guidance=Guidance(2.0))([2], Condition(torch.tensor([3])))
     assert not torch.allclose(guided, images[2:])
 
 
 def test_a_guide_must_denoise_the_same():
-    sampler(guide=published()[0], guidance=Guidance(2.0))([0], torch.tensor([1]))
+    sampler(guide=published()[0], guidance=Guidance(2.0))([0], Condition(torch.tensor([1])))
     with pytest.raises(ValueError, match="guide"):
         sampler(guide=SiT(LATENT, 10, width=32, depth=2, heads=4, align_depth=1))
 
@@ -153,10 +153,12 @@ def test_every_weight_is_initialized_from_the_meta_device():
         net = SiT(LATENT, 10, width=32, depth=2, heads=4, align_depth=1, class_token_dim=DIM, qk_norm=True)
     materialize(net, torch.device("cpu"))
     torch.testing.assert_close(net.pos_embed, RECORDED["pos_embed"])
-    extra = torch.randn(2, DIM)
-    out = net(torch.randn(2, *LATENT), torch.rand(2), torch.tensor([0, 10]), extra)
+    condition = Condition(torch.tensor([0, 10]))
+    out = net(torch.randn(2, *LATENT), torch.rand(2), condition, torch.randn(2, DIM))
     # Zero output layers: a new network predicts zero for both.
-    assert not out.velocity.any() and not out.extra.any() and out.extra.shape == (2, DIM)
+    assert (
+        not out.velocity.any() and not out.others["class_token"].any() and out.others["class_token"].shape == (2, DIM)
+    )
 
 
 # -- runs --------------------------------------------------------------------------------------------------------
@@ -171,6 +173,8 @@ from plugins.encoders.tiny_vit import TinyViT
 @encoders.register("tiny_vit_class")
 class TinyViTClass(TinyViT):
     """tiny_vit with a class token: the mean of its patches'."""
+
+    own_embedding = True
 
     @torch.no_grad()
     def embed(self, images):
@@ -238,7 +242,7 @@ def test_what_cannot_work_is_refused_before_the_run(toml, options, said):
 
 def test_a_denoiser_with_a_class_token_needs_one():
     net = SiT(LATENT, 10, width=32, depth=2, heads=4, align_depth=1, class_token_dim=DIM)
-    x, t, labels = torch.randn(1, *LATENT), torch.rand(1), torch.tensor([1])
+    x, t, labels = torch.randn(1, *LATENT), torch.rand(1), Condition(torch.tensor([1]))
     with pytest.raises(ValueError, match="class_token_dim = 24"):
         net(x, t, labels)
     plain = SiT(LATENT, 10, width=32, depth=2, heads=4, align_depth=1)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from components.contracts import Batch, Draws, LatentShape, Modules
+from components.contracts import Batch, Condition, Encoder, LatentShape, Modules
 from components.diffusion.flow import Flow
 from components.diffusion.random_numbers import generator
 from components.nn.latent_norm import LatentNorm
@@ -36,7 +36,7 @@ MULTIPLIERS, VAE_CHANNELS, GROUPS = [1, 2, 2], 16, 8
 LR, EMA_DECAY, DROP = 1e-4, 0.9999, 0.1
 
 
-class FixedEncoder(nn.Module):
+class FixedEncoder(Encoder):
     """Stand-in for a frozen encoder: returns the targets of the current batch."""
 
     def forward(self, images):
@@ -88,8 +88,9 @@ def inputs(step: int):
     labels = torch.randint(CLASSES, (B,), generator=generator("labels", step))
     uniform = [torch.rand(B, generator=generator(name, step), dtype=torch.float64) for name in ("time", "drop")]
     uniform[1][0] = 0.05  # at least one label is dropped
-    draws = Draws(numbers("posterior", step, shape=(B, 4, 8, 8)), numbers("noise", step, shape=(B, 4, 8, 8)), *uniform)
-    return Batch(images, labels), draws, numbers("targets", step, shape=(B, 16, EMBED))
+    normal = {name: numbers(name, step, shape=(B, 4, 8, 8)) for name in ("posterior", "noise")}
+    draws = normal | {"time": uniform[0], "label": uniform[1]}
+    return Batch(images, Condition(labels)), draws, numbers("targets", step, shape=(B, 16, EMBED))
 
 
 # -- the oracle --------------------------------------------------------------------------------------------------------
@@ -269,12 +270,12 @@ class Oracle:
         return {k.removeprefix("projector."): v for k, v in self.sit.items() if k.startswith("projector.")}
 
     def step(self, batch, draws, targets):
-        x, labels = batch.images, batch.labels
-        t, noise, seen = draws.time, draws.noise, {}
+        x, labels = batch.images, batch.condition.label
+        t, noise, seen = draws["time"], draws["noise"], {}
         t_map = t[:, None, None, None]
 
         mean, logvar = encode(self.vae, x)
-        z = mean + torch.exp(0.5 * logvar) * draws.posterior
+        z = mean + torch.exp(0.5 * logvar) * draws["posterior"]
         x_hat = decode(self.vae, z)
         seen["l1"] = (x - x_hat).abs().mean()
         seen["lpips"] = lpips(self.lpips, x, x_hat)
@@ -296,7 +297,7 @@ class Oracle:
         z_batch = (z - mean[:, None, None]) / torch.sqrt(var[:, None, None] + 1e-4)
         self.bn_mean = 0.9 * self.bn_mean + 0.1 * mean
         self.bn_var = 0.9 * self.bn_var + 0.1 * var * n / (n - 1)
-        dropped = torch.where(draws.label < DROP, CLASSES, labels)
+        dropped = torch.where(draws["label"] < DROP, CLASSES, labels)
         velocity, tokens = sit(self.sit, (1 - t_map) * z_batch + t_map * noise, t, dropped)
         seen["velocity"] = (velocity - (noise - z_batch)).square().mean()
         seen["denoiser_align"] = align(self.projector(), tokens, targets)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from components import registry
-from components.contracts import Batch, Modules
+from components.contracts import Batch, Condition, LatentShape, Modules
 from components.diffusion.random_numbers import draw
 from components.distributed.parallel import World
 from components.files.weights import WeightsError
@@ -122,7 +122,7 @@ def positions(width: int, side: int) -> torch.Tensor:
     return table
 
 
-def test_a_published_decoder_is_read_and_decodes_the_same(tmp_path):
+def test_a_published_decoder_is_read_and_decodes_the_same(tmp_path, monkeypatch):
     g = torch.Generator().manual_seed(0)
     width, channels, patch = 16, 96, 4
     shapes = {"decoder_embed": (width, channels), "decoder_pred": (3 * patch**2, width)}
@@ -147,7 +147,8 @@ def test_a_published_decoder_is_read_and_decodes_the_same(tmp_path):
         found = rae.double().decode(z)
         # Position embeddings are computed in fp32.
         assert torch.allclose(found, expected, atol=1e-5)
-        rae.encoder.mean, rae.encoder.std = torch.full((1, 3, 1, 1), 0.4), torch.full((1, 3, 1, 1), 0.2)
+        stats = torch.full((1, 3, 1, 1), 0.4), torch.full((1, 3, 1, 1), 0.2)
+        monkeypatch.setattr(type(rae.encoder), "pixel_stats", stats)
         assert torch.allclose(rae.decode(z), (expected * 0.2 + 0.4) * 2 - 1, atol=1e-5)
 
 
@@ -194,20 +195,20 @@ def test_missing_encoder_weights_name_the_tokenizers_table(tmp_path, monkeypatch
 # The recipe
 
 
-def test_noise_is_half_normal_and_comes_from_the_draws():
+def test_noise_is_half_normal_and_is_declared():
     tokenizer, seen = made().double(), []
     decode = tokenizer.decode
     tokenizer.decode = lambda z: seen.append(z) or decode(z)
     m = Modules(tokenizer=tokenizer, reconstruction={"l1": L1()})
     x = torch.rand(4, 3, 32, 32, dtype=torch.float64) * 2 - 1
-    numbers = draw(0, 0, range(4), 4, (96, 8, 8))
+    numbers = draw(0, 0, range(4), 4, RaeDecoder().random_numbers(m, LatentShape(96, 8, 8)))
     z = tokenizer.encode(x).mean
     for tau in (0.0, 0.5):
-        RaeDecoder(noise_tau=tau).step(m, Batch(x, torch.zeros(4)), numbers, lambda *_, **__: None, 0)
+        RaeDecoder(noise_tau=tau).step(m, Batch(x, Condition(torch.zeros(4))), numbers, lambda *_, **__: None, 0)
         # P(|N(0, 1)| < s) = erf(s / sqrt 2) = u
-        sigma = ((seen[-1] - z) / numbers.posterior).flatten(1).double()
+        sigma = ((seen[-1] - z) / numbers["noise"]).flatten(1).double()
         u = torch.erf(sigma / max(tau, 1e-9) / math.sqrt(2)) if tau else sigma
-        expected = numbers.time.double()[:, None] if tau else torch.zeros(4, 1, dtype=torch.float64)
+        expected = numbers["sigma"].double()[:, None] if tau else torch.zeros(4, 1, dtype=torch.float64)
         assert torch.allclose(u.median(1).values[:, None], expected, atol=1e-5)
 
 

@@ -14,7 +14,7 @@ from tests.support import toys
 from trainer import config
 from trainer.__main__ import main
 from trainer.models.source import open_source
-from trainer.run import assemble
+from trainer.run.construct import construct_parts, make_plugin
 
 pytestmark = pytest.mark.long
 
@@ -33,7 +33,7 @@ def published(toml) -> dict:
     """A training checkpoint of random numbers under the published names."""
     with torch.device("meta"):
         loaded = config.load(str(toml), [f"--training.num_classes={CLASSES + 3}"])
-        m = assemble.build_parts(loaded, None, lambda *_: None).modules
+        m = construct_parts(loaded, on_meta=True).modules
     generator = torch.Generator().manual_seed(0)
 
     def random(module, prefix: str = "") -> dict[str, Tensor]:
@@ -160,7 +160,7 @@ def test_statistics_from_a_file(published, toml, tmp_path, capsys):
 
 def test_diffusers_folder(published, toml, tmp_path, capsys):
     with torch.device("meta"):
-        tokenizer = assemble.make_plugin("tokenizer", "tokenizer", config.load(str(toml)).tokenizer)
+        tokenizer = make_plugin("tokenizer", "tokenizer", config.load(str(toml)).tokenizer)
     about = diffusers_format.config(tokenizer.architecture, 32, torch.arange(4.0), torch.arange(4.0) + 1)
     diffusers_format.write_folder(tmp_path / "vae", published["vae"], about)
     assert import_(tmp_path / "vae", "--config", toml, "--out", tmp_path / "model") == 0

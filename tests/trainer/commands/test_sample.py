@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 import torch
 
-from components.contracts import DenoiserOutput
+from components.contracts import Condition, Denoiser, DenoiserOutput
 from components.data.pixels import to_float, to_uint8
 from components.diffusion.flow import Flow
 from components.diffusion.image_sampler import ImageSampler, SamplingPlan
@@ -215,14 +215,14 @@ def test_foreign_images_are_left_alone(run, tmp_path, capsys):
 def test_an_image_is_that_of_its_number_in_any_company(run):
     m = open_source(str(run), World()).parts
     plan = SamplingPlan(steps=3, guidance=Guidance(2.0), seed=5)
-    sampler = ImageSampler(plan, m.modules.denoiser, m.modules.latent_norm, m.modules.tokenizer, Flow(), m.latent)
-    together = sampler([3, 8, 1], torch.tensor([0, 4, 2]))
-    alone = sampler([8], torch.tensor([4]))
+    sampler = ImageSampler(plan, m.recipe, m.modules, m.latent)
+    together = sampler([3, 8, 1], Condition(torch.tensor([0, 4, 2])))
+    alone = sampler([8], Condition(torch.tensor([4])))
     torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=0)
-    assert not torch.allclose(sampler([9], torch.tensor([4])), alone, atol=1e-3)
+    assert not torch.allclose(sampler([9], Condition(torch.tensor([4]))), alone, atol=1e-3)
 
 
-class Linear(torch.nn.Module):
+class Linear(Denoiser):
     """v = a x + label, so that every guided step can be computed by hand."""
 
     null_label, label_dropout = 10, 0.1
@@ -231,12 +231,12 @@ class Linear(torch.nn.Module):
         super().__init__()
         self.a = a
 
-    def forward(self, x, t, labels):
-        return DenoiserOutput(self.a * x + labels[:, None, None, None], None)
+    def forward(self, x, t, condition):
+        return DenoiserOutput(self.a * x + condition.label[:, None, None, None], None)
 
 
 def test_autoguidance_leads_away_from_the_weaker_denoiser_inside_the_interval():
-    x, labels = torch.full((1, 1, 1, 1), 2.0, dtype=torch.float64), torch.tensor([3])
+    x, labels = torch.full((1, 1, 1, 1), 2.0, dtype=torch.float64), Condition(torch.tensor([3]))
     z = sample_ode(Linear(1.0), x, labels, steps=2, guidance=Guidance(2.0, 0.6, 1.0), guide=Linear(0.5))
     first = 2.0 - 0.5 * ((0.5 * 2 + 3) + 2 * (1.0 * 2 - 0.5 * 2))  # guided at t = 1
     second = first - 0.5 * (first + 3)  # not at t = 0.5
@@ -252,10 +252,9 @@ def test_autoguidance_leads_away_from_the_weaker_denoiser_inside_the_interval():
 def test_guidance_of_a_denoiser_that_always_sees_labels_is_refused(run):
     m = open_source(str(run), World()).parts
     m.modules.denoiser.label_dropout = 0.0
-    rest = (m.modules.latent_norm, m.modules.tokenizer, Flow(), m.latent)
     with pytest.raises(ValueError, match="label_dropout is 0"):
-        ImageSampler(SamplingPlan(guidance=Guidance(2.0)), m.modules.denoiser, *rest)
-    ImageSampler(SamplingPlan(), m.modules.denoiser, *rest)
+        ImageSampler(SamplingPlan(guidance=Guidance(2.0)), m.recipe, m.modules, m.latent)
+    ImageSampler(SamplingPlan(), m.recipe, m.modules, m.latent)
 
 
 def test_uint8_is_the_nearest():

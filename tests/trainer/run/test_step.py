@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from components.contracts import Batch, Draws
+from components.contracts import Batch, Condition
 from components.optim.ema import Ema
 from components.optim.optimizer import ParameterGroup, Schedule
 from components.registry import discover, recipes
@@ -36,8 +36,9 @@ def test_accumulation_equals_one_large_batch(accumulation):
         step = make_step(m, "repa", k)
         for s in range(3):
             batch, draws = toys.batch(s, size=8)
-            parts = zip(*(x.chunk(k) for x in batch[:2])), zip(*(x.chunk(k) for x in draws))
-            step(s, [(Batch(*b), Draws(*d)) for b, d in zip(*parts)])
+            images, labels = batch.images.chunk(k), batch.condition.label.chunk(k)
+            numbers = [{name: x.chunk(k)[i] for name, x in draws.items()} for i in range(k)]
+            step(s, [(Batch(x, Condition(y)), d) for x, y, d in zip(images, labels, numbers)])
         weights.append(torch.cat([p.detach().flatten() for p in step.groups["denoiser"].parameters]))
     assert torch.allclose(*weights, rtol=1e-10, atol=1e-12)
 
