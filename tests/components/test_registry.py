@@ -176,7 +176,10 @@ def test_lazily_only_what_is_asked_for_is_imported(tmp_path, monkeypatch):
     (package / "inner").mkdir(parents=True)
     for name in ("", "inner/"):
         (package / f"{name}__init__.py").write_text("")
-    text = "from components import registry\n\n@registry.losses.register({})\nclass Loss:\n    '''Loss.'''\n"
+    text = (
+        "from components import registry\nfrom components.contracts import ReconstructionLoss\n\n"
+        "@registry.losses.register({})\nclass Loss(ReconstructionLoss):\n    '''Loss.'''\n"
+    )
     (package / "one.py").write_text(text.format('"one"'))
     (package / "inner" / "two.py").write_text(text.format('"two"'))
     (package / "again.py").write_text(text.format('"two"'))
