@@ -12,7 +12,7 @@ from torch import Tensor
 
 from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape, Modules, Recipe, Sampler
 from components.diffusion.random_numbers import generator
-from components.diffusion.samplers import SAMPLERS, Guidance
+from components.diffusion.samplers import LEAST_STEPS, SAMPLERS, Guidance
 from components.registry import nearest
 
 
@@ -35,15 +35,17 @@ class SamplingPlan:
     shift: float = 0.0
 
 
-def sampler_of(recipe: Recipe, method: str) -> Sampler:
+def sampler_of(recipe: Recipe, method: str, steps: int) -> Sampler:
     """The sampler of this name: one of the recipe's, or euler, heun or sde.
 
     Raises:
-        ValueError: there is none; lists the valid names.
+        ValueError: there is none, which lists the valid names, or it needs more steps.
     """
     known = {**SAMPLERS, **recipe.samplers}
     if method not in known:
         raise ValueError(f"sampling.method = '{method}': no such sampler{nearest(method, known)}")
+    if steps < LEAST_STEPS.get(method, 1):
+        raise ValueError(f"sampling.steps = {steps}: the sampler '{method}' needs at least {LEAST_STEPS[method]}")
     return known[method]
 
 
@@ -61,8 +63,8 @@ class ImageSampler:
         guide: weaker denoiser for autoguidance; None: classifier-free guidance.
 
     Raises:
-        ValueError: there is no such sampler; classifier-free guidance for a denoiser trained without label dropout; or
-            a guide that denoises something else.
+        ValueError: there is no such sampler, or it needs more steps; classifier-free guidance for a denoiser trained
+            without label dropout; or a guide that denoises something else.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class ImageSampler:
         self.others = recipe.denoised(m)
         if guide is not None and guide.noisy_inputs != m.denoiser.noisy_inputs:
             raise ValueError("the guide and the denoiser must denoise the same class token, or both none")
-        self.plan, self.sampler, self.latent = plan, sampler_of(recipe, plan.method), latent
+        self.plan, self.sampler, self.latent = plan, sampler_of(recipe, plan.method, plan.steps), latent
         self.latent_norm, self.tokenizer = m.latent_norm, m.tokenizer
         self.dtype = next(m.denoiser.parameters()).dtype
         self.denoiser: Any = m.denoiser if not self.others else Joint(m.denoiser, latent, self.others)

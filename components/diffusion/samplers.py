@@ -140,12 +140,7 @@ def sample_sde(
 
     Returns:
         Normalized latents (B, C, h, w), float64.
-
-    Raises:
-        ValueError: ``steps`` is below 2.
     """
-    if steps < 2:
-        raise ValueError(f"sampling.steps = {steps}: the method 'sde' needs at least 2")
     velocity = GuidedVelocity(denoiser, condition, guidance, noise.dtype, guide)
     times = [*flow.shifted(torch.linspace(1.0, LAST_SDE_TIME, steps, dtype=torch.float64)).tolist(), 0.0]
     x = noise.double()
@@ -163,3 +158,4 @@ SAMPLERS: dict[str, Sampler] = {
     "sde": sample_sde,
 }
 """Samplers of every recipe, by their name in ``sampling.method``."""
+LEAST_STEPS = {"sde": 2}

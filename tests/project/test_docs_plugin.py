@@ -109,9 +109,9 @@ def test_one_plugin_serves_under_two_labels(lab):
 )
 def test_every_plugin_of_the_page_passes_the_conformance_kit(lab, spec, options):
     """Except torch.compile and FSDP2 of the encoder, whose arithmetic is TimmEncoder's."""
-    subject = resolve("plugins", f"{lab}/{spec}", options)
-    results = list(examine(subject, leave_out=("compiles_in_one_graph", "shards_with_fsdp2")))
-    assert [result for result in results if result.fault] == []
+    case = resolve("plugins", f"{lab}/{spec}", options)
+    results = list(examine(case, leave_out=("compiles_in_one_graph", "shards_with_fsdp2")))
+    assert [result for result in results if result.failure] == []
 
 
 @pytest.mark.parametrize("recipe", ["repae", "ldm_l1"])

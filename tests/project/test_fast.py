@@ -9,7 +9,16 @@ import pytest
 from tests.support import ROOT
 
 PARTS = (
-    *("architecture", "bad_configs", "batch_norm", "checkpoint", "checkpoint_folder", "configs", "data", "draws"),
+    *(
+        "architecture",
+        "bad_configs",
+        "batch_norm",
+        "checkpoint",
+        "checkpoint_folder",
+        "configs",
+        "data",
+        "random_numbers",
+    ),
     *("encoders_published", "flow", "guard", "latent_cache", "layouts", "losses", "lpips", "monitor", "precision"),
     *("published", "registry", "run", "sample", "scores", "scripts", "step", "step_oracle", "version", "weights"),
 )

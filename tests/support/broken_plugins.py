@@ -11,7 +11,7 @@ from torch import nn
 
 from components.contracts import DatasetItem, DenoiserOutput, LossTerm, Posterior
 from components.registry import Plugin, Registry
-from trainer.plugin_kit.conformance import toys
+from tests.support import toy_plugins as toys
 
 CASES: list[tuple[Plugin, str, str]] = []
 """(plugin, name of the check that fails, part of its message)."""
@@ -30,7 +30,11 @@ def broken(kind: str, check: str, says: str) -> Callable[[type], type]:
 # Options
 
 
-@broken("encoder", "is_made_as_its_kind", "is constructed with (resolution, grid), but __init__ takes (resolution)")
+@broken(
+    "encoder",
+    "takes_the_arguments_of_its_kind",
+    "(resolution, grid), but __init__ takes (resolution)",
+)
 class NoGrid(toys.ToyEncoder):
     """Ignores the grid."""
 
@@ -38,7 +42,7 @@ class NoGrid(toys.ToyEncoder):
         super().__init__(resolution, grid)
 
 
-@broken("loss", "says_what_it_is", "has no line for: power")
+@broken("loss", "is_documented", "has no line for: power")
 class Undocumented(toys.ToyL1):
     """Has an undocumented option."""
 
@@ -82,7 +86,7 @@ class TensorOption(toys.ToyL1):
         pass
 
 
-@broken("loss", "can_be_made", "raises ZeroDivisionError")
+@broken("loss", "can_be_constructed", "raises ZeroDivisionError")
 class CannotBeMade(toys.ToyL1):
     """Raises in its constructor."""
 
@@ -93,7 +97,7 @@ class CannotBeMade(toys.ToyL1):
 # Encoders
 
 
-@broken("encoder", "gives_tokens_at_every_resolution", "expected (1, 16, 12): drop class and register tokens")
+@broken("encoder", "returns_tokens", "expected (1, 16, 12): drop class and register tokens")
 class ClassToken(toys.ToyEncoder):
     """Keeps the class token."""
 
@@ -102,7 +106,7 @@ class ClassToken(toys.ToyEncoder):
         return torch.cat([tokens.mean(1, keepdim=True), tokens], 1)
 
 
-@broken("encoder", "gives_tokens_at_every_resolution", "for 2 images of 64 px and a grid of 4; expected (2, 16, 12)")
+@broken("encoder", "returns_tokens", "for 2 images of 64 px and a grid of 4; expected (2, 16, 12)")
 class OneResolution(toys.ToyEncoder):
     """Returns one token per image patch, whatever the grid."""
 
@@ -110,7 +114,7 @@ class OneResolution(toys.ToyEncoder):
         return F.unfold(images, 8, stride=8).transpose(1, 2)[..., :12] @ self.matrix[:12].to(images.dtype)
 
 
-@broken("encoder", "gives_rows_first", "column-major")
+@broken("encoder", "tokens_are_row_major", "column-major")
 class ColumnsFirst(toys.ToyEncoder):
     """Transposes the grid."""
 
@@ -118,7 +122,7 @@ class ColumnsFirst(toys.ToyEncoder):
         return super().forward(images.mT)
 
 
-@broken("encoder", "is_frozen", "are trainable (layer.weight")
+@broken("encoder", "is_frozen", "layer.weight, layer.bias: trainable")
 class Trainable(toys.ToyEncoder):
     """Has trainable weights."""
 
@@ -130,7 +134,7 @@ class Trainable(toys.ToyEncoder):
         return self.layer(super().forward(images))
 
 
-@broken("encoder", "repeats_itself", "draws random numbers (dropout?)")
+@broken("encoder", "is_deterministic", "draws random numbers (dropout?)")
 class Noisy(toys.ToyEncoder):
     """Adds random noise."""
 
@@ -139,7 +143,7 @@ class Noisy(toys.ToyEncoder):
         return tokens + 0.01 * torch.randn_like(tokens)
 
 
-@broken("encoder", "treats_images_one_by_one", "depends on the other images of the batch")
+@broken("encoder", "images_are_independent", "depends on the other images of the batch")
 class BatchNormed(toys.ToyEncoder):
     """Subtracts the batch mean."""
 
@@ -156,7 +160,7 @@ class AlwaysFloat(toys.ToyEncoder):
         return super().forward(images).float()
 
 
-@broken("encoder", "keeps_its_head_in_bf16", "tokens is float16 under bf16 autocast")
+@broken("encoder", "works_in_bf16", "tokens is float16 under bf16 autocast")
 class HalfUnderAutocast(toys.ToyEncoder):
     """Confuses fp16 with bf16."""
 
@@ -178,7 +182,7 @@ class HiddenWeights(toys.ToyEncoder):
         return tokens @ self.hidden.to(tokens.dtype)
 
 
-@broken("encoder", "can_be_made_without_memory", "cannot be made on torch.device('meta')")
+@broken("encoder", "builds_on_the_meta_device", "cannot be made on torch.device('meta')")
 class LooksAtValues(toys.ToyEncoder):
     """Reads its weights in the constructor."""
 
@@ -212,7 +216,7 @@ class PredictsSigma(toys.ToyDenoiser):
         return DenoiserOutput(torch.cat([out.velocity] * 2, 1), out.tokens)
 
 
-@broken("denoiser", "has_its_attributes", "has no attribute null_label")
+@broken("denoiser", "has_attributes", "has no attribute null_label")
 class NoNullLabel(toys.ToyDenoiser):
     """Does not declare its null label."""
 
@@ -221,7 +225,7 @@ class NoNullLabel(toys.ToyDenoiser):
         del self.null_label
 
 
-@broken("denoiser", "tokens_are_those_of_the_whole", "tokens() differs from the tokens of a full forward pass")
+@broken("denoiser", "tokens_match_the_forward_pass", "tokens() differs from the tokens of a full forward pass")
 class OtherTokens(toys.ToyDenoiser):
     """Returns other tokens from ``forward`` than from ``tokens``."""
 
@@ -238,7 +242,7 @@ class Timeless(toys.ToyDenoiser):
         return super().tokens(x_t, 0 * t, labels)
 
 
-@broken("denoiser", "leads_gradients_to_latents", "no gradient reaches the latents through tokens()")
+@broken("denoiser", "tokens_pass_gradients", "no gradient reaches the latents through tokens()")
 class DetachedTokens(toys.ToyDenoiser):
     """Detaches the tokens from the alignment loss."""
 
@@ -246,7 +250,7 @@ class DetachedTokens(toys.ToyDenoiser):
         return super().tokens(x_t, t, labels).detach()
 
 
-@broken("denoiser", "learns_with_all_of_it", "no output depends on: idle.weight, idle.bias")
+@broken("denoiser", "every_weight_gets_a_gradient", "no output depends on: idle.weight, idle.bias")
 class IdleWeights(toys.ToyDenoiser):
     """Has a layer that is never called."""
 
@@ -255,7 +259,7 @@ class IdleWeights(toys.ToyDenoiser):
         self.idle = nn.Linear(3, 3)
 
 
-@broken("denoiser", "repeats_itself", "draws random numbers (dropout?)")
+@broken("denoiser", "is_deterministic", "draws random numbers (dropout?)")
 class Dropout(toys.ToyDenoiser):
     """Drops tokens in training."""
 
@@ -283,7 +287,7 @@ class _Initialized(toys.ToyDenoiser):
         return tokens[:, self.order] + self.positions.to(tokens.dtype)[:, None]
 
 
-@broken("denoiser", "can_be_made_without_memory", "leaves uninitialized: positions")
+@broken("denoiser", "builds_on_the_meta_device", "leaves uninitialized: positions")
 class ForgetsABuffer(_Initialized):
     """Initializes its parameters but not its buffers."""
 
@@ -293,7 +297,7 @@ class ForgetsABuffer(_Initialized):
         self.positions.copy_(kept)
 
 
-@broken("denoiser", "can_be_made_without_memory", "init_weights() sets order to other values than __init__")
+@broken("denoiser", "builds_on_the_meta_device", "init_weights() sets order to other values than __init__")
 class ForgetsIndices(_Initialized):
     """Leaves an integer buffer uninitialized."""
 
@@ -302,7 +306,7 @@ class ForgetsIndices(_Initialized):
         self.order.zero_()
 
 
-@broken("denoiser", "has_sound_units", "units() contains blocks.0, whose weights are used, but not through its forward")
+@broken("denoiser", "has_valid_units", "units() contains blocks.0, whose weights are used, but not through its forward")
 class LyingUnits(toys.ToyDenoiser):
     """Uses a unit's weights without calling the unit."""
 
@@ -315,7 +319,7 @@ class LyingUnits(toys.ToyDenoiser):
         return F.linear(tokens, block.weight, block.bias)
 
 
-@broken("denoiser", "has_sound_units", "units()[0] (Linear) is not a sub-module")
+@broken("denoiser", "has_valid_units", "units()[0] (Linear) is not a sub-module")
 class ForeignUnits(toys.ToyDenoiser):
     """Lists a unit that is not its submodule."""
 
@@ -323,7 +327,7 @@ class ForeignUnits(toys.ToyDenoiser):
         return [nn.Linear(2, 2)]
 
 
-@broken("denoiser", "has_sound_units", "or also contains one of its sub-modules")
+@broken("denoiser", "has_valid_units", "or also contains one of its sub-modules")
 class NestedUnits(toys.ToyDenoiser):
     """Lists a module list together with its items."""
 
@@ -351,7 +355,7 @@ class WrongFactor(toys.ToyTokenizer):
     factor = 8
 
 
-@broken("tokenizer", "bounds_its_variance", "end with .clamp(-30.0, 20.0)")
+@broken("tokenizer", "clamps_logvar", "end with .clamp(-30.0, 20.0)")
 class Unbounded(toys.ToyTokenizer):
     """Does not clamp the log-variance."""
 
@@ -368,7 +372,7 @@ class NoGradientThroughDecode(toys.ToyTokenizer):
         return super().decode(z)
 
 
-@broken("tokenizer", "freezes_on_request", "set trainable = False")
+@broken("tokenizer", "declares_frozen_weights", "set trainable = False")
 class SecretlyFrozen(toys.ToyTokenizer):
     """Is frozen without declaring it."""
 
@@ -377,7 +381,7 @@ class SecretlyFrozen(toys.ToyTokenizer):
         self.requires_grad_(False)
 
 
-@broken("tokenizer", "keeps_its_head_in_bf16", "mean is bfloat16 under bf16 autocast")
+@broken("tokenizer", "works_in_bf16", "mean is bfloat16 under bf16 autocast")
 class RoundedPosterior(toys.ToyTokenizer):
     """Sums its KL in bf16."""
 
@@ -401,7 +405,7 @@ class Weightless:
         return (x - x_hat).abs().mean()
 
 
-@broken("loss", "keeps_its_head_in_bf16", "loss is bfloat16 under bf16 autocast")
+@broken("loss", "works_in_bf16", "loss is bfloat16 under bf16 autocast")
 class RoundedLoss(toys.ToyL1):
     """Averages in bf16."""
 
@@ -409,7 +413,7 @@ class RoundedLoss(toys.ToyL1):
         return (x.to(x_hat.dtype) - x_hat).abs().mean()
 
 
-@broken("loss", "pulls_at_the_reconstruction", "not finite if image and reconstruction are equal")
+@broken("loss", "has_a_gradient", "not finite if image and reconstruction are equal")
 class RootOfZero(toys.ToyL1):
     """Takes the square root of a sum of squares that can be zero."""
 
@@ -417,7 +421,7 @@ class RootOfZero(toys.ToyL1):
         return (x - x_hat.to(x.dtype)).square().sum().sqrt()
 
 
-@broken("loss", "has_no_weights", "network.weight is trainable, but has no optimizer")
+@broken("loss", "is_frozen", "network.weight, network.bias: trainable, but has no optimizer")
 class LearnedLoss(nn.Module):
     """Has weights."""
 
@@ -439,14 +443,14 @@ class NoUnits(toys.ToyAdversary):
         return []
 
 
-@broken("loss", "has_a_weight", "weight = '0.1' is a str; expected float or int: weight in the tokenizer's loss")
+@broken("loss", "has_weight_and_methods", "weight = '0.1' is a str; expected float or int")
 class WordForAWeight(toys.ToyAdversary):
     """Has a string as its weight."""
 
     weight = "0.1"
 
 
-@broken("loss", "has_both_sides", "has no discriminator, required by components.contracts.AdversarialLoss")
+@broken("loss", "has_weight_and_methods", "has no method discriminator")
 class OneSided(nn.Module):
     """Has only the generator's loss."""
 
@@ -459,7 +463,7 @@ class OneSided(nn.Module):
         return x_hat.mean()
 
 
-@broken("loss", "judges_images", "no gradient reaches the reconstruction")
+@broken("loss", "has_both_losses", "no gradient reaches the reconstruction")
 class DetachedGenerator(toys.ToyAdversary):
     """Detaches the generator's loss from the reconstruction."""
 
@@ -475,7 +479,7 @@ class HeadsOfOneSize(toys.ToyAlignment):
         return nn.ModuleList(nn.Linear(width, 7) for _ in embed_dims)
 
 
-@broken("loss", "has_its_weights", "has no attribute denoiser_weight: weight in the denoiser's loss")
+@broken("loss", "has_weights_and_methods", "has no attribute denoiser_weight: weight in the denoiser's loss")
 class OneWeight:
     """Has a weight for only one of its two losses."""
 
@@ -512,7 +516,7 @@ class _Gray:
         return DatasetItem(torch.full((3, side, side), index % 2 * 255, dtype=torch.uint8), index % 2)
 
 
-@broken("dataset", "labels_lie_in_range", "is 2, outside [0, num_classes = 2)")
+@broken("dataset", "labels_are_in_range", "is 2, outside [0, num_classes = 2)")
 class LabelsFromOne(_Gray):
     """Counts classes from 1."""
 
@@ -521,7 +525,7 @@ class LabelsFromOne(_Gray):
         return DatasetItem(item.image, item.label + 1)
 
 
-@broken("dataset", "gives_images_at_every_resolution", "expected torch.uint8")
+@broken("dataset", "returns_images_at_every_resolution", "expected torch.uint8")
 class FloatImages(_Gray):
     """Returns images that are already scaled to float."""
 
@@ -530,7 +534,7 @@ class FloatImages(_Gray):
         return DatasetItem(item.image / 255, item.label)
 
 
-@broken("dataset", "gives_images_at_every_resolution", "has shape (48, 48, 3) at resolution 48")
+@broken("dataset", "returns_images_at_every_resolution", "has shape (48, 48, 3) at resolution 48")
 class ChannelsLast(_Gray):
     """Returns channels last, except at one resolution."""
 
@@ -539,7 +543,7 @@ class ChannelsLast(_Gray):
         return item if self.resolution == 32 else DatasetItem(item.image.permute(1, 2, 0), item.label)
 
 
-@broken("dataset", "is_a_function_of_the_index", "item 0 differs between two reads")
+@broken("dataset", "items_depend_on_the_index_only", "item 0 differs between two reads")
 class RandomCrops(_Gray):
     """Draws from the global generator."""
 
@@ -548,7 +552,7 @@ class RandomCrops(_Gray):
         return DatasetItem(torch.randint(256, item.image.shape, dtype=torch.uint8), item.label)
 
 
-@broken("dataset", "ends", "item 100 of 100 does not raise IndexError")
+@broken("dataset", "raises_index_error_at_the_end", "item 100 of 100 does not raise IndexError")
 class Endless(_Gray):
     """Wraps around at its end."""
 
@@ -556,7 +560,7 @@ class Endless(_Gray):
         return super().__getitem__(index % 100)
 
 
-@broken("dataset", "travels_to_workers", "cannot be pickled")
+@broken("dataset", "can_be_pickled", "cannot be pickled")
 class OpenFile(_Gray):
     """Holds an open file, which cannot be sent to another process."""
 
@@ -565,7 +569,7 @@ class OpenFile(_Gray):
         self.read = lambda index: index
 
 
-@broken("dataset", "has_its_attributes", "one name for each of its 2 classes")
+@broken("dataset", "has_attributes", "one name for each of its 2 classes")
 class Nameless(_Gray):
     """Does not name its classes."""
 
@@ -594,7 +598,7 @@ class _Sound:
         return (m.denoiser(path.x_t, t, batch.labels).velocity.to(z.dtype) - path.velocity).square().mean()
 
 
-@broken("recipe", "states_its_parts", "not fields: ['vae']")
+@broken("recipe", "declares_its_parts", "not fields: ['vae']")
 class UnknownPart(_Sound):
     """Refers to the tokenizer by another name."""
 
@@ -608,7 +612,7 @@ class UnknownGroup(_Sound):
     trains = {"denoiser": ("denoiser",)}
 
 
-@broken("recipe", "teaches_each_group_from_its_own_losses", "sends gradients into tokenizer")
+@broken("recipe", "trains_each_group_with_its_own_losses", "sends gradients into tokenizer")
 class NoStopGradient(_Sound):
     """Lets the diffusion loss reach the tokenizer."""
 
@@ -620,7 +624,7 @@ class NoStopGradient(_Sound):
         update("denoiser", {"velocity": LossTerm(1.0, self.velocity(m, z, batch, draws))})
 
 
-@broken("recipe", "leaves_everything_as_it_found_it", "does not restore requires_grad of denoiser.")
+@broken("recipe", "changes_no_module", "does not restore requires_grad of denoiser.")
 class LeavesFrozen(_Sound):
     """Freezes a module and does not unfreeze it."""
 
@@ -629,17 +633,17 @@ class LeavesFrozen(_Sound):
         m.denoiser.requires_grad_(False)
 
 
-@broken("recipe", "leaves_everything_as_it_found_it", "step changes the weight denoiser.")
+@broken("recipe", "changes_no_module", "step changes the weight denoiser.")
 class StepsItself(_Sound):
     """Updates the weights itself."""
 
     def step(self, m, batch, draws, update, step):
         super().step(m, batch, draws, update, step)
         with torch.no_grad():
-            m.denoiser.out.weight.mul_(0.9)
+            next(m.denoiser.parameters()).mul_(0.9)
 
 
-@broken("recipe", "repeats_itself", "which would differ between ranks; use draws")
+@broken("recipe", "is_deterministic", "which would differ between ranks; use draws")
 class OwnNoise(_Sound):
     """Draws its own times."""
 

@@ -29,15 +29,14 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     if rest:
         raise PluginError(f"unexpected argument '{rest[0]}'; see python -m trainer conform --help")
-    subject = resolve("plugins", arguments.plugin, arguments.option, arguments.parts)
-    plugin = subject.plugin
-    print(f"{plugin.kind} {plugin.name} ({plugin.where})")
+    case = resolve("plugins", arguments.plugin, arguments.option, arguments.parts)
+    print(f"{case.plugin.kind} {case.plugin.name} ({case.plugin.where})")
     failed = count = 0
-    for result in examine(subject):
+    for result in examine(case):
         count += 1
-        failed += bool(result.fault)
-        print(f"  {'FAIL' if result.fault else 'ok  '}  {result.promise}")
-        if result.fault:
-            print(textwrap.indent(textwrap.fill(result.fault, 110), " " * 8))
+        failed += bool(result.failure)
+        print(f"  {'FAIL' if result.failure else 'ok  '}  {result.requirement}")
+        if result.failure:
+            print(textwrap.indent(textwrap.fill(result.failure, 110), " " * 8))
     print(f"{count} checks, {failed} failed" if failed else f"{count} checks, all passed")
     return 1 if failed else 0

@@ -1,1 +1,1 @@
-"""Tools for plugin authors: templates for new plugins and the generated docs/plugins.md."""
+"""Tools for plugin authors: conformance checks, templates of new plugins, and the generated docs/plugins.md."""

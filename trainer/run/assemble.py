@@ -151,6 +151,6 @@ def _check_parts(config: Config, parts: Parts) -> None:
             "label dropout, but denoiser.label_dropout is 0; set it above 0, or set sampling.guidance = 1 (off)"
         )
     try:
-        sampler_of(parts.recipe, config.sampling.method)
+        sampler_of(parts.recipe, config.sampling.method, config.sampling.steps)
     except ValueError as error:
         raise ConfigError(str(error)) from error

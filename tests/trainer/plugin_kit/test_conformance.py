@@ -13,8 +13,9 @@ from components import registry
 from components.nn.timm_encoder import TimmEncoder
 from components.registry import PluginError, Registry
 from tests.support import ROOT, broken_plugins
+from tests.support import toy_plugins as toys
 from trainer.__main__ import main
-from trainer.plugin_kit.conformance import Fault, Subject, check, checks, examine, resolve, toys
+from trainer.plugin_kit.conformance import Case, Failure, checks, examine, resolve
 
 pytestmark = pytest.mark.long
 
@@ -42,7 +43,7 @@ OPTIONS = {
 }
 PARTS = {  # for recipes that require more than the contracts
     ("recipe", "reg"): {"denoiser": {"name": "sit", "width": 32, "depth": 2, "heads": 2, "align_depth": 1}
-    | {"class_token_dim": 12}},
+    | {"class_token_dim": 48}, "encoders": {"dinov2": {"pretrained": False}}},
 }  # fmt: skip
 
 
@@ -105,15 +106,15 @@ def test_every_shipped_plugin_conforms(plugin, image_folder):
     if "path" in plugin.options and plugin.kind == "dataset":
         options["path"] = str(image_folder)
     leave_out = SLOW if examined_before(plugin, options) else ()
-    results = list(examine(Subject(plugin, options, PARTS.get((plugin.kind, plugin.name), {})), leave_out))
-    assert [r for r in results if r.fault] == []
+    results = list(examine(Case(plugin, options, PARTS.get((plugin.kind, plugin.name), {})), leave_out))
+    assert [r for r in results if r.failure] == []
     assert len(results) >= 9
 
 
-@pytest.mark.parametrize("case", broken_plugins.CASES, ids=lambda case: f"{case[0].kind}-{case[0].name}")
-def test_a_broken_plugin_fails_with_its_fault_named(case):
-    plugin, name, says = case
-    found = {r.name: r.fault for r in examine(Subject(plugin), leave_out=set(SLOW) - {name})}
+@pytest.mark.parametrize("broken", broken_plugins.CASES, ids=lambda broken: f"{broken[0].kind}-{broken[0].name}")
+def test_a_broken_plugin_fails_with_its_failure_named(broken):
+    plugin, name, says = broken
+    found = {r.name: r.failure for r in examine(Case(plugin), leave_out=set(SLOW) - {name})}
     assert says in found.get(name, f"check {name} did not run"), found
 
 
@@ -130,17 +131,17 @@ def test_a_broken_plugin_fails_with_its_fault_named(case):
     ],
 )
 def test_what_the_broken_ones_derive_from_is_sound(kind, cls):
-    """The base classes pass, so each broken plugin fails because of its own fault."""
+    """The base classes pass, so each broken plugin fails because of its own defect."""
     own = Registry(kind)
     own.register("sound")(cls)
-    assert [r for r in examine(Subject(own.get("sound"))) if r.fault] == []
+    assert [r for r in examine(Case(own.get("sound"))) if r.failure] == []
 
 
 def test_every_check_has_a_broken_plugin():
-    known = {name for _, name, _ in broken_plugins.CASES} | {"can_be_made"}
+    known = {name for _, name, _ in broken_plugins.CASES} | {"can_be_constructed"}
     for plugin in SHIPPED:
         if plugin.name in ("sit", "autoencoder_kl", "tiny_vit", "l1", "patchgan", "cosine", "shapes", "repae"):
-            names = {name.removeprefix("heads_") for name in checks(Subject(plugin, small(plugin)))}
+            names = {name.removeprefix("heads_") for name in checks(Case(plugin, small(plugin)))}
             assert names <= known, f"{plugin.kind}: {sorted(names - known)}"
 
 
@@ -219,11 +220,11 @@ def test_a_recipe_is_examined_with_parts_of_ones_own(tmp_path):
         "[encoders.tiny_vit]\n[losses.l2]\n[losses.patchgan]\nchannels = 8\nlayers = 2\n"
         "[losses.cosine]\nhead_width = 16\n"
     )
-    subject = resolve("plugins", "plugins.recipes.repae:repae", parts=str(parts))
-    assert [r for r in examine(subject) if r.fault] == []
-    from trainer.plugin_kit.conformance.recipe import _made
+    case = resolve("plugins", "plugins.recipes.repae:repae", parts=str(parts))
+    assert [r for r in examine(case) if r.failure] == []
+    from trainer.plugin_kit.conformance.recipe import _build
 
-    assert type(_made(subject)[1].denoiser).__name__ == "SiT"
+    assert type(_build(case)[1].denoiser).__name__ == "SiT"
 
 
 def test_pytest_runs_the_kit_from_any_folder(tmp_path):
@@ -246,9 +247,9 @@ def test_the_command_needs_no_pytest():
     assert not [p.name for p in found if re.search(r"^\s*(import|from) _?pytest", p.read_text(), re.M)]
 
 
-def test_an_unexpected_error_becomes_a_fault_that_says_where(tmp_path, own_registry):
+def test_an_unexpected_error_becomes_a_failure_that_says_where(tmp_path, own_registry):
     file = tmp_path / "raises.py"
     file.write_text(PLUGIN.format(extra=" / {}['x']").replace('"mine"', '"raises"'))
-    subject = resolve("plugins", str(file))
-    with pytest.raises(Fault, match=r"raises KeyError: 'x' \(.*raises\.py:17\)"):
-        check(subject, checks(subject)["is_a_scalar"])
+    case = resolve("plugins", str(file))
+    with pytest.raises(Failure, match=r"raises KeyError: 'x' \(.*raises\.py:17\)"):
+        checks(case)["is_a_scalar"].run()

@@ -75,8 +75,8 @@ def own_registry():
 
 
 def test_its_encoder_passes_the_conformance_kit(own_registry):
-    subject = resolve("plugins", f"{ROOT}/tests/third_party/color_lab/encoders.py:mean_colors", ["parts=3"])
-    assert [result for result in examine(subject) if result.fault] == []
+    case = resolve("plugins", f"{ROOT}/tests/third_party/color_lab/encoders.py:mean_colors", ["parts=3"])
+    assert [result for result in examine(case) if result.failure] == []
 
 
 def test_its_tokenizer_brings_its_own_file_format(tmp_path, capsys, own_registry):
@@ -105,5 +105,5 @@ def test_its_tokenizer_brings_its_own_file_format(tmp_path, capsys, own_registry
 
 
 def test_its_tokenizer_passes_the_conformance_kit(own_registry):
-    subject = resolve("plugins", f"{ROOT}/tests/third_party/color_lab/tokenizers.py:color_blocks", [])
-    assert [result for result in examine(subject) if result.fault] == []
+    case = resolve("plugins", f"{ROOT}/tests/third_party/color_lab/tokenizers.py:color_blocks", [])
+    assert [result for result in examine(case) if result.failure] == []

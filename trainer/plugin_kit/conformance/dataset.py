@@ -3,103 +3,102 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from components.contracts import DatasetItem
-from trainer.plugin_kit.conformance.form import attribute, named
-from trainer.plugin_kit.conformance.subject import Fault, Subject
+from trainer.plugin_kit.conformance.adapter import failing, require
+from trainer.plugin_kit.conformance.case import Case, Check, Failure, bind
 
 SIDE = 32
-LOOKED_AT = 64  # number of items, spread evenly over the dataset
+EXAMINED = 64  # number of items, spread evenly over the dataset
+ATTRIBUTES = {
+    "num_classes": (int, "labels are in [0, num_classes)"),
+    "class_names": (Sequence, "one name per class"),
+    "flip": (bool, "whether training may flip the images horizontally"),
+}
 
 
-def checks(subject: Subject) -> list:
-    subject.make(SIDE)
-    return [
-        has_its_attributes,
-        gives_images_at_every_resolution,
-        labels_lie_in_range,
-        is_a_function_of_the_index,
-        ends,
-        travels_to_workers,
-    ]
+def checks(case: Case) -> list[Check]:
+    case.make(SIDE)
+    own = (has_attributes, returns_images_at_every_resolution, labels_are_in_range, items_depend_on_the_index_only)
+    return bind(case, case, *own, raises_index_error_at_the_end, can_be_pickled)
 
 
-def has_its_attributes(subject: Subject) -> None:
+def has_attributes(case: Case) -> None:
     """The dataset has num_classes, class_names, flip and a length."""
-    data = subject.make(SIDE)
-    classes = attribute(data, "num_classes", int, "labels are in [0, num_classes)")
-    if not hasattr(data, "class_names") or len(data.class_names) != classes:
-        raise Fault(f"class_names must contain one name for each of its {classes} classes")
-    attribute(data, "flip", bool, "whether training may flip the images horizontally")
+    data = case.make(SIDE)
+    require(data, ATTRIBUTES)
+    if len(data.class_names) != data.num_classes:
+        raise Failure(f"class_names must contain one name for each of its {data.num_classes} classes")
     if len(data) < 1:
-        raise Fault("the dataset is empty: len() is 0")
+        raise Failure("the dataset is empty: len() is 0")
 
 
-def gives_images_at_every_resolution(subject: Subject) -> None:
+def returns_images_at_every_resolution(case: Case) -> None:
     """Each item is a DatasetItem with a uint8 image (3, R, R), at every resolution R."""
     for side in (SIDE, 48, 64):
-        data = subject.make(side)
+        data = case.make(side)
         for index in _indices(data)[:4]:
             item = data[index]
             if not isinstance(item, DatasetItem):
-                raise Fault(f"item {index} is a {type(item).__name__}; expected components.contracts.DatasetItem")
-            if tuple(item.image.shape) != (3, side, side):
-                found = tuple(item.image.shape)
-                raise Fault(f"image {index} has shape {found} at resolution {side}; expected {(3, side, side)}")
+                raise Failure(f"item {index} is a {type(item).__name__}; expected components.contracts.DatasetItem")
+            found, expected = tuple(item.image.shape), (3, side, side)
+            if found != expected:
+                raise Failure(f"image {index} has shape {found} at resolution {side}; expected {expected}")
             if item.image.dtype != torch.uint8:
-                raise Fault(f"image {index} is {item.image.dtype}; expected torch.uint8, which the trainer scales")
+                raise Failure(f"image {index} is {item.image.dtype}; expected torch.uint8, which the trainer scales")
 
 
-def labels_lie_in_range(subject: Subject) -> None:
+def labels_are_in_range(case: Case) -> None:
     """Every label is an int in [0, num_classes)."""
-    data = subject.make(SIDE)
+    data = case.make(SIDE)
     for index in _indices(data):
         label = data[index].label
         if not isinstance(label, int) or isinstance(label, bool):
-            raise Fault(f"the label of item {index} has type {type(label).__name__}; expected int")
+            raise Failure(f"the label of item {index} has type {type(label).__name__}; expected int")
         if not 0 <= label < data.num_classes:
-            raise Fault(f"the label of item {index} is {label}, outside [0, num_classes = {data.num_classes})")
+            raise Failure(f"the label of item {index} is {label}, outside [0, num_classes = {data.num_classes})")
 
 
-def is_a_function_of_the_index(subject: Subject) -> None:
+def items_depend_on_the_index_only(case: Case) -> None:
     """An item depends only on its index, not on earlier reads or on global random generators."""
-    data, again = subject.make(SIDE), subject.make(SIDE, seed=1)
+    data, again = case.make(SIDE), case.make(SIDE, seed=1)
     with torch.random.fork_rng(devices=[]):
         for index in _indices(data)[:8]:
             torch.manual_seed(index)
             first = data[index]
             torch.manual_seed(index + 1)
             if not _same(first, data[index]) or not _same(first, again[index]):
-                raise Fault(
+                raise Failure(
                     f"item {index} differs between two reads; draw its random numbers from "
                     "torch.Generator().manual_seed(index), so that a resumed run sees the same images"
                 )
 
 
-def ends(subject: Subject) -> None:
+def raises_index_error_at_the_end(case: Case) -> None:
     """Indexing with the dataset's length raises IndexError."""
-    data = subject.make(SIDE)
+    data = case.make(SIDE)
     try:
         data[len(data)]
     except IndexError:
         return
-    raise Fault(f"item {len(data)} of {len(data)} does not raise IndexError")
+    raise Failure(f"item {len(data)} of {len(data)} does not raise IndexError")
 
 
-def travels_to_workers(subject: Subject) -> None:
+def can_be_pickled(case: Case) -> None:
     """The dataset can be pickled for data-loading workers and then returns the same items."""
-    data = subject.make(SIDE)
-    with named("cannot be pickled, as data-loading workers require; open files when reading items, not before"):
+    data = case.make(SIDE)
+    with failing("cannot be pickled, as data-loading workers require; open files when reading items, not before"):
         copy = pickle.loads(pickle.dumps(data))
     if len(copy) != len(data) or not all(_same(copy[i], data[i]) for i in _indices(data)[:4]):
-        raise Fault("returns different items after pickling")
+        raise Failure("returns different items after pickling")
 
 
 def _indices(data: Any) -> list[int]:
-    count = min(LOOKED_AT, len(data))
+    count = min(EXAMINED, len(data))
     return sorted({round(i * (len(data) - 1) / max(count - 1, 1)) for i in range(count)})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.plugin_kit.conformance import check, checks, resolve
+from trainer.plugin_kit.conformance import checks, resolve
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
@@ -14,10 +14,9 @@ def pytest_generate_tests(metafunc: Any) -> None:
             "no plugin named; use pytest -p trainer.plugin_kit.conformance.pytest_options "
             "--pyargs trainer.plugin_kit.conformance --plugin my_lab.encoders:my_encoder"
         )
-    subject = resolve("plugins", spec, config.getoption("--option"), config.getoption("--parts"))
-    found = checks(subject)
-    metafunc.parametrize(("subject", "function"), [(subject, f) for f in found.values()], ids=list(found))
+    found = checks(resolve("plugins", spec, config.getoption("--option"), config.getoption("--parts")))
+    metafunc.parametrize("check", list(found.values()), ids=list(found))
 
 
-def test_plugin(subject: Any, function: Any) -> None:
-    check(subject, function)
+def test_plugin(check: Any) -> None:
+    check.run()

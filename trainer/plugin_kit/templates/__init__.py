@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
+RUN = HERE / "run.toml"
 REPLACES = {  # the shipped plugin that a new one replaces in run.toml; for other kinds, the table of the kind
     "encoder": "encoders.tiny_vit",
     "reconstruction_loss": "losses.l1",
@@ -21,7 +22,7 @@ def render(kind: str, name: str) -> dict[str, str]:
         kind: name of a template, such as "encoder" or "alignment_loss".
         name: name to register the plugin under, a lower-case Python identifier.
     """
-    plugin, tests, run = ((HERE / file).read_text(encoding="utf-8") for file in (f"{kind}.py", "tests.py", "run.toml"))
+    plugin, tests, run = (file.read_text(encoding="utf-8") for file in (HERE / f"{kind}.py", HERE / "tests.py", RUN))
     # Of the tests of behavior, keep the one of this kind.
     blocks = tests.split("\n\n\n")
     kept = [b for b in blocks if not (m := re.match(r"def test_(\w+)_behavior", b)) or m[1] == kind]

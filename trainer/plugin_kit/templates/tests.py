@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from trainer.__main__ import main
-from trainer.plugin_kit.conformance import check, checks, resolve
+from trainer.plugin_kit.conformance import checks, resolve
 
 HERE = Path(__file__).resolve().parent
 CASE = resolve("plugins", f"{HERE / 'template.py'}:template")
@@ -14,7 +14,7 @@ CHECKS = checks(CASE)
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_conforms(name):
-    check(CASE, CHECKS[name])
+    CHECKS[name].run()
 
 
 def test_trains(tmp_path):

@@ -1,4 +1,4 @@
-"""Minimal parts that satisfy the contracts; recipes are checked with them unless other parts are named."""
+"""Minimal plugins that satisfy the contracts; the broken plugins derive from them."""
 
 from __future__ import annotations
 

@@ -1,38 +1,34 @@
-"""Plugin under test: lookup from the command line, and construction."""
+"""Plugin under test: lookup from the command line, construction, and the checks bound to it."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
 
 from components import registry
 from components.registry import Plugin, PluginError, nearest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from trainer.config.load import parse_overrides, read_toml
 
 
-class Fault(AssertionError):
+class Failure(AssertionError):
     """A plugin violates the contract of its kind; the message says how, and how to fix it."""
 
 
 @dataclass(frozen=True)
-class Subject:
+class Case:
     """A plugin with the options to check it with.
 
     Attributes:
         plugin: registered plugin.
         options: options as in its TOML table; small networks make the checks fast.
-        parts: for a recipe: tables of the run's other parts (tokenizer, denoiser, encoders, losses); toy parts replace
-            missing ones.
+        parts: for a recipe: tables of the run's other parts (tokenizer, denoiser, encoders, losses); those of
+            templates/run.toml replace missing ones.
     """
 
     plugin: Plugin
@@ -46,7 +42,38 @@ class Subject:
             return self.plugin.cls(*given, **self.options)
 
 
-def resolve(package: str, spec: str, options: Sequence[str] = (), parts: str | None = None) -> Subject:
+class Check(NamedTuple):
+    """One requirement of a plugin; ``function`` raises :class:`Failure` unless ``argument`` meets it."""
+
+    case: Case
+    name: str
+    function: Callable[[Any], None]
+    argument: Any
+
+    @property
+    def requirement(self) -> str:
+        """First line of the function's docstring."""
+        return (self.function.__doc__ or "").split("\n", 1)[0].rstrip(".")
+
+    def run(self) -> None:
+        """Run the check; any exception of the plugin becomes a :class:`Failure` that names its file and line."""
+        try:
+            self.function(self.argument)
+        except Failure:
+            raise
+        except Exception as error:
+            frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == self.case.plugin.file]
+            place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+            first = str(error).strip().split("\n", 1)[0]
+            raise Failure(f"raises {type(error).__name__}: {first}{place}") from error
+
+
+def bind(case: Case, argument: Any, *functions: Callable[[Any], None], prefix: str = "") -> list[Check]:
+    """Return the checks that call ``functions`` with ``argument``: the case itself, or an adapter of it."""
+    return [Check(case, prefix + function.__name__, function, argument) for function in functions]
+
+
+def resolve(package: str, spec: str, options: Sequence[str] = (), parts: str | None = None) -> Case:
     """Find the plugin named by ``spec``.
 
     Args:
@@ -58,6 +85,7 @@ def resolve(package: str, spec: str, options: Sequence[str] = (), parts: str | N
 
     Raises:
         PluginError: the module or plugin does not exist, or the plugin does not accept the options.
+        ConfigError: ``parts`` cannot be read.
     """
     module, colon, name = spec.rpartition(":")
     if not colon or name.endswith(".py"):
@@ -73,9 +101,12 @@ def resolve(package: str, spec: str, options: Sequence[str] = (), parts: str | N
     if len(found) > 1:
         listed = ", ".join(f"{p.name} ({p.kind})" for p in found)
         raise PluginError(f"'{spec}' may be any of {listed}; choose one, as in {module}:{found[0].cls.__name__}")
-    subject = Subject(found[0], _options(options), _parts(parts))
+    if bare := [word for word in options if "=" not in word]:
+        raise PluginError(f"'{bare[0]}' is not an option; expected key=value, as in --option width=64")
+    values = dict(parse_overrides([f"--{word}" for word in options]))
+    case = Case(found[0], values, read_toml(parts) if parts else {})
     try:
-        found[0].schema().model_validate(subject.options)
+        found[0].schema().model_validate(case.options)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
@@ -83,26 +114,4 @@ def resolve(package: str, spec: str, options: Sequence[str] = (), parts: str | N
             f"{found[0].kind} {found[0].name}: option {key}: {first['msg']}; set it with --option {key}=VALUE"
             f"{nearest(key, found[0].options)}"
         ) from error
-    return subject
-
-
-def _options(words: Sequence[str]) -> dict[str, Any]:
-    found = {}
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise PluginError(f"'{word}' is not an option; expected key=value, as in --option width=64")
-        try:
-            found[key] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            found[key] = text
-    return found
-
-
-def _parts(file: str | None) -> dict[str, Any]:
-    if file is None:
-        return {}
-    try:
-        return tomllib.loads(Path(file).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise PluginError(f"--parts: '{file}' cannot be read as TOML ({error})") from error
+    return case
