@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.diffusion.draws import generator
+from components.diffusion.random_numbers import generator
 from trainer.plugin_kit.conformance.case import Failure
 
 Outputs = dict[str, Tensor]
