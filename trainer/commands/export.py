@@ -62,7 +62,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         role, adapter = _format(config, form)
     both = adapter is not None and adapter.training_checkpoint
     if arguments.name and not both:
-        raise ConfigError(f"--name applies only to --format=repae, not to --format={form}")
+        raise ConfigError(
+            f"--name applies only to training checkpoints, such as --format=repae, not to --format={form}"
+        )
     if arguments.weights and both:
         raise ConfigError(f"--weights does not apply to --format={form}, which holds both averaged and raw weights")
     needs = _wanted(arguments.parts) if adapter is None else adapter.exports

@@ -156,7 +156,7 @@ def test_published_checkpoint(run, tmp_path, capsys):
 
 def test_options_of_another_format_are_refused(run, capsys):
     assert "--parts applies only to --format=safetensors" in refused(capsys, run, "--format=repae", "--parts=denoiser")
-    assert "--name applies only to --format=repae" in refused(capsys, run, "--format=diffusers", "--name=x")
+    assert "--name applies only to training checkpoints" in refused(capsys, run, "--format=diffusers", "--name=x")
     assert "holds both" in refused(capsys, run, "--format=repae", "--weights=ema")
     assert "does not exist" in refused(capsys, run / "nowhere", "--format=repae")
     (run / "file").write_text("")
