@@ -24,7 +24,6 @@ from components.monitor.metrics import Metrics, StepRecord, same_on_all_ranks
 from components.monitor.phases import PhaseClock
 from components.version import version
 from trainer.config import Config, changes
-from trainer.evaluation.in_training import TrainingEvaluation
 from trainer.run import alarms
 from trainer.run.assemble import construct, prepare
 from trainer.run.checkpoints import Checkpoints
@@ -53,7 +52,11 @@ class Trainer:
         self.config, self.world, self.device = config, world, world.device
         self.folder = Path(config.run.dir)
         self.parts = construct(config, world)
-        self.evaluation = TrainingEvaluation(config, world) if config.evaluation.every else None
+        self.evaluation = None
+        if config.evaluation.every:
+            from trainer.evaluation.in_training import TrainingEvaluation
+
+            self.evaluation = TrainingEvaluation(config, world)
         self._meta = self.parts.on_meta()
         prepare(config, self.parts, world)
         # Recorded in the config, since the dataset may be unavailable when the run is sampled from.
