@@ -60,7 +60,7 @@ class AdversarialLoss(Network):
 
 
 class AlignmentLoss:
-    """Distance between projected denoiser tokens and target tokens, with one head per depth and encoder.
+    """Distance between projected denoiser tokens and target tokens, and the heads that project.
 
     Attributes:
         role: field of :class:`Modules` that holds losses of this kind.
@@ -76,7 +76,7 @@ class AlignmentLoss:
     def make_heads(self, width: int, embed_dims: Sequence[int], grid: int) -> nn.ModuleList:
         """Create the trainable heads, one per entry of ``embed_dims``: (B, N, width) -> (B, N, D_k).
 
-        With several depths, ``embed_dims`` repeats the encoders' dimensions once per depth, in the order of the depths.
+        The recipe declares ``embed_dims`` (``Recipe.head_dims``).
         """
         raise NotImplementedError
 

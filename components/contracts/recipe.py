@@ -122,9 +122,10 @@ class Recipe:
         """
         return {}
 
-    def target_dims(self, m: Modules) -> list[int]:
-        """Features of the alignment targets, for each of which there is one head per depth: those of the encoders."""
-        return [encoder.embed_dim for encoder in m.encoders.values()]
+    def head_dims(self, m: Modules) -> list[int]:
+        """Output features of each alignment head; by default one per depth and encoder, in the order of the depths."""
+        depths = 1 if isinstance(m.denoiser.align_depth, int) else len(m.denoiser.align_depth)
+        return [encoder.embed_dim for encoder in m.encoders.values()] * depths
 
     def init_state(self, m: Modules) -> dict[str, Tensor]:
         """Initial values of the tensors kept between steps, by name; equal on all ranks, saved in checkpoints."""

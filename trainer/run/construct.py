@@ -208,8 +208,7 @@ def _add_encoders(config: Config, m: Modules, grid: int) -> None:
 def _heads(config: Config, recipe: Recipe, m: Modules) -> nn.ModuleList:
     if m.alignment is None:
         raise ConfigError(f"recipe.name = '{config.recipe.name}' needs an alignment loss: [losses.cosine]")
-    depths = 1 if isinstance(m.denoiser.align_depth, int) else len(m.denoiser.align_depth)
-    dims = recipe.target_dims(m) * depths
+    dims = recipe.head_dims(m)
     for device in (torch.device("meta"), torch.device("cpu")):
         with seeded(config.training.seed, "heads"), device:
             heads = m.alignment.make_heads(m.denoiser.width, dims, m.denoiser.grid)
