@@ -23,6 +23,29 @@ def copy_values(target: nn.Module, source: nn.Module) -> None:
         copied.copy_(value)
 
 
+@torch.no_grad()
+def update_average(average: nn.Module, source: nn.Module, decay: float, finite: Tensor) -> None:
+    """Update the average of a module, average += (1 - decay) * (value - average), if ``finite`` is true.
+
+    Integer buffers are always copied.
+
+    Args:
+        average: copy of ``source`` (:func:`frozen_copy`), sharded like it.
+        source: the trained module.
+        decay: per step, in [0, 1).
+        finite: bool scalar on the device, which is not read on the host.
+    """
+    amount: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+    for mine, value in _pairs(average, source):
+        if not mine.is_floating_point():
+            mine.copy_(value)
+            continue
+        kind = mine.dtype, mine.device
+        if kind not in amount:
+            amount[kind] = finite.to(mine.device, mine.dtype) * (1.0 - decay)
+        mine.lerp_(value, amount[kind])
+
+
 def _pairs(target: nn.Module, source: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of corresponding tensors; this rank's shards for sharded ones."""
     pairs = [*zip(target.parameters(), source.parameters()), *zip(target.buffers(), source.buffers())]
@@ -57,22 +80,7 @@ class Ema:
         for name, module in self.modules.items():
             copy_values(module, self._sources[name])
 
-    @torch.no_grad()
     def update(self, finite: Tensor) -> None:
-        """Update the averages, average += (1 - decay) * (value - average), if ``finite`` (a bool scalar) is true.
-
-        Integer buffers are always copied.
-        """
-        amount: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        for average, value in self._pairs():
-            if not average.is_floating_point():
-                average.copy_(value)
-                continue
-            kind = average.dtype, average.device
-            if kind not in amount:
-                amount[kind] = finite.to(average.device, average.dtype) * (1.0 - self.decay)
-            average.lerp_(value, amount[kind])
-
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Update the averages if ``finite`` (a bool scalar) is true; see :func:`update_average`."""
         for name, module in self.modules.items():
-            yield from _pairs(module, self._sources[name])
+            update_average(module, self._sources[name], self.decay, finite)
