@@ -150,8 +150,9 @@ class Step:
             buffer.copy_(torch.where(finite, buffer, old))
         if self.ema is not None:
             self.ema.update(finite)
+        # Back to shards before they change: gathered weights would hide them and become stale.
+        parallel.reshard(*self.modules.copies.values())
         self.recipe.after_step(self.modules, finite, step)
-        parallel.reshard(*self.modules.copies.values())  # full weights gathered in this step are out of date
 
         measured |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
         if self.modules.latent_norm is not None:
