@@ -214,13 +214,16 @@ def test_prints_parts_memory_traffic_and_verdict(toml, capsys):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_shipped_config_runs_dry(path, monkeypatch):
-    """With one block and one residual block per level, to save time; everything else is the config's."""
+    """With one block per aligned depth and one residual block per level, to save time; the rest is the config's."""
     monkeypatch.chdir(ROOT)
     config = configs.load(str(path))
     options = registry.tokenizers.get(config.tokenizer.name).options
     thin = [f"--tokenizer.{key}=1" for key in ("res_blocks", "depth") if key in options]
     if config.denoiser is not None and "size" in config.denoiser.options:
-        thin += ["--denoiser.depth=1", "--denoiser.align_depth=1"]
+        depths = config.denoiser.options.get("align_depth")
+        blocks = len(depths) if isinstance(depths, list) else 1
+        aligned = list(range(1, blocks + 1)) if isinstance(depths, list) else 1
+        thin += [f"--denoiser.depth={blocks}", f"--denoiser.align_depth={aligned}"]
     found = dry_run(configs.load(str(path), thin), 1, 1, bf16=True)
     assert found.total > 0 and found.flops > 0 and not found.parts.unused
 

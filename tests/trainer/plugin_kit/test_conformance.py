@@ -42,6 +42,7 @@ OPTIONS = {
     },
 }
 PARTS = {  # for recipes that require more than the contracts
+    ("recipe", "sra"): {"denoiser": {"name": "sit", "width": 32, "depth": 2, "heads": 2, "align_depth": [1, 2]}},
     ("recipe", "reg"): {"denoiser": {"name": "sit", "width": 32, "depth": 2, "heads": 2, "align_depth": 1}
     | {"class_token_dim": 48}, "encoders": {"dinov2": {"pretrained": False}}},
 }  # fmt: skip

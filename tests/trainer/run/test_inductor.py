@@ -27,6 +27,7 @@ FAMILIES = {
     "repa_sit_xl": [*TOKENIZER, *DENOISER, *ALIGNED],
     "irepa_sit_xl": [*TOKENIZER, *DENOISER, "--encoders.dinov2.size=s"],
     "reg_sit_xl": [*TOKENIZER, *DENOISER, *ALIGNED, "--denoiser.class_token_dim=384"],
+    "sra_sit_xl": [*TOKENIZER, *DENOISER, "--denoiser.align_depth=[1,2]"],
     "sit_xl": [*TOKENIZER, *DENOISER],
     "quickstart": ["--training.batch_size=2"],
     "rae_decoder_shapes": ["--training.batch_size=2"],
