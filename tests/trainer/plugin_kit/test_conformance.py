@@ -41,6 +41,8 @@ OPTIONS = {
     },
 }
 PARTS = {  # for recipes that require more than the contracts
+    ("recipe", "meanflow"): {"denoiser": {"name": "meanflow_sit", "width": 32, "depth": 2, "heads": 2}
+    | {"align_depth": 1}},
     ("recipe", "reg"): {"denoiser": {"name": "sit", "width": 32, "depth": 2, "heads": 2, "align_depth": 1}
     | {"class_token_dim": 12}},
 }  # fmt: skip
