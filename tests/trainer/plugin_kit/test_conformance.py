@@ -43,6 +43,8 @@ OPTIONS = {
 }
 PARTS = {  # for recipes that require more than the contracts
     ("recipe", "sra"): {"denoiser": {"name": "sit", "width": 32, "depth": 2, "heads": 2, "align_depth": [1, 2]}},
+    ("recipe", "meanflow"): {"denoiser": {"name": "meanflow_sit", "width": 32, "depth": 2, "heads": 2}
+    | {"align_depth": 1}},
     ("recipe", "reg"): {"denoiser": {"name": "sit", "width": 32, "depth": 2, "heads": 2, "align_depth": 1}
     | {"class_token_dim": 48}, "encoders": {"dinov2": {"pretrained": False}}},
 }  # fmt: skip

@@ -31,6 +31,7 @@ FAMILIES = {
     "sit_xl": [*TOKENIZER, *DENOISER],
     "quickstart": ["--training.batch_size=2"],
     "rae_decoder_shapes": ["--training.batch_size=2"],
+    "meanflow_shapes": ["--training.batch_size=2", "--recipe.omega=0.8", "--recipe.kappa=0.5"],
 }
 
 
