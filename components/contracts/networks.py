@@ -6,6 +6,7 @@ denoiser's grid, D_k features of encoder k. Images that reach a model are float 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -21,8 +22,10 @@ class Network(nn.Module):
     Attributes:
         forward_methods: methods other than ``forward`` that use the parameters; FSDP must wrap them.
         keep_fp32: compute in fp32 even in a bf16 run; may also be set on a unit that is a ``Network``.
+        given: names of the constructor arguments that the trainer passes; options follow after a bare ``*``.
     """
 
+    given: ClassVar[tuple[str, ...]] = ()
     forward_methods: ClassVar[tuple[str, ...]] = ()
     keep_fp32: ClassVar[bool] = False
 
@@ -73,10 +76,12 @@ class Tokenizer(Network):
     frozen_encoder: bool = False
     resolution: int | None = None
 
+    @abstractmethod
     def encode(self, x: Tensor) -> Posterior:
         """Images (B, 3, R, R) in [-1, 1] -> posterior over latents (B, C, R / factor, R / factor)."""
         raise NotImplementedError
 
+    @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, h * factor, w * factor), nominally in [-1, 1]."""
         raise NotImplementedError
@@ -96,6 +101,7 @@ class Denoiser(Network):
             velocities in ``others``. A vector's token precedes the patch tokens.
     """
 
+    given = ("latent", "num_classes")
     forward_methods = ("tokens",)
 
     width: int
@@ -105,10 +111,12 @@ class Denoiser(Network):
     label_dropout: float = 0.0
     noisy_inputs: dict[str, tuple[int, ...]] = {}
 
+    @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> DenoiserOutput:
         """Velocity and hidden tokens at x_t (B, C, h, w), t (B,) in [0, 1], labels in [0, null_label]."""
         raise NotImplementedError
 
+    @abstractmethod
     def tokens(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tokens:
         """Hidden tokens only: blocks after the last ``align_depth`` do not run."""
         raise NotImplementedError
@@ -132,6 +140,7 @@ class Encoder(Network):
             takes images in [-1, 1] as they are.
     """
 
+    given = ("resolution", "grid")
     forward_methods = ("embed",)
 
     embed_dim: int
@@ -142,6 +151,7 @@ class Encoder(Network):
     def pixel_stats(self) -> tuple[Tensor, Tensor] | None:
         return None
 
+    @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, R, R) in [-1, 1] -> patch tokens (B, grid * grid, D), in row-major order."""
         raise NotImplementedError
