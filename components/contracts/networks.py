@@ -125,6 +125,13 @@ class Denoiser(Network):
         """The unconditional counterpart of a condition, of the same shapes."""
         return condition._replace(label=torch.full_like(condition.label, self.null_label))
 
+    def example_condition(self, size: int) -> Condition:
+        """A condition of ``size`` images, to estimate, time and check the denoiser without a dataset.
+
+        A denoiser that needs more than the label overrides it; the condition of an image must not depend on ``size``.
+        """
+        return Condition(torch.zeros(size, dtype=torch.int64))
+
 
 class Encoder(Network):
     """A frozen visual encoder whose patch tokens are the alignment targets.
