@@ -13,10 +13,12 @@ import time
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
-from trainer.plugin_kit.conformance import options
+from trainer.plugin_kit.conformance import contract
 from trainer.plugin_kit.conformance.case import Case, Check, Failure, bind, resolve
 
 __all__ = ["Case", "Check", "Failure", "Result", "checks", "examine", "resolve"]
+
+OF_THE_CLASS = (contract.is_documented, contract.refuses_bad_options, contract.overrides_every_method)
 
 
 class Result(NamedTuple):
@@ -30,11 +32,11 @@ class Result(NamedTuple):
 
 def checks(case: Case) -> dict[str, Check]:
     """Return the checks of a plugin by name, cheap ones first. Constructs the plugin once, to inspect it."""
-    return {check.name: check for check in (*options.checks(case), *_checks_of_kind(case))}
+    return {check.name: check for check in (*bind(case, case, *OF_THE_CLASS), *_checks_of_kind(case))}
 
 
 def examine(case: Case, leave_out: Collection[str] = ()) -> Iterator[Result]:
-    """Run all checks in order; stop early if the options are wrong or the plugin cannot be constructed.
+    """Run all checks in order; stop early if those of the class fail or the plugin cannot be constructed.
 
     Args:
         case: plugin to check.
@@ -46,7 +48,7 @@ def examine(case: Case, leave_out: Collection[str] = ()) -> Iterator[Result]:
         """The plugin can be constructed with its options."""
         rest.extend(_checks_of_kind(case))
 
-    for check in (*options.checks(case), *bind(case, case, can_be_constructed)):
+    for check in bind(case, case, *OF_THE_CLASS, can_be_constructed):
         yield (result := _run(check))
         if result.failure:
             return

@@ -1,37 +1,23 @@
-"""Checks of options and docstrings, for plugins of any kind."""
+"""Checks of the class itself, for plugins of any kind: docstring, options, and what its base class leaves to it."""
 
 from __future__ import annotations
 
 import inspect
+import typing
+from collections.abc import Iterator
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema
 
-from trainer.plugin_kit.conformance.case import Case, Check, Failure, bind
+from components.registry import type_name
+from trainer.plugin_kit.conformance.case import Case, Failure
 
-GIVEN = {"encoder": ("resolution", "grid"), "denoiser": ("latent", "num_classes"), "dataset": ("resolution",)}
+STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
 
 class Unaccepted:
     """A type that no option accepts."""
-
-
-def checks(case: Case) -> list[Check]:
-    return bind(case, case, takes_the_arguments_of_its_kind, is_documented, refuses_bad_options)
-
-
-def takes_the_arguments_of_its_kind(case: Case) -> None:
-    """The constructor takes the arguments of its kind, followed by keyword-only options."""
-    kind, cls = case.plugin.kind, case.plugin.cls
-    given = GIVEN.get(kind, ())
-    own = [] if cls.__init__ is object.__init__ else list(inspect.signature(cls.__init__).parameters.values())[1:]
-    found = [p.name for p in own if p.kind is not inspect.Parameter.KEYWORD_ONLY]
-    if len(found) != len(given):
-        raise Failure(
-            f"the trainer constructs this {kind} with ({', '.join(given)}), but __init__ takes ({', '.join(found)}) as "
-            "positional parameters; put every option after a bare *"
-        )
 
 
 def is_documented(case: Case) -> None:
@@ -64,10 +50,43 @@ def refuses_bad_options(case: Case) -> None:
             return False
         return True
 
-    if accepts("no_such_option_", 1):
-        raise Failure("an unknown key is accepted; put every option after a bare *, without **kwargs")
     for name, option in case.plugin.options.items():
         if accepts(name, Unaccepted()):
             raise Failure(f"option {name} accepts values of any type; annotate it, as in {name}: int = 3")
         if not option.required and not accepts(name, option.default):
             raise Failure(f"option {name}: its default {option.default!r} is not of its type {option.type_name}")
+
+
+def overrides_every_method(case: Case) -> None:
+    """The class overrides every abstract method of its base class."""
+    cls = case.plugin.cls
+    for base in _contracts(cls):
+        abstract = [name for name, value in vars(base).items() if _is_abstract(value)]
+        if lacking := [name for name in abstract if next(c for c in cls.__mro__ if name in vars(c)) is base]:
+            raise Failure(f"does not define {', '.join(lacking)}; see components.contracts.{base.__name__}")
+
+
+def sets_every_attribute(case: Case) -> None:
+    """The plugin sets every attribute that its base class only annotates, and each has the annotated type."""
+    part = case.make()
+    for base in _contracts(case.plugin.cls):
+        for name, annotation in inspect.get_annotations(base, eval_str=True).items():
+            if typing.get_origin(annotation) is typing.ClassVar:
+                annotation = typing.get_args(annotation)[0]
+            where = f"expected {type_name(annotation)}, see components.contracts.{base.__name__}"
+            try:
+                value = getattr(part, name)
+            except AttributeError as error:
+                raise Failure(f"has no attribute {name}: {where}") from error
+            try:
+                TypeAdapter(annotation, config=STRICT).validate_python(value)
+            except ValidationError as error:
+                raise Failure(f"{name} = {value!r} is a {type(value).__name__}; {where}") from error
+
+
+def _is_abstract(value: Any) -> bool:
+    return inspect.isfunction(value) and "__isabstractmethod__" in vars(value)
+
+
+def _contracts(cls: type) -> Iterator[type]:
+    return (base for base in cls.__mro__ if base.__module__.startswith("components.contracts."))
