@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from components.contracts import Encoder
 from components.registry import encoders
 
 
 @encoders.register("mean_colors")
-class MeanColors(nn.Module):
+class MeanColors(Encoder):
     """Mean colors of the parts of each patch: an encoder without training.
 
     Args:
