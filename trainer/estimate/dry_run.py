@@ -153,4 +153,4 @@ def micro_batches(
 
 
 def _changed(config: Config, table: str, **values: object) -> Config:
-    return config.model_copy(update={table: getattr(config, table).model_copy(update=values)})
+    return config.model_copy(update={table: dict(config)[table].model_copy(update=values)})
