@@ -17,7 +17,7 @@ from components.diffusion.random_numbers import generator
 from trainer.plugin_kit.conformance.case import Failure
 
 Outputs = dict[str, Tensor]
-Inputs = tuple[Tensor, ...]
+Inputs = tuple[Any, ...]
 
 
 @dataclass(eq=False)

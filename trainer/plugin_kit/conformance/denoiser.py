@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape, Tokens
+from components.contracts import Condition, Denoiser, LatentShape, Tokens
 from trainer.plugin_kit.conformance import generic
-from trainer.plugin_kit.conformance.adapter import Adapter, Inputs, Outputs, distance, normal, reaches, shapes
+from trainer.plugin_kit.conformance.adapter import Adapter, Outputs, distance, normal, reaches, shapes
 from trainer.plugin_kit.conformance.case import CLASSES, Case, Check, Failure, bind
 from trainer.plugin_kit.conformance.contract import sets_every_attribute
 
@@ -51,15 +53,15 @@ def keeps_shapes(case: Case) -> None:
     for channels, size, count in ((4, side, 1), (3, side, 2), (4, 2 * side, 3)):
         latent = LatentShape(channels, size, size)
         part = case.make(latent=latent).eval()
-        x_t, t, labels, *rest = _inputs(part, count, latent)
+        x_t, t, condition, noisy = _inputs(part, count, latent)
         where = f"{count} latents of {channels} x {size} x {size}"
         if part.label_dropout:
-            labels[0] = part.null_label
-        inputs = (x_t, t, labels, *rest)
-        found, tokens = _outputs(part, inputs), _named(_forward(part, inputs).tokens)
-        shapes({"velocity": found["velocity"]}, (count, *latent), where)
+            condition.label[0] = part.null_label
+        out = part(x_t, t, condition, **noisy)
+        shapes({"velocity": out.velocity}, (count, *latent), where)
         for name, shape in part.noisy_inputs.items():
-            shapes({f"the velocity of {name}": found[f"velocity of {name}"]}, (count, *shape), where)
+            shapes({f"the velocity of {name}": out.others[name]}, (count, *shape), where)
+        tokens = _named(out.tokens)
         if len(tokens) != len(_depths(part)):
             raise Failure(
                 f"returns tokens of {len(tokens)} depths; align_depth = {part.align_depth} lists {len(_depths(part))}"
@@ -86,64 +88,49 @@ def keeps_the_conditions_shapes(case: Case) -> None:
 
 def tokens_match_the_forward_pass(adapter: Adapter) -> None:
     """tokens() returns the same tokens as a full forward pass."""
-    part, inputs = adapter.part(), adapter.inputs(2)
-    whole, alone = _named(_forward(part, inputs).tokens), _tokens(part, inputs)
+    part, (*inputs, noisy) = adapter.part(), adapter.inputs(2)
+    whole, alone = _named(part(*inputs, **noisy).tokens), _named(part.tokens(*inputs, **noisy))
     if whole.keys() != alone.keys() or any(distance(alone[name], whole[name]) > 1e-6 for name in whole):
         raise Failure("tokens() differs from the tokens of a full forward pass: return those after block align_depth")
 
 
 def depends_on_all_inputs(adapter: Adapter) -> None:
     """The velocity depends on the latents, the time, the condition, and what else is denoised."""
-    part, inputs = adapter.part(), adapter.inputs(2)
-    velocity = adapter.call(part, inputs)["velocity"]
-    changes = {"x_t": 1, "t": 0.2, "labels": 1} | dict.fromkeys(part.noisy_inputs, 1)
-    variants = {
-        name: tuple(x + change if i == index else x for i, x in enumerate(inputs))
-        for index, (name, change) in enumerate(changes.items())
-    }
-    if (condition := _condition(part, inputs)).more:  # the label may be unused
-        null = part.null_condition(condition)
-        del variants["labels"]
-        variants["the condition"] = (*inputs[:2], null.label, *inputs[3 : -len(null.more)], *null.more.values())
-    for name, changed in variants.items():
-        if torch.equal(adapter.call(part, changed)["velocity"], velocity):
+    part, (x_t, t, condition, noisy) = adapter.part(), adapter.inputs(2)
+    # A denoiser with further conditions may ignore the label.
+    other = part.null_condition(condition) if condition.more else Condition(condition.label + 1)
+    changed = {"x_t": (x_t + 1, t, condition, noisy), "t": (x_t, t + 0.2, condition, noisy)}
+    changed["the condition"] = x_t, t, other, noisy
+    changed |= {name: (x_t, t, condition, noisy | {name: noisy[name] + 1}) for name in noisy}
+    velocity = part(x_t, t, condition, **noisy).velocity
+    for name, (*inputs, others) in changed.items():
+        if torch.equal(part(*inputs, **others).velocity, velocity):
             raise Failure(f"the velocity does not depend on {name}")
 
 
 def tokens_pass_gradients(adapter: Adapter) -> None:
     """Gradients of tokens() reach the latents through frozen weights, so that alignment trains the tokenizer."""
-    part, inputs = adapter.part().requires_grad_(False), adapter.inputs(2)
-    inputs[0].requires_grad_()
-    for name, tokens in _tokens(part, inputs).items():
+    part, (x_t, *inputs, noisy) = adapter.part().requires_grad_(False), adapter.inputs(2)
+    for name, tokens in _named(part.tokens(x_t.requires_grad_(), *inputs, **noisy)).items():
         # Squared, because after a final norm the gradient of a plain mean is zero.
-        if not reaches(tokens.square().mean(), inputs[0]):
+        if not reaches(tokens.square().mean(), x_t):
             raise Failure(f"{name}: no gradient reaches the latents through tokens() (torch.no_grad() or detach()?)")
 
 
-def _inputs(part: Denoiser, count: int, latent: LatentShape) -> Inputs:
-    """Return x_t, t, labels, the noisy inputs and further conditions of ``count`` images, at most 3."""
-    noisy = [normal(name, count, *shape) for name, shape in part.noisy_inputs.items()]
-    more = part.example_condition(count).more.values()
-    return normal("latent", count, *latent), torch.tensor([0.2, 0.7, 0.5])[:count], torch.arange(count), *noisy, *more
+def _inputs(part: Denoiser, count: int, latent: LatentShape) -> tuple[Tensor, Tensor, Condition, dict[str, Tensor]]:
+    """Return x_t, t, the condition and the noisy inputs of ``count`` images, at most 3."""
+    noisy = {name: normal(name, count, *shape) for name, shape in part.noisy_inputs.items()}
+    condition = part.example_condition(count)._replace(label=torch.arange(count))
+    return normal("latent", count, *latent), torch.tensor([0.2, 0.7, 0.5])[:count], condition, noisy
 
 
-def _condition(part: Denoiser, inputs: Inputs) -> Condition:
-    more = inputs[3 + len(part.noisy_inputs) :]
-    return Condition(inputs[2], dict(zip(part.example_condition(1).more, more)))
-
-
-def _forward(part: Denoiser, inputs: Inputs) -> DenoiserOutput:
-    return part(*inputs[:2], _condition(part, inputs), **dict(zip(part.noisy_inputs, inputs[3:])))
-
-
-def _tokens(part: Denoiser, inputs: Inputs) -> Outputs:
-    return _named(part.tokens(*inputs[:2], _condition(part, inputs), **dict(zip(part.noisy_inputs, inputs[3:]))))
-
-
-def _outputs(part: Denoiser, inputs: Inputs) -> Outputs:
-    out = _forward(part, inputs)
-    others = {f"velocity of {name}": out.others[name] for name in part.noisy_inputs}
-    return {"velocity": out.velocity, **others, **_named(out.tokens)}
+def _outputs(part: Denoiser, inputs: tuple[Any, ...]) -> Outputs:
+    out = part(*inputs[:3], **inputs[3])
+    return {
+        "velocity": out.velocity,
+        **{f"velocity of {name}": v for name, v in out.others.items()},
+        **_named(out.tokens),
+    }
 
 
 def _named(tokens: Tokens) -> Outputs:
