@@ -32,8 +32,8 @@ class Case:
     Attributes:
         plugin: registered plugin.
         options: options as in its TOML table; small networks make the checks fast.
-        parts: for a recipe: tables of the run's other parts (tokenizer, denoiser, encoders, losses); those of
-            templates/run.toml replace missing ones.
+        parts: for a recipe: tables of a run (tokenizer, denoiser, encoders, losses); each replaces that of
+            templates/run.toml as a whole.
         given: constructor arguments that replace those in ``GIVEN``.
     """
 
