@@ -12,7 +12,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-import pkgutil
 import re
 import sys
 import traceback
@@ -164,9 +163,16 @@ class Registry:
 
         return add
 
+    def has(self, name: str) -> bool:
+        """Whether a plugin has this name; imports it."""
+        _import_pending((self.kind, name))
+        if name not in self._plugins:
+            _import_pending()
+        return name in self._plugins
+
     def get(self, name: str) -> Plugin:
         """Return a plugin by name; raise :class:`PluginError` with the closest valid name if it does not exist."""
-        if name in self._plugins:
+        if self.has(name):
             return self._plugins[name]
         message = f"no {self.kind} is called '{name}'{nearest(name, self._plugins)}"
         if failures:
@@ -176,6 +182,7 @@ class Registry:
         raise PluginError(message)
 
     def names(self) -> list[str]:
+        _import_pending()
         return sorted(self._plugins)
 
     def __iter__(self):
@@ -202,8 +209,11 @@ class ImportFailure:
 
 failures: list[ImportFailure] = []
 
+REGISTRATION = re.compile(rf'^@(?:\w+\.)*({"|".join(KINDS)})e?s\.register\("([^"]+)"\)', re.M)
+_pending: dict[str, set[tuple[str, str]]] = {}  # modules to import when needed, and the (kind, name) they register
 
-def discover(package: str, extra: Iterable[str] = ()) -> None:
+
+def discover(package: str, extra: Iterable[str] = (), *, lazy: bool = False) -> None:
     """Import all plugins: the modules of ``package``, installed entry points, and ``extra``.
 
     Import failures are stored in :data:`failures` and reported by :meth:`Registry.get` if a name is missing. Failures
@@ -212,14 +222,22 @@ def discover(package: str, extra: Iterable[str] = ()) -> None:
     Args:
         package: package whose modules register plugins when imported.
         extra: dotted module names or paths of .py files.
+        lazy: read the modules of ``package`` for the names they register, and import each when :meth:`Registry.get`
+            asks for one; all of them, when it asks for an unknown name or when plugins are listed.
 
     Raises:
         PluginError: an extra module does not exist or cannot be imported, or two plugins have the same name.
     """
     failures.clear()
-    root = importlib.import_module(package)
-    for info in pkgutil.walk_packages(root.__path__, prefix=f"{package}."):
-        _attempt(info.name, lambda name=info.name: importlib.import_module(name))
+    _pending.clear()
+    for folder in map(Path, importlib.import_module(package).__path__):
+        for path in sorted(folder.rglob("*.py")):
+            place = path.relative_to(folder)
+            if all((folder / parent / "__init__.py").is_file() for parent in place.parents):
+                name = ".".join((package, *place.with_suffix("").parts)).removesuffix(".__init__")
+                _pending[name] = set(REGISTRATION.findall(path.read_text(encoding="utf-8", errors="replace")))
+    if not lazy:
+        _import_pending()
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         _attempt(f"entry point {entry.name} = {entry.value}", entry.load)
     for name in extra:
@@ -257,6 +275,13 @@ def type_name(annotation: Any) -> str:
     if origin is not None:
         return f"{origin.__name__}[{', '.join(type_name(a) for a in args)}]"
     return getattr(annotation, "__name__", str(annotation))
+
+
+def _import_pending(wanted: tuple[str, str] | None = None) -> None:
+    """Import the modules that register the plugin (kind, name), or all that are left."""
+    for name in [name for name, registers in _pending.items() if wanted is None or wanted in registers]:
+        del _pending[name]
+        _attempt(name, lambda name=name: importlib.import_module(name))
 
 
 def _attempt(where: str, load: Callable[[], Any]) -> None:

@@ -4,6 +4,7 @@ import signal
 
 import pytest
 
+from components import registry
 from trainer.run.process import CAUGHT
 
 
@@ -22,6 +23,12 @@ def pytest_collection_modifyitems(config, items):
         long = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in set(long)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plugins_imported():
+    """Import all plugins: one imported while a test replaces the registry would be missing in the tests after it."""
+    registry.discover("plugins")
 
 
 @pytest.fixture(autouse=True)

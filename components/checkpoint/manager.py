@@ -39,8 +39,7 @@ logger = logging.getLogger(__name__)
 class CheckpointManager:
     """Saves, finds and loads the checkpoints of one run.
 
-    With a process group, every method is collective: all ranks must call it, in the same order. Only ``pending`` and
-    ``done`` are local.
+    With a process group, every method is collective: all ranks must call it, in the same order.
 
     Args:
         folder: directory of the checkpoints, shared by all ranks; created by the first save.
@@ -117,18 +116,6 @@ class CheckpointManager:
         self._join()
         pending, self._pending = self._pending, None
         return pending.result() if pending else None
-
-    @property
-    def pending(self) -> bool:
-        """Whether a :meth:`save_async` has not been waited for. Not collective; the same on all ranks."""
-        return self._pending is not None
-
-    def done(self) -> bool:
-        """Whether :meth:`wait` would return immediately on this rank.
-
-        Not collective, and ranks may briefly differ: reduce it over the ranks before acting on it.
-        """
-        return self._pending is None or self._pending.done()
 
     def latest(self) -> Path | None:
         """The newest valid checkpoint, or None; see :meth:`candidates`."""

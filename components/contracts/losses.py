@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -22,10 +22,12 @@ class ReconstructionLoss(Network):
         role: field of :class:`Modules` that holds losses of this kind.
         weight: factor of the term in the sum.
         metric: name of the perceptual distance that the loss computes, by which evaluation finds it; "": none.
+        metric_options: options that the loss is constructed with for evaluation.
     """
 
     role: ClassVar[str] = "reconstruction"
     metric: ClassVar[str] = ""
+    metric_options: ClassVar[dict[str, Any]] = {}
 
     weight: float
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,15 @@ class Network(nn.Module):
     Attributes:
         forward_methods: methods other than ``forward`` that use the parameters; FSDP must wrap them.
         keep_fp32: compute in fp32 even in a bf16 run; may also be set on a unit that is a ``Network``.
+        adapters: classes derived from :class:`components.files.adapter.StateDictAdapter`: file formats of other
+            programs that a tokenizer, denoiser or discriminator is read from and written to, besides its own keys.
         given: names of the constructor arguments that the trainer passes; options follow after a bare ``*``.
     """
 
     given: ClassVar[tuple[str, ...]] = ()
     forward_methods: ClassVar[tuple[str, ...]] = ()
     keep_fp32: ClassVar[bool] = False
+    adapters: ClassVar[tuple[Any, ...]] = ()
 
     def __init__(self) -> None:  # that of nn.Module accepts any arguments, so a plugin's options would not be checked
         super().__init__()

@@ -40,21 +40,19 @@ class GlobalOrder:
     Args:
         size: number of samples n in the dataset, at least 1.
         seed: seed of the run.
-        shuffle: use a new permutation in every epoch; otherwise the dataset's own order.
     """
 
-    def __init__(self, size: int, seed: int, shuffle: bool = True) -> None:
+    def __init__(self, size: int, seed: int) -> None:
         if size < 1:
             raise DataError("the dataset is empty")
         self.size = size
         self.seed = seed
-        self.shuffle = shuffle
         self._permutations: dict[int, Tensor] = {}
 
     def at(self, position: int) -> tuple[int, int]:
         """Return (epoch, index into the dataset) of a stream position >= 0."""
         epoch, place = divmod(position, self.size)
-        return epoch, int(self._permutation(epoch)[place]) if self.shuffle else place
+        return epoch, int(self._permutation(epoch)[place])
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch not in self._permutations:
@@ -120,13 +118,11 @@ class TrainingView:
     Args:
         dataset: see :class:`components.contracts.Dataset`.
         seed: seed of the run.
-        flip: False disables flips even if the dataset allows them.
     """
 
-    def __init__(self, dataset: Dataset, seed: int, flip: bool = True) -> None:
+    def __init__(self, dataset: Dataset, seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
-        self.flip = flip and dataset.flip
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -134,7 +130,7 @@ class TrainingView:
     def __getitem__(self, key: tuple[int, int]) -> DatasetItem:
         """The sample, flipped with probability 0.5; raises :class:`DataError` if it violates the dataset contract."""
         epoch, index = key
-        flip = self.flip and bool(torch.rand((), generator=generator(self.seed, epoch, index, "flip")) < 0.5)
+        flip = self.dataset.flip and bool(torch.rand((), generator=generator(self.seed, epoch, index, "flip")) < 0.5)
         sample = DatasetItem(*(self.dataset.mirrored(index) if flip else self.dataset[index]))
         self._check(sample, index)
         return sample
@@ -191,9 +187,6 @@ def make_loader(
     workers: int = 0,
     prefetch: int = 2,
     pin_memory: bool = False,
-    shuffle: bool = True,
-    flip: bool = True,
-    start_method: str | None = None,
 ) -> StatefulDataLoader:
     """Endless loader of one rank's :class:`Loaded` micro-batches; its ``batch_sampler`` is a :class:`MicroBatches`.
 
@@ -201,22 +194,19 @@ def make_loader(
     :class:`components.data.prefetch.Prefetcher`.
 
     Args:
-        dataset: not empty; picklable unless ``start_method`` is "fork".
+        dataset: not empty; picklable where worker processes are not forked.
         seed: seed of the run; determines order and flips.
         batch_size, rank, world, accumulation, consumed: see :class:`MicroBatches`.
         workers: number of worker processes; 0 loads in the calling thread.
         prefetch: micro-batches prefetched by each worker.
         pin_memory: use page-locked host memory, for asynchronous copies to a GPU.
-        shuffle: False keeps the dataset's own order.
-        flip: False disables horizontal flips.
-        start_method: of the workers: "fork", "forkserver", "spawn"; None: the platform's default.
 
     Raises:
         DataError: the dataset is empty, or the batch cannot be divided equally.
     """
     from torchdata.stateful_dataloader import StatefulDataLoader
 
-    order = GlobalOrder(len(dataset), seed, shuffle)
+    order = GlobalOrder(len(dataset), seed)
     batches = MicroBatches(
         order, batch_size=batch_size, rank=rank, world=world, accumulation=accumulation, consumed=consumed
     )
@@ -225,13 +215,12 @@ def make_loader(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.15
         return StatefulDataLoader(
-            TrainingView(dataset, seed, flip),
+            TrainingView(dataset, seed),
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=collate,
             pin_memory=pin_memory,
             worker_init_fn=start_worker,
-            multiprocessing_context=start_method if workers else None,
             generator=generator(seed, "workers"),
             prefetch_factor=prefetch if workers else None,
             snapshot_every_n_steps=None,

@@ -1,12 +1,10 @@
-"""Image sets for evaluation from folders, ``.npz`` files and datasets: uint8 (3, H, W), all of one size."""
+"""Sets of images to evaluate, from folders, ``.npz`` files and datasets: uint8 (3, H, W), all of one size."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +15,9 @@ from torch import Tensor
 from components.evaluation import EvaluationError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
-THREADS = 4
 
 
-class Images(Protocol):
+class ImageSet(Protocol):
     """An indexable set of images.
 
     Attributes:
@@ -37,7 +34,7 @@ class Images(Protocol):
         """Image uint8 (3, H, W); raises an :class:`EvaluationError` that names the file if it cannot be read."""
 
 
-class ImageFolder:
+class ImageFiles:
     """All PNG and JPEG files in a folder, recursively, sorted by path; ignores hidden files and ``grid.png``.
 
     Args:
@@ -84,7 +81,7 @@ class ImageFolder:
         return torch.from_numpy(array).permute(2, 0, 1)
 
 
-class ArrayImages:
+class NpzImages:
     """The array ``arr_0`` of an ``.npz`` file: uint8 (N, H, W, 3), the format of ADM's evaluation suite.
 
     Memory-mapped if stored uncompressed, as by ``np.savez``; otherwise read into memory.
@@ -140,10 +137,10 @@ class DatasetImages:
         return sample.image
 
 
-class First:
+class Subset:
     """The first ``count`` images of a set."""
 
-    def __init__(self, images: Images, count: int) -> None:
+    def __init__(self, images: ImageSet, count: int) -> None:
         self.images, self.count = images, min(count, len(images))
         self.name, self.identity = images.name, f"{images.identity} first {self.count}"
 
@@ -154,42 +151,24 @@ class First:
         return self.images[index]
 
 
-def read_batches(images: Images, units: Iterable[int], batch_size: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield (u, batch uint8 (B, 3, H, W)) for each unit u of ``units``, reading ahead in threads.
+def first_images(images: ImageSet, count: int) -> ImageSet:
+    """The first ``count`` images of a set; 0: all."""
+    return Subset(images, count) if count else images
 
-    Unit u consists of the images [u * batch_size, (u + 1) * batch_size).
+
+def open_images(path: str) -> ImageSet:
+    """Open a folder of images or an ``.npz`` file.
 
     Raises:
-        EvaluationError: an image cannot be read, or its size differs from the first image's.
+        EvaluationError: it is neither, or contains no images.
     """
-    size = tuple(images[0].shape)
-
-    def read(index: int) -> Tensor:
-        image = images[index]
-        if tuple(image.shape) != size:
-            where = images.files[index] if isinstance(images, ImageFolder) else f"image {index} of {images.name}"
-            raise EvaluationError(
-                f"{where} has {image.shape[2]} x {image.shape[1]} pixels, the first one {size[2]} x {size[1]}; all "
-                "must have the same size (for photographs use a dataset, which crops them: --reference dataset)"
-            )
-        return image
-
-    with ThreadPoolExecutor(THREADS) as pool:
-
-        def begin(unit: int) -> list:
-            indices = range(unit * batch_size, min((unit + 1) * batch_size, len(images)))
-            return [pool.submit(read, i) for i in indices]
-
-        ahead = None
-        try:
-            for unit in units:
-                current, ahead = ahead, (unit, begin(unit))
-                if current is not None:
-                    yield current[0], torch.stack([f.result() for f in current[1]])
-            if ahead is not None:
-                yield ahead[0], torch.stack([f.result() for f in ahead[1]])
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    there = Path(path).expanduser()
+    if there.suffix == ".npz" and there.is_file():
+        return NpzImages(there)
+    if not there.is_dir():
+        what = "does not exist" if not there.exists() else "is neither a folder nor an .npz"
+        raise EvaluationError(f"'{path}' {what}; expected a folder of PNG or JPEG images, or an .npz with arr_0")
+    return ImageFiles(there)
 
 
 def _stored_array(path: str | Path, name: str) -> np.ndarray:

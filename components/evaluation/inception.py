@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 
 from components.files.atomic import atomic_write
 from components.files.weights import WeightsError, read_state
-from components.nn.precision import no_autocast
+from components.nn.precision import full_fp32, no_autocast
 
 WHAT = "Inception (FID)"
 PUBLISHED = "6726825d"  # prefix of the published weights' sha256
@@ -136,18 +134,6 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def full_fp32() -> Iterator[None]:
-    """Context manager that disables TF32, which rounds the inputs of fp32 products to 10 mantissa bits."""
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, conv.allow_tf32
-    matmul.allow_tf32 = conv.allow_tf32 = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, conv.allow_tf32 = before
 
 
 def _download(url: str, path: Path) -> None:

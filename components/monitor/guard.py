@@ -17,11 +17,11 @@ from components.monitor.guard_memory import (
     LATENT,
     NORM,
     REFERENCE_WINDOWS,
-    Departure,
-    Episode,
+    Anomaly,
+    Incident,
     Reference,
     finite,
-    last_trouble,
+    last_incident,
     median_of,
     pack,
     rank,
@@ -123,7 +123,7 @@ class Guard:
         self._rows: deque[tuple[int, dict[str, float]]] = deque()  # applied steps only
         self._sorted: dict[str, list[float]] = {}  # finite values in `_rows` of each watched metric
         self._references: dict[str, Reference] = {}
-        self._episodes: dict[tuple[str, str], Episode] = {}
+        self._incidents: dict[tuple[str, str], Incident] = {}
 
     def observe(self, step: int, values: Mapping[str, float], applied: bool) -> list[Alarm]:
         """Check one step and return the alarms that it raises.
@@ -151,7 +151,7 @@ class Guard:
         rows = [row for row in self._rows if row[0] < step]
         kept = [entry for entry in self.history if entry[0] < step]
         self._restore(rows, kept)
-        self._episodes.clear()
+        self._incidents.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-compatible state with which a resumed run raises the same alarms."""
@@ -166,7 +166,7 @@ class Guard:
             "references": {name: [r.seen, pack(r.smallest), *r.past] for name, r in self._references.items()},
             "episodes": [
                 [*key, e.metric, e.onset, e.count, e.calm, e.raised, pack(e.value), pack(e.usual)]
-                for key, e in self._episodes.items()
+                for key, e in self._incidents.items()
             ],
         }
 
@@ -182,12 +182,12 @@ class Guard:
             name: Reference(seen, float(smallest), deque(past, REFERENCE_WINDOWS))
             for name, (seen, smallest, *past) in state["references"].items()
         }
-        self._episodes = {
-            (watch, key): Episode(*rest, float(value), float(usual))
+        self._incidents = {
+            (watch, key): Incident(*rest, float(value), float(usual))
             for watch, key, *rest, value, usual in state["episodes"]
         }
 
-    def first_to_go(self) -> Departure | None:
+    def first_anomaly(self) -> Anomaly | None:
         """First metric to become abnormal in the current incident, or None.
 
         The current incident is the latest series of anomalies without a gap of more than 10 normal steps. It starts
@@ -200,10 +200,10 @@ class Guard:
         names = [
             n for n in names if n != ADVERSARY and (n.startswith(NORM) or n == LATENT or n.split("/")[0] in groups)
         ]
-        trouble = last_trouble(self._departures(names))
-        found = [d for d in trouble if not math.isfinite(d.value)] or trouble
+        latest = last_incident(self._anomalies(names))
+        found = [a for a in latest if not math.isfinite(a.value)] or latest
         found += [
-            Departure(e.metric, self._module(e.metric), e.onset, e.value, e.usual) for e in self._episodes.values()
+            Anomaly(e.metric, self._module(e.metric), e.onset, e.value, e.usual) for e in self._incidents.values()
         ]
         order = {name: index for index, name in enumerate(names)}
         return min(
@@ -219,14 +219,14 @@ class Guard:
             metric = min(broken, key=rank, default=metric)
             usual = median_of(finite(self._rows, metric))
         value = values.get(metric, math.nan)
-        episode = self._see("skipped", "", step, not applied, self.skipped, metric, value, usual)
-        if episode is not None:
+        incident = self._see("skipped", "", step, not applied, self.skipped, metric, value, usual)
+        if incident is not None:
             message = (
-                f"{episode.count} consecutive steps were skipped because a loss or a gradient norm was not finite; "
-                f"it began at step {episode.onset} with {episode.metric} = {episode.value:.4g} (usually "
-                f"{episode.usual:.4g})"
+                f"{incident.count} consecutive steps were skipped because a loss or a gradient norm was not finite; "
+                f"it began at step {incident.onset} with {incident.metric} = {incident.value:.4g} (usually "
+                f"{incident.usual:.4g})"
             )
-            yield Alarm("skipped", episode.metric, step, episode.onset, message)
+            yield Alarm("skipped", incident.metric, step, incident.onset, message)
 
     def _watch(self, step: int, name: str, value: float, values: dict[str, float]) -> Iterator[Alarm]:
         """Run the checks on a finite value of an applied step, before it is added to the medians."""
@@ -256,45 +256,45 @@ class Guard:
             scale = max(abs(median), MAD_TO_DEVIATION * median_of(sorted(abs(x - median) for x in window)))
             # scale = 0: the loss was 0 until now, as before a scheduled loss starts.
             bad = scale > 0 and above > self.spike * scale
-        episode = self._see("spike", name, step, bad, 1, name, value, median)
-        if episode is not None:
-            since = f" since step {episode.onset}" if episode.onset < step else ""
+        incident = self._see("spike", name, step, bad, 1, name, value, median)
+        if incident is not None:
+            since = f" since step {incident.onset}" if incident.onset < step else ""
             message = (
                 f"{name} is {value:.4g} at step {step}{since}, which exceeds its median of {median:.4g} over the last "
                 f"{len(window)} steps by {above / scale:.3g} times its scale of {scale:.4g} (threshold: {self.spike:g})"
             )
-            yield Alarm("spike", name, step, episode.onset, message)
+            yield Alarm("spike", name, step, incident.onset, message)
 
     def _watch_low(
         self, watch: str, step: int, name: str, value: float, least: float, patience: int, usual: float
     ) -> Iterator[Alarm]:
         """Check for values that stay below ``least``; a ``least`` of 0 disables the check."""
-        episode = self._see(watch, name, step, least > 0 and value < least, patience, name, value, usual)
-        if episode is not None:
+        incident = self._see(watch, name, step, least > 0 and value < least, patience, name, value, usual)
+        if incident is not None:
             message = (
-                f"{name} has been below {least:.3g} for {episode.count} consecutive steps, since step "
-                f"{episode.onset}: it is {value:.4g} now, {episode.usual:.4g} was usual"
+                f"{name} has been below {least:.3g} for {incident.count} consecutive steps, since step "
+                f"{incident.onset}: it is {value:.4g} now, {incident.usual:.4g} was usual"
             )
-            yield Alarm(watch, name, step, episode.onset, message)
+            yield Alarm(watch, name, step, incident.onset, message)
 
     def _see(
         self, watch: str, key: str, step: int, bad: bool, patience: int, metric: str, value: float, usual: float
-    ) -> Episode | None:
+    ) -> Incident | None:
         """Count a check's bad and normal steps; return its incident if this step raises the alarm."""
-        episode = self._episodes.get((watch, key))
+        incident = self._incidents.get((watch, key))
         if not bad:
-            if episode is not None:
-                episode.count, episode.calm = 0, episode.calm + 1
-                if episode.raised is None or episode.calm >= self.window // 10:
-                    del self._episodes[watch, key]
+            if incident is not None:
+                incident.count, incident.calm = 0, incident.calm + 1
+                if incident.raised is None or incident.calm >= self.window // 10:
+                    del self._incidents[watch, key]
             return None
-        if episode is None:
-            episode = self._episodes[watch, key] = Episode(metric, step, 0, 0, None, value, usual)
-        episode.count, episode.calm = episode.count + 1, 0
-        if episode.count < patience or (episode.raised is not None and step - episode.raised < self.window):
+        if incident is None:
+            incident = self._incidents[watch, key] = Incident(metric, step, 0, 0, None, value, usual)
+        incident.count, incident.calm = incident.count + 1, 0
+        if incident.count < patience or (incident.raised is not None and step - incident.raised < self.window):
             return None
-        episode.raised = step
-        return episode
+        incident.raised = step
+        return incident
 
     def _remember(self, step: int, values: dict[str, float]) -> None:
         """Add an applied step's values to the medians, and the medians to the references."""
@@ -319,7 +319,7 @@ class Guard:
         names = {name for _, values in self._rows for name in values if watched(name)}
         self._sorted = {name: finite(self._rows, name) for name in names}
 
-    def _departures(self, names: list[str]) -> list[Departure]:
+    def _anomalies(self, names: list[str]) -> list[Anomaly]:
         """Anomalies in the history: values that are not finite or outside the range of the preceding applied steps."""
         recent = sum(step >= self.history[0][0] for step, _ in self._rows) if self.history else 0
         # At the start of a run nothing precedes the history: compare with its own first half.
@@ -332,7 +332,7 @@ class Guard:
                 value = values.get(name, usual)
                 judged = step > since or not math.isfinite(value)
                 if name in values and judged and not low <= value <= high:  # True for NaN
-                    found.append(Departure(name, self._module(name), step, value, usual))
+                    found.append(Anomaly(name, self._module(name), step, value, usual))
         return found
 
     def _module(self, metric: str) -> str:

@@ -19,7 +19,7 @@ ENOUGH = 5  # minimum number of values for a usual range
 LARGEST = sys.float_info.max
 
 
-class Departure(NamedTuple):
+class Anomaly(NamedTuple):
     """An anomaly: a metric outside its usual range.
 
     Attributes:
@@ -38,7 +38,7 @@ class Departure(NamedTuple):
 
 
 @dataclass
-class Episode:
+class Incident:
     """An open incident of one check.
 
     Attributes:
@@ -128,13 +128,13 @@ def usual_range(name: str, values: list[float]) -> tuple[float, float, float]:
     return low, median, median + max(3 * (values[-1 - tail] - median), 0.1 * abs(median))
 
 
-def last_trouble(departures: list[Departure]) -> list[Departure]:
+def last_incident(anomalies: list[Anomaly]) -> list[Anomaly]:
     """The last incident: the newest anomalies without a gap of more than QUIET steps, newest first."""
-    departures = sorted(departures, key=lambda d: -d.step)
-    for index, (later, earlier) in enumerate(zip(departures, departures[1:])):
+    anomalies = sorted(anomalies, key=lambda d: -d.step)
+    for index, (later, earlier) in enumerate(zip(anomalies, anomalies[1:])):
         if later.step - earlier.step > QUIET:
-            return departures[: index + 1]
-    return departures
+            return anomalies[: index + 1]
+    return anomalies
 
 
 def pack(value: float | None) -> float | str | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -20,3 +23,15 @@ def no_autocast(x: Tensor) -> torch.autocast:
     """Context manager that disables autocast on the device of x."""
     # Autocast does not support the meta device; use the CPU's flag, which trainer.estimate.fake_ranks reads.
     return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)
+
+
+@contextlib.contextmanager
+def full_fp32() -> Iterator[None]:
+    """Context manager that disables TF32, which rounds the inputs of fp32 products to 10 mantissa bits."""
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, conv.allow_tf32
+    matmul.allow_tf32 = conv.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, conv.allow_tf32 = before

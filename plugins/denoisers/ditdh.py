@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape, Tokens
+from components.files.repae import RepaeCheckpoint
 from components.nn.lightningdit import (
     LightningBlock,
     LightningFinalLayer,
@@ -64,6 +65,7 @@ class DiTDH(Denoiser):
             or a width divided by its heads is not a multiple of 4.
     """
 
+    adapters = (RepaeCheckpoint,)
     pos_embed: Tensor
 
     def __init__(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape, Tokens
+from components.files.repae import RepaeCheckpoint
 from components.nn.lightningdit import (
     LightningBlock,
     LightningFinalLayer,
@@ -64,6 +65,7 @@ class LightningDiT(Denoiser):
             width divided by the heads is not a multiple of 4.
     """
 
+    adapters = (RepaeCheckpoint,)
     pos_embed: Tensor
 
     def __init__(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape, Tokens
+from components.files.repae import RepaeCheckpoint
 from components.nn.transformer import (
     PatchEmbedding,
     TimeEmbedding,
@@ -52,6 +53,7 @@ class SiT(Denoiser):
             width is not a multiple of the heads and of 4 (position embedding).
     """
 
+    adapters = (RepaeCheckpoint,)
     pos_embed: Tensor
 
     def __init__(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from components.contracts import Posterior, ReconstructionLoss
-from components.files.weights import WeightsError, hub_file, load_strict, read_state
+from components.files.weights import hub_file, load_strict, read_state
 from components.nn.precision import at_least_fp32, no_autocast
 from components.registry import File, losses
 
@@ -25,6 +24,7 @@ EPS = 1e-10
 WHAT = "loss lpips"
 HUB_REPO = "timm/vgg16.tv_in1k"
 HUB_FILE = "model.safetensors"
+LINEAR = Path(__file__).with_suffix(".safetensors")  # the authors' version 0.1; license: lpips.LICENSE
 
 
 @losses.register("lpips")
@@ -41,11 +41,12 @@ class LPIPS(ReconstructionLoss):
             "published": 2x - 1 in [-3, 1], as in the published REPA-E runs.
         vgg_checkpoint: VGG16 weights file in torchvision's or timm's layout; none: timm's weights, from the Hugging
             Face cache or downloaded.
-        linear_checkpoint: file of LPIPS's linear weights; none: those in torchmetrics.
+        linear_checkpoint: file of LPIPS's linear weights; none: the published ones, which ship with the plugin.
     """
 
     keep_fp32 = True
     metric = "lpips"
+    metric_options: ClassVar[dict[str, Any]] = {"input_range": "unit"}  # as in published values
     shift: Tensor
     scale: Tensor
 
@@ -78,7 +79,7 @@ class LPIPS(ReconstructionLoss):
         path = self.vgg_checkpoint or _hub_file()
         vgg = read_state(path, f"{WHAT} vgg_checkpoint")
         load_strict(self.features, _only_features(vgg), f"{WHAT} vgg_checkpoint", path)
-        path = self.linear_checkpoint or _torchmetrics_linear()
+        path = self.linear_checkpoint or LINEAR
         linear = read_state(path, f"{WHAT} linear_checkpoint")
         # Keys are lin0.model.1.weight (model.0 is a dropout) or lin0.weight.
         linear = {re.sub(r"^lin(\d)(\.model\.1)?\.", r"\1.", key): value for key, value in linear.items()}
@@ -146,17 +147,3 @@ def _only_features(vgg: dict[str, Tensor]) -> dict[str, Tensor]:
 def _hub_file() -> Path:
     file = f"torchvision's vgg16-397923af.pth, or {HUB_FILE} of the repository {HUB_REPO}"
     return hub_file(WHAT, HUB_REPO, HUB_FILE, option="[losses.lpips] vgg_checkpoint", file=file)
-
-
-def _torchmetrics_linear() -> Path:
-    # find_spec instead of an import, because importing torchmetrics takes seconds.
-    spec = importlib.util.find_spec("torchmetrics")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / "functional" / "image" / "lpips_models" / "vgg.pth"
-        if path.is_file():
-            return path
-    raise WeightsError(
-        f"{WHAT}: found no torchmetrics with LPIPS's linear weights. Install torchmetrics, or set\n"
-        '  [losses.lpips] linear_checkpoint = "FILE"\n'
-        "where FILE is weights/v0.1/vgg.pth of the LPIPS authors' repository"
-    )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.contracts import AdversarialLoss, Network
-from components.files.layouts import files
+from components.files import weights_file
+from components.files.adapter import State, StateDictAdapter
 from components.files.weights import load_strict
+from components.files.weights_file import WeightsFile
 from components.nn.batch_norm import SyncBatchNorm2d, batch_mean
 from components.nn.precision import at_least_fp32, no_autocast
 from components.registry import File, losses
@@ -59,6 +61,26 @@ class PatchDiscriminator(Network):
             return self.main(at_least_fp32(x))
 
 
+class Published(StateDictAdapter):
+    """The discriminator of the published REPA-E code: the network alone, without LeCam's averages."""
+
+    name = "repae"
+
+    def keys(self) -> Collection[str]:
+        """Keys of the network."""
+        return self.plugin.network.state_dict().keys()
+
+    def from_file(self, file: WeightsFile, role: str, what: str) -> dict[str, State]:
+        """Take the network; LeCam's averages are zero, as in a new run."""
+        _, network = weights_file.take(file, role, self.keys())
+        state = {key: torch.zeros(()) for key in ("ema_real", "ema_fake")}
+        return {role: state | {f"network.{key}": value for key, value in network.items()}}
+
+    def to_foreign(self, state: State) -> State:
+        """Convert to the published keys; drops LeCam's averages."""
+        return {key.removeprefix("network."): value for key, value in state.items() if key.startswith("network.")}
+
+
 @losses.register("patchgan")
 class PatchGAN(AdversarialLoss):
     """Hinge GAN loss with a PatchGAN discriminator and optional LeCam regularization.
@@ -80,6 +102,7 @@ class PatchGAN(AdversarialLoss):
         ValueError: ``layers`` or ``channels`` is below 1, or ``start_step`` is negative.
     """
 
+    adapters = (Published,)
     ema_real: Tensor
     ema_fake: Tensor
 
@@ -122,10 +145,10 @@ class PatchGAN(AdversarialLoss):
         """
         if self.checkpoint:
             what = "loss patchgan"
-            file = files.read(self.checkpoint, what, part="discriminator")
-            _, state = files.take(file, "discriminator", self.network.state_dict().keys())
+            file = weights_file.read(self.checkpoint, what, part="discriminator")
+            _, state = weights_file.take(file, "discriminator", self.network.state_dict().keys())
             load_strict(self.network, state, what, self.checkpoint)
-            files.note_left_out(file, what)
+            weights_file.note_left_out(file, what)
 
     def units(self) -> Sequence[nn.Module]:
         """Return the discriminator as a single unit."""

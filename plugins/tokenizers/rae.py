@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from components.contracts import Posterior, Tokenizer
-from components.files.layouts import files
+from components.files import weights_file
 from components.files.weights import WeightsError, load_strict
 from components.nn.precision import at_least_fp32
 from components.nn.transformer import sincos_positions, unpatchify
@@ -130,7 +130,7 @@ class RAE(Tokenizer):
         Raises:
             WeightsError: a file is missing, unreadable, or does not fit the architecture.
         """
-        state = {} if self.checkpoint is None else files.read(self.checkpoint, WHAT).tensors
+        state = {} if self.checkpoint is None else weights_file.read(self.checkpoint, WHAT).tensors
         if any(key.startswith("encoder.") for key in state):
             load_strict(self, state, WHAT, self.checkpoint)
             return

@@ -1,6 +1,7 @@
 """The registry: schemas from signatures, duplicates, discovery and broken plugins."""
 
 import importlib
+import sys
 import textwrap
 
 import pytest
@@ -177,6 +178,39 @@ def test_a_broken_file_in_plugins_spares_the_others_and_is_named_when_missed(tmp
     assert [f.where for f in registry.failures] == ["lab_plugins.bad"]
     with pytest.raises(PluginError, match=r"lab_plugins\.bad: ModuleNotFoundError"):
         registry.encoders.get("mine")
+
+
+def test_lazily_only_what_is_asked_for_is_imported(tmp_path, monkeypatch):
+    package = tmp_path / "lazy_plugins"
+    (package / "inner").mkdir(parents=True)
+    for name in ("", "inner/"):
+        (package / f"{name}__init__.py").write_text("")
+    text = (
+        "from components import registry\nfrom components.contracts import ReconstructionLoss\n\n"
+        "@registry.losses.register({})\nclass Loss(ReconstructionLoss):\n    '''Loss.'''\n"
+    )
+    (package / "one.py").write_text(text.format('"one"'))
+    (package / "inner" / "two.py").write_text(text.format('"two"'))
+    (package / "again.py").write_text(text.format('"two"'))
+    (package / "hidden.py").write_text(text.format('"".join("hidden")'))
+    (package / "bad.py").write_text("import does_not_exist\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry.discover("lazy_plugins", lazy=True)
+
+    def imported():
+        return sorted(name for name in sys.modules if name.startswith("lazy_plugins."))
+
+    assert not imported() and not registry.failures
+    assert registry.losses.get("one").cls.__module__ == "lazy_plugins.one"
+    assert imported() == ["lazy_plugins.one"]
+    with pytest.raises(PluginError, match="two loss plugins are called 'two'"):
+        registry.losses.get("two")
+    # A name that no decorator states is found by importing everything, as is every plugin of a list.
+    assert registry.losses.get("hidden").cls.__module__ == "lazy_plugins.hidden"
+    assert {"lazy_plugins.again", "lazy_plugins.inner.two"} & set(imported())
+    with pytest.raises(PluginError, match=r"(?s)did you mean 'one'.*lazy_plugins\.bad: ModuleNotFoundError"):
+        registry.losses.get("onee")
+    assert {"one", "two", "hidden"} <= set(registry.losses.names())
 
 
 def test_entry_points_of_installed_packages(tmp_path, monkeypatch):

@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 
 from components.distributed.parallel import World
-from components.files.layouts import diffusers_kl
 from components.files.model_file import save_tensors
 from components.version import version
+from plugins.tokenizers.autoencoder_kl import diffusers_format
 from tests.support import toys
 from trainer import config
 from trainer.__main__ import main
@@ -48,13 +48,13 @@ def test_a_run_logs_it_first_and_every_checkpoint_holds_it(toml, tmp_path, anoth
         return trainer, "\n".join(lines)
 
     trainer, log = resumed()
-    assert trainer.checkpoints.read(1, ["version"]) == {"version": version()}
+    assert trainer.checkpoints.manager.read(1, ["version"]) == {"version": version()}
     assert "resumed from" in log and "titanrepa" not in log.replace(str(folder), "")
     another("99.0")
     assert f"changed since that checkpoint: titanrepa {version()} -> 99.0" in resumed()[1]
 
     # Those of releases that recorded none.
-    trainer.checkpoints.save(1, {key: value for key, value in trainer.state().items() if key != "version"})
+    trainer.checkpoints.manager.save(1, {key: value for key, value in trainer.state().items() if key != "version"})
     assert "titanrepa" not in resumed()[1].replace(str(folder), "")
 
 
@@ -62,7 +62,7 @@ def test_exports_state_it(tmp_path):
     save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {"format": "pt"})
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt", "titanrepa_version": version()}
-    diffusers_kl.write_folder(tmp_path / "vae", {}, {"_class_name": "AutoencoderKL"})
+    diffusers_format.write_folder(tmp_path / "vae", {}, {"_class_name": "AutoencoderKL"})
     stated = json.loads((tmp_path / "vae" / "config.json").read_text())
     assert stated == {"_class_name": "AutoencoderKL", "_titanrepa_version": version()}
 

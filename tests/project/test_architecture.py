@@ -28,11 +28,13 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_follow_the_table(path):
-    package = path.relative_to(ROOT).parts[0]
+    package, *_ = parts = path.relative_to(ROOT).parts
     ours = {name for name in imported(path) if name.split(".")[0] in PACKAGES}
     outside = {name for name in ours if name.split(".")[0] not in MAY_IMPORT[package]}
     if path.name == "train_shapes_nets.py":  # a script that trains the networks of two plugins
         outside = {name for name in outside if not name.startswith("plugins.")}
+    if package == "plugins" and len(parts) > 3:  # a plugin of several files
+        outside = {name for name in outside if not name.startswith(".".join(parts[:-1]) + ".")}
     assert not outside, f"{path.relative_to(ROOT)} imports {sorted(outside)}"
 
 
@@ -136,6 +138,25 @@ def test_training_does_not_import_the_plugin_kit():
         todo += needs[name] - found
     assert "trainer.run.loop" in found
     assert not [name for name in found if name.startswith("trainer.plugin_kit")]
+
+
+def test_a_training_run_imports_only_what_it_uses():
+    code = (
+        "import sys\nimport trainer.commands.train\nfrom trainer import config\n"
+        "loaded = config.load('train_configs/quickstart.toml', ['--evaluation.every=0', '--training.resolution=32'])\n"
+        "from components.distributed.parallel import World\nfrom trainer.run.loop import Trainer\n"
+        "Trainer(loaded, World())\nprint(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [name for name in done.stdout.splitlines()[-1].split() if name in MODULES]
+    unused = ("components.evaluation", "trainer.evaluation", "trainer.estimate", "trainer.plugin_kit", "trainer.models")
+    assert [name for name in found if name.startswith(unused)] == []
+    named = {"recipes.repae", "tokenizers.autoencoder_kl", "tokenizers.autoencoder_kl.diffusers_format"}
+    named |= {"denoisers.sit", "encoders.tiny_vit", "datasets.shapes"}
+    named |= {f"losses.{name}" for name in ("cosine", "patchgan", "reconstruction")}
+    plugins = {name.removeprefix("plugins.") for name in found if name.count(".") > 1 and name.startswith("plugins.")}
+    assert plugins == named
 
 
 def test_no_circle_of_imports():

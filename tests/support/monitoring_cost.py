@@ -79,7 +79,7 @@ def main(path: str, overrides: list[str]) -> None:
     for patch in patches:
         patch.start()
     trainer = loop.Trainer(loaded, world)
-    trainer.saves.save = lambda _: None
+    trainer.checkpoints.save = lambda _: None
     trainer.run()
     print(f"{world.device.type}, torch {torch.__version__}, {path}")
     print(f"{'':<36}{'ms, median':>12}{'times':>8}{'operators':>11}")

@@ -37,7 +37,7 @@ def finished(trainer: Trainer) -> dict:
         step(m, batch, draws, update, k)
 
     trainer.watch.observe, trainer.parts.recipe.step = observed, stepped
-    trainer.saves.save = lambda step: None
+    trainer.checkpoints.save = lambda step: None
     draw = Reporter.draw if trainer.config.sampling.every else lambda *_: None
     with mock.patch.object(Reporter, "draw", draw):
         trainer.run()

@@ -12,7 +12,7 @@ from components.contracts import Dataset, Recipe
 from components.files.fingerprint import fingerprint
 from components.latent_cache.cache import LatentCache
 from components.latent_cache.dataset import CachedDataset, CachedEncoder
-from trainer.config import Config, ConfigError, PluginTable
+from trainer.config import Config, ConfigError, PluginTable, named_files, weights_key
 
 if TYPE_CHECKING:
     from trainer.run.parts import Parts
@@ -73,7 +73,7 @@ def dataset_on_cache(config: Config, parts: Parts, cache: LatentCache) -> Cached
             f"it was encoded by another tokenizer:\n"
             f"    cache:     {_short(index['tokenizer']['fingerprint'])}, {index['tokenizer']['origin']}\n"
             f"    this run:  {_short(here)}, {origin('tokenizer', config.tokenizer)}\n"
-            "  Set tokenizer.checkpoint to the weights of the cache, or encode the dataset with this run's tokenizer"
+            f"  Set {weights_key(config)} to the weights of the cache, or encode the dataset with this run's tokenizer"
         )
     elif tuple(parts.latent) != cache.latent:
         problems.append(f"its latents are {_times(cache.latent)}, but those of this run are {_times(parts.latent)}")
@@ -110,7 +110,7 @@ def describe(kind: str, table: PluginTable) -> dict[str, Any]:
 
 def origin(kind: str, table: PluginTable) -> str:
     """Human-readable origin of a part's weights."""
-    files = [table.options[key] for key in registry.KINDS[kind].get(table.name).files if table.options.get(key)]
+    files = named_files(kind, table)
     return f"{table.name} ({'weights of ' + ', '.join(files) if files else 'no checkpoint given'})"
 
 

@@ -11,7 +11,6 @@ from trainer import config as configs
 
 if TYPE_CHECKING:
     from components.distributed.parallel import World
-    from components.evaluation.feature_cache import FeatureCache
 
 SUMMARY = "compute FID, sFID, IS, precision, recall of samples, or rFID, PSNR, SSIM, LPIPS of a tokenizer"
 
@@ -89,37 +88,44 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def evaluate(arguments: argparse.Namespace, overrides: list[str], world: World) -> None:
     """Run the command on one rank."""
-    (_reconstruction if arguments.reconstruction else _samples)(arguments, overrides, world)
+    named = None if arguments.metrics is None else [w.strip() for w in arguments.metrics.split(",") if w.strip()]
+    (_reconstruction if arguments.reconstruction else _samples)(arguments, named, overrides, world)
 
 
-def _samples(arguments: argparse.Namespace, overrides: list[str], world: World) -> None:
-    from components.evaluation.images import First
-    from components.evaluation.measures import INCEPTION
-    from trainer.evaluation.comparison import evaluate_samples
-    from trainer.evaluation.measured import chosen_metrics, make_networks
-    from trainer.evaluation.references import open_reference, open_samples
+def _samples(arguments: argparse.Namespace, named: list[str] | None, overrides: list[str], world: World) -> None:
+    from components.evaluation import EvaluationError
+    from components.evaluation.comparison import compare
+    from components.evaluation.images import first_images, open_images
+    from components.evaluation.statistics import INCEPTION, compute_statistics
+    from trainer.evaluation import results
+    from trainer.evaluation.metric_selection import choose_metrics, make_networks
+    from trainer.evaluation.references import open_reference, save_reference
 
-    images, settings = open_samples(arguments.samples)
-    if arguments.max_images:
-        images = First(images, arguments.max_images)
+    settings = _sample_settings(arguments.samples)
     config = _config(arguments, settings, overrides)
-    reference = open_reference(arguments.reference, config, arguments.reference_images)
-    metrics = chosen_metrics(_words(arguments.metrics), arguments.encoder, INCEPTION)
+    images, there = open_images(arguments.samples), Path(arguments.samples).expanduser()
+    if there.is_dir() and len(images) < (wanted := settings.get("num_samples", 0)):
+        raise EvaluationError(
+            f"'{arguments.samples}' holds {len(images)} of {wanted} images: sampling was interrupted; repeat the "
+            "sample command to resume"
+        )
+    images = first_images(images, arguments.max_images)
+    metrics = choose_metrics(named, arguments.encoder, INCEPTION)
     resolution = images[0].shape[-1]
     networks = make_networks(metrics, arguments.encoder, arguments.inception_weights, resolution, world.device)
-    there = Path(arguments.samples).expanduser()
+    reference = open_reference(arguments.reference, config, arguments.reference_images)
+    reference.check(networks, len(images), arguments.allow_singular)
+
     default = there / "evaluation.json" if there.is_dir() else there.with_suffix(".evaluation.json")
     output = Path(arguments.output or default)
-    values, warnings, caches = evaluate_samples(
-        images,
-        reference,
-        networks,
-        output.parent,
-        batch_size=arguments.batch_size,
-        world=world,
-        allow_singular=arguments.allow_singular,
-        keep_statistics=arguments.save_statistics,
-    )
+    common = {"batch_size": arguments.batch_size, "world": world}
+    ours, caches = compute_statistics(images, networks, output.parent, generated=True, **common)
+    common |= {"generated": False, "known": [reference.known(m) for m in networks]}
+    theirs, others = compute_statistics(reference.images, networks, output.parent, **common)
+    if arguments.save_statistics and world.is_main:
+        save_reference(arguments.save_statistics, networks, theirs)
+    values, warnings = compare(networks, ours, theirs, world.device, allow_singular=arguments.allow_singular)
+    warnings = reference.warnings(networks) + warnings
     if reference.images is not None and (size := reference.images[0].shape[-1]) != resolution:
         warnings.append(f"the reference images have {size} pixels per side, the samples {resolution}")
     about = {
@@ -134,14 +140,16 @@ def _samples(arguments: argparse.Namespace, overrides: list[str], world: World) 
     }
     title = f"{arguments.samples}: {len(images)} images against {arguments.reference}"
     run_folder = Path(settings["run"]) if settings.get("run") else None
-    _finish(title, output, values, warnings, about, caches, run_folder, there.name, settings.get("step", 0))
+    step = settings.get("step", 0)
+    results.publish(title, output, values, warnings, about, caches + others, run_folder, there.name, step)
 
 
-def _reconstruction(arguments: argparse.Namespace, overrides: list[str], world: World) -> None:
-    from components.evaluation.images import First
-    from trainer.evaluation.measured import Measured, chosen_metrics, make_networks
-    from trainer.evaluation.reconstruction import METRICS, evaluate_reconstruction, make_lpips
+def _reconstruction(arguments: argparse.Namespace, named: list[str] | None, overrides: list[str], world: World) -> None:
+    from components.evaluation.images import first_images
+    from trainer.evaluation import results
+    from trainer.evaluation.metric_selection import choose_metrics, make_networks
     from trainer.evaluation.references import dataset_images
+    from trainer.evaluation.tokenizer_quality import METRICS, evaluate_reconstruction, make_metric
     from trainer.models.source import open_source
 
     for option in ("reference", "config", "save_statistics"):
@@ -150,7 +158,7 @@ def _reconstruction(arguments: argparse.Namespace, overrides: list[str], world: 
                 f"--{option.replace('_', '-')} cannot be used with --reconstruction: the reference is the source's "
                 "own dataset (--dataset.KEY=VALUE changes it)"
             )
-    metrics = chosen_metrics(_words(arguments.metrics), (), METRICS)
+    metrics = choose_metrics(named, (), METRICS)
     if arguments.metrics is None and arguments.encoder:
         metrics = ("psnr", "ssim")  # the metrics that need no weight files
     source = open_source(
@@ -161,14 +169,12 @@ def _reconstruction(arguments: argparse.Namespace, overrides: list[str], world: 
         overrides=overrides,
         needs=("tokenizer",),
     )
-    images = dataset_images(source.config)
-    if arguments.max_images:
-        images = First(images, arguments.max_images)
+    images = first_images(dataset_images(source.config), arguments.max_images)
     inception = ("fid",) if "rfid" in metrics else ()
-    networks: list[Measured] = make_networks(
+    networks = make_networks(
         inception, arguments.encoder, arguments.inception_weights, source.config.training.resolution, world.device
     )
-    lpips = make_lpips(source.config, world.device) if "lpips" in metrics else None
+    lpips = make_metric("lpips", source.config, world.device) if "lpips" in metrics else None
     there = Path(arguments.samples).expanduser()
     folder = source.run or (there if there.is_dir() else Path(source.config.run.dir))
     output = Path(arguments.output or folder / "reconstruction.json")
@@ -190,34 +196,28 @@ def _reconstruction(arguments: argparse.Namespace, overrides: list[str], world: 
         "batch_size": arguments.batch_size,
     }
     title = f"{source.label}: reconstructions of {len(images)} images of {images.name}"
-    _finish(title, output, values, warnings, about, caches, source.run, "reconstruction", source.step)
+    results.publish(title, output, values, warnings, about, caches, source.run, "reconstruction", source.step)
 
 
-def _finish(
-    title: str,
-    output: Path,
-    values: dict[str, float | None],
-    warnings: list[str],
-    about: dict[str, Any],
-    caches: list[FeatureCache],
-    run_folder: Path | None,
-    setting: str,
-    step: int,
-) -> None:
-    """Print and write the results, then delete the feature caches that serve to resume an evaluation."""
-    from components.distributed.ranks import Ranks
-    from trainer.evaluation import report
+def _sample_settings(path: str) -> dict[str, Any]:
+    """Contents of the ``samples.json`` of a sample folder or beside an ``.npz``; empty if there is none.
 
-    def write() -> None:
-        report.write_json(output, values, warnings, about)
-        lines = [title, report.table(values, warnings), f"written to {output}"]
-        if run_folder is not None and run_folder.is_dir():
-            lines.append(f"and to {report.write_curves(run_folder, setting, step, values)}")
-        for cache in caches:
-            cache.remove()
-        print("\n".join(lines), flush=True)
+    Raises:
+        EvaluationError: ``path`` is a run folder.
+    """
+    from components.evaluation import EvaluationError
+    from trainer.models.sample_folder import SETTINGS, SampleFolder
 
-    Ranks(None).first(write)
+    there = Path(path).expanduser()
+    settings = SampleFolder(there.parent if there.is_file() else there).settings() or {}
+    if not settings and (there / "checkpoints").is_dir():
+        listed = "".join(f"\n  {p.parent}" for p in sorted(there.glob(f"samples/*/{SETTINGS}")))
+        raise EvaluationError(
+            f"'{path}' is a run folder; "
+            + (f"name one of its sample folders:{listed}" if listed else "sample from it first")
+            + f"\n(python -m trainer sample {path}; to evaluate its tokenizer: --reconstruction)"
+        )
+    return settings
 
 
 def _config(arguments: argparse.Namespace, settings: dict[str, Any], overrides: list[str]) -> configs.Config | None:
@@ -240,7 +240,3 @@ def _config(arguments: argparse.Namespace, settings: dict[str, Any], overrides: 
         raise configs.ConfigError(f"'{overrides[0]}' is not an option of evaluate, and there is no config to override")
     registry.discover("plugins")
     return None
-
-
-def _words(text: str | None) -> list[str] | None:
-    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]

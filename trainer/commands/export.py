@@ -9,14 +9,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.config import ConfigError
+from trainer.config import ConfigError, named_files, weights_key
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from components.files.adapter import StateDictAdapter
+    from trainer.config import Config
     from trainer.models.source import Stored
 
-SUMMARY = "write a trained model as a diffusers folder, as safetensors, or as a published REPA-E checkpoint"
+OWN = "safetensors"
+SUMMARY = "write a trained model as a diffusers folder, as safetensors, or in another format of its plugins"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         required=True,
-        choices=("diffusers", "safetensors", "repae"),
-        help="diffusers: the tokenizer, for AutoencoderKL.from_pretrained; safetensors: a model folder; repae: a "
-        "training checkpoint and latent statistics in the layout of the published REPA-E code",
+        metavar="NAME",
+        help="safetensors: a model folder; or a format that the model's tokenizer or denoiser declares, such as "
+        "diffusers: the tokenizer, for AutoencoderKL.from_pretrained; repae: a training checkpoint and latent "
+        "statistics in the layout of the published REPA-E code",
     )
     parser.add_argument(
         "--weights", choices=("ema", "online"), help="averaged (default) or raw weights; repae writes both"
@@ -48,14 +52,22 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if int(os.environ.get("RANK", "0")):
         return 0  # one process writes
     form = arguments.format
-    for option, of in (("parts", "safetensors"), ("name", "repae")):
-        if getattr(arguments, option) and form != of:
-            raise ConfigError(f"--{option} applies only to --format={of}, not to --format={form}")
-    if arguments.weights and form == "repae":
-        raise ConfigError("--weights does not apply to --format=repae, which holds both averaged and raw weights")
+    if arguments.parts and form != OWN:
+        raise ConfigError(f"--parts applies only to --format={OWN}, not to --format={form}")
     from trainer.models.source import read_source
 
-    needs = ("tokenizer", "latent_norm") if form == "diffusers" else _wanted(arguments.parts)
+    role, adapter = "", None
+    if form != OWN:
+        config = read_source(arguments.source, step=arguments.step, overrides=overrides, needs=()).config
+        role, adapter = _format(config, form)
+    both = adapter is not None and adapter.training_checkpoint
+    if arguments.name and not both:
+        raise ConfigError(
+            f"--name applies only to training checkpoints, such as --format=repae, not to --format={form}"
+        )
+    if arguments.weights and both:
+        raise ConfigError(f"--weights does not apply to --format={form}, which holds both averaged and raw weights")
+    needs = _wanted(arguments.parts) if adapter is None else adapter.exports
     stored = read_source(
         arguments.source, weights=arguments.weights or "ema", step=arguments.step, overrides=overrides, needs=needs
     )
@@ -63,14 +75,12 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         stored.states["tokenizer"] = _tokenizer_of_config(stored)
     out = Path(arguments.out).expanduser() if arguments.out else _default_out(arguments, stored)
     with writing_to(out):
-        if form == "diffusers":
-            files, uses = _diffusers(stored, out)
-        elif form == "safetensors":
+        if adapter is None:
             files, uses = _safetensors(stored, out, needs, explicit=bool(arguments.parts))
         else:
-            files, uses = _repae(stored, out, arguments, overrides)
-    both = f"{stored.path} at step {stored.step}, averaged and raw weights"
-    print(f"Exported {both if form == 'repae' else stored.label}:")
+            files, uses = _foreign(stored, out, role, adapter, arguments, overrides)
+    label = f"{stored.path} at step {stored.step}, averaged and raw weights" if both else stored.label
+    print(f"Exported {label}:")
     for file in files:
         print(f"  {file}  ({file.stat().st_size / 2**20:,.1f} MiB)")
     print(uses)
@@ -105,45 +115,19 @@ def _default_out(arguments: argparse.Namespace, stored: Stored) -> Path:
 
 
 def _tokenizer_of_config(stored: Stored) -> dict[str, Tensor]:
-    """Weights of the config's ``tokenizer.checkpoint``.
+    """Weights of the file that the config's tokenizer names.
 
     Raises:
-        ConfigError: the config names no tokenizer checkpoint.
+        ConfigError: the config names no such file.
     """
     from trainer.run.construct import make_plugin
 
-    if not stored.config.tokenizer.options.get("checkpoint"):
-        raise ConfigError(f"'{stored.path}' holds no trained tokenizer, and its config sets no tokenizer.checkpoint")
+    if not named_files("tokenizer", stored.config.tokenizer):
+        key = weights_key(stored.config)
+        raise ConfigError(f"'{stored.path}' holds no trained tokenizer, and its config sets no {key}")
     tokenizer = make_plugin("tokenizer", "tokenizer", stored.config.tokenizer)
     tokenizer.load_weights()
     return tokenizer.state_dict()
-
-
-def _diffusers(stored: Stored, out: Path) -> tuple[list[Path], str]:
-    import torch
-
-    from components.files.layouts import diffusers_kl
-    from trainer.run.construct import make_plugin
-
-    with torch.device("meta"):
-        tokenizer = make_plugin("tokenizer", "tokenizer", stored.config.tokenizer)
-    architecture = getattr(tokenizer, "architecture", None)
-    if architecture is None:
-        raise ConfigError(
-            f"tokenizer.name = '{stored.config.tokenizer.name}' cannot be exported to diffusers' AutoencoderKL (it "
-            "declares no `architecture`); use --format=safetensors"
-        )
-    norm = stored.states.get("latent_norm")
-    mean, std = (norm["running_mean"], norm["running_var"].sqrt()) if norm else (None, None)
-    config = diffusers_kl.config(architecture, stored.config.training.resolution, mean, std)
-    files = diffusers_kl.write_folder(out, stored.states["tokenizer"], config)
-    uses = f'Load it: diffusers.AutoencoderKL.from_pretrained("{out}")'
-    if norm is None:
-        return files, f"{uses}\nlatents_mean and latents_std are not set: the source has no latent norm."
-    return files, (
-        f"{uses}\nThe denoiser takes (z - latents_mean) / latents_std; scaling_factor and shift_factor approximate "
-        "this by one number each."
-    )
 
 
 def _safetensors(stored: Stored, out: Path, needs: Sequence[str], explicit: bool) -> tuple[list[Path], str]:
@@ -157,35 +141,66 @@ def _safetensors(stored: Stored, out: Path, needs: Sequence[str], explicit: bool
     takers = ["sample", "evaluate", "encode"] if {"tokenizer", "denoiser", "latent_norm"} <= states.keys() else []
     uses = [f"Use it: python -m trainer {'|'.join(takers)} {out}"] if takers else []
     if "tokenizer" in states:
-        uses.append(f"Train on its tokenizer: --tokenizer.checkpoint={out / 'tokenizer.safetensors'}")
+        uses.append(f"Train on its tokenizer: --{weights_key(stored.config)}={out / 'tokenizer.safetensors'}")
     return files, "\n".join(uses)
 
 
-def _repae(ema: Stored, out: Path, arguments: argparse.Namespace, overrides: list[str]) -> tuple[list[Path], str]:
-    from components.files.layouts import published
-    from components.files.model_file import PARTS, save_tree
-    from trainer.models.source import read_source
+def _format(config: Config, name: str) -> tuple[str, type[StateDictAdapter]]:
+    """Role and adapter of the plugin that declares a format; raises ConfigError with the formats of this model."""
+    from components import registry
 
-    for name in ("denoiser", "latent_norm"):
-        if name not in ema.states:
-            raise ConfigError(f"'{ema.path}' holds no {name}, which a REPA-E checkpoint requires")
-    # A model folder written by import may hold the raw weights in online/.
-    path = ema.run / "checkpoints" / f"step_{ema.step:08d}" if ema.run else Path(ema.path).expanduser() / "online"
-    if path.is_dir():
-        online, note = read_source(str(path), weights="online", overrides=overrides, needs=PARTS), ""
-    else:
-        online, note = ema, f"\n'{ema.path}' holds only {ema.weights} weights, so `model` and `ema` are equal."
-    # The same pairing as in sampling: the averaged tokenizer if the run has one, otherwise the raw one.
-    beside_denoiser = {name: ema.states[name] for name in ("tokenizer", "discriminator") if name in ema.states}
-    out.mkdir(parents=True, exist_ok=True)
-    name = arguments.name or f"{ema.step:07d}"
-    files = [out / f"{name}.pt", out / f"{name}-latents-stats.pt"]
-    save_tree(files[0], published.checkpoint(online.states | beside_denoiser, ema.states, ema.step))
-    save_tree(files[1], published.latents_stats(ema.states["latent_norm"]))
-    lacking = [part for part in ("discriminator", "heads") if part not in ema.states]
-    if lacking:
-        note += f"\nIt has no {' and no '.join(lacking)}, as '{ema.path}' holds none."
-    return files, (
-        f"Sample from it with the published REPA-E code, as EXPERIMENT/checkpoints/{name}.pt. That code cannot resume "
-        f"training from it: it holds no optimizer states.{note}"
+    found = {}
+    for role, table in (("tokenizer", config.tokenizer), ("denoiser", config.denoiser)):
+        plugin = registry.KINDS[role].get(table.name).cls if table is not None else None
+        found |= {adapter.name: (role, adapter) for adapter in (plugin.adapters if plugin else ()) if adapter.exports}
+    if name in found:
+        return found[name]
+    plugins = f"tokenizer.name = '{config.tokenizer.name}'"
+    if config.denoiser is not None:
+        plugins += f" and denoiser.name = '{config.denoiser.name}'"
+    formats = "".join(f"\n  --format={key}: {adapter.summary}" for key, (_, adapter) in found.items())
+    raise ConfigError(
+        f"--format={name}: {plugins} declare no such format; expected one of\n  --format={OWN}: a model folder{formats}"
+    )
+
+
+def _foreign(
+    stored: Stored,
+    out: Path,
+    role: str,
+    make: type[StateDictAdapter],
+    arguments: argparse.Namespace,
+    overrides: list[str],
+) -> tuple[list[Path], str]:
+    """Write a format that the plugin of ``role`` declares."""
+    from components.files.adapter import Exported
+    from trainer.models.source import read_source
+    from trainer.run.construct import construct_parts
+
+    for name in make.requires:
+        if name not in stored.states:
+            raise ConfigError(f"'{stored.path}' holds no {name}, which --format={make.name} requires")
+    online = stored.states
+    if make.training_checkpoint:
+        # A model folder written by import may hold the raw weights in online/.
+        folder = Path(stored.path).expanduser() / "online"
+        path = stored.run / "checkpoints" / f"step_{stored.step:08d}" if stored.run else folder
+        online = None
+        if path.is_dir():
+            online = read_source(str(path), weights="online", overrides=overrides, needs=make.exports).states
+    config = stored.config
+    uses = frozenset(make.exports) - {"heads"}  # heads need encoders
+    m = construct_parts(config, on_meta=True, uses=uses).modules
+    return make(getattr(m, role)).to_files(
+        out,
+        Exported(
+            modules=m,
+            states=stored.states,
+            online=online,
+            weights=stored.weights,
+            step=stored.step,
+            resolution=config.training.resolution,
+            source=stored.path,
+            name=arguments.name or "",
+        ),
     )

@@ -15,13 +15,14 @@ SUMMARY = "convert a published checkpoint, a tokenizer file or a diffusers folde
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
-        help="REPA-E, SD or CompVis checkpoint, .safetensors, diffusers folder, or hf://org/repo/file[@revision]",
+        help="REPA-E, SD or CompVis checkpoint, .safetensors, diffusers folder, a file of another format that the "
+        "config's plugins read, or hf://org/repo/file[@revision]",
     )
     parser.add_argument("--config", required=True, help="TOML config of the architecture, e.g. from train_configs/")
     parser.add_argument(
         "--tokenizer",
         metavar="FILE",
-        help="tokenizer weights, if the main file has none (default: tokenizer.checkpoint)",
+        help="tokenizer weights, if the main file has none (default: the file that the config names)",
     )
     parser.add_argument(
         "--stats", metavar="FILE", help="latent statistics: latents_scale and latents_bias, or mean and std"
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     print(f"Imported '{arguments.file}' (step {found.step}, {found.weights} weights):")
     for path in written:
         print(f"  {path}  ({path.stat().st_size / 2**20:,.1f} MiB)")
-    uses = [f"Train on its tokenizer: --tokenizer.checkpoint={out / 'tokenizer.safetensors'}"]
+    uses = [f"Train on its tokenizer: --{configs.weights_key(config)}={out / 'tokenizer.safetensors'}"]
     if {"denoiser", "latent_norm"} <= found.states.keys():
         uses.insert(0, f"Use it: python -m trainer sample|evaluate|encode {out}")
     print("\n".join([*found.notes, *uses]))

@@ -81,6 +81,7 @@ def sample(arguments: argparse.Namespace, overrides: list[str], world: World) ->
     from trainer.commands.train import set_backends
     from trainer.models.sample_folder import SampleFolder, parse_labels
     from trainer.models.source import open_source
+    from trainer.run.pictures import sampling_plan
 
     options = {"weights": arguments.weights, "overrides": overrides, "compiled": arguments.compile}
     source = open_source(arguments.source, world, step=arguments.step, **options)
@@ -88,7 +89,7 @@ def sample(arguments: argparse.Namespace, overrides: list[str], world: World) ->
     if arguments.guide:
         guide = open_source(arguments.guide, world, **options)
     set_backends(source.config)
-    plan = make_plan(arguments, source.config)
+    plan = sampling_plan(source.config, arguments.seed, vars(arguments))
     kind = parse_labels(arguments.labels, source.parts.num_classes)
     sampler = make_sampler(source, guide, plan, arguments.precision)
 
@@ -154,24 +155,6 @@ def draw(
             bar.update(sum(counts[batch] for batch in batches[turn * world.size : (turn + 1) * world.size]))
         for write in writes:
             write.result()
-
-
-def make_plan(arguments: argparse.Namespace, config: configs.Config) -> SamplingPlan:
-    """The run's [sampling] settings, overridden by the command line."""
-    from components.diffusion.image_sampler import SamplingPlan
-    from components.diffusion.samplers import Guidance
-
-    table = config.sampling
-    given = {
-        name: value if (value := getattr(arguments, option)) is not None else getattr(table, name)
-        for name, option in (
-            ("method", "method"), ("steps", "steps"), ("guidance", "guidance"),
-            ("guidance_low", "guidance_low"), ("guidance_high", "guidance_high"), ("shift", "shift"),
-        )
-    }  # fmt: skip
-    checked = configs.check_table(type(table), table.model_dump() | given, "--")
-    guidance = Guidance(checked.guidance, checked.guidance_low, checked.guidance_high)
-    return SamplingPlan(checked.method, checked.steps, guidance, arguments.seed, checked.shift)
 
 
 def make_sampler(source: Source, guide: Source | None, plan: SamplingPlan, precision: str) -> ImageSampler:

@@ -9,8 +9,10 @@ from trainer.config.load import (
     flatten,
     load,
     loads,
+    named_files,
     parse_overrides,
     validate,
+    weights_key,
 )
 from trainer.config.schema import Config, PluginTable
 
@@ -25,6 +27,8 @@ __all__ = [
     "flatten",
     "load",
     "loads",
+    "named_files",
     "parse_overrides",
     "validate",
+    "weights_key",
 ]

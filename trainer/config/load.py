@@ -90,7 +90,7 @@ def validate(data: dict[str, Any], source: str) -> Config:
     config.evaluation.reference = _find(config.evaluation.reference, folder)
     config.evaluation.inception_weights = _find(config.evaluation.inception_weights, folder)
     try:
-        registry.discover("plugins", config.plugins)
+        registry.discover("plugins", config.plugins, lazy=True)
     except registry.PluginError as error:
         raise ConfigError(f"{source}: {error}") from error
     problems = [p for place, kind, table in plugin_tables(config) for p in _check_plugin(place, kind, table, folder)]
@@ -175,6 +175,16 @@ def plugin_tables(config: Config) -> list[tuple[str, str, PluginTable]]:
     return [*found, ("dataset", "dataset", config.dataset)]
 
 
+def named_files(kind: str, table: PluginTable) -> list[str]:
+    """Files that a plugin's table names, in the order of the plugin's options."""
+    return [table.options[key] for key in registry.KINDS[kind].get(table.name).files if table.options.get(key)]
+
+
+def weights_key(config: Config) -> str:
+    """Key of the tokenizer's weights: its first option of type ``File``; "tokenizer.name" if it has none."""
+    return f"tokenizer.{next(iter(registry.tokenizers.get(config.tokenizer.name).files), 'name')}"
+
+
 def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
     """Parse ``--a.b=1`` or ``--a.b 1`` to ("a.b", 1), and ``--a.b`` to ("a.b", True)."""
     found: list[tuple[str, Any]] = []
@@ -226,8 +236,13 @@ def _check_plugin(place: str, kind: str, table: PluginTable, folder: Path) -> li
 
 def _optimizer_problems(config: Config) -> list[str]:
     problems = []
-    every = {name for recipe in registry.recipes for name in recipe.cls.trains}
-    for name, table in (config.optimizer.model_extra or {}).items():
+    tables = config.optimizer.model_extra or {}
+    every: set[str] = set()
+    if registry.recipes.has(config.recipe.name):
+        every |= registry.recipes.get(config.recipe.name).cls.trains.keys()
+    if not tables.keys() <= every:  # listing the other recipes imports all of them
+        every |= {name for recipe in registry.recipes for name in recipe.cls.trains}
+    for name, table in tables.items():
         if not isinstance(table, dict):
             problems.append(f"optimizer.{name}: unknown key{nearest(name, [*OptimizerTable.model_fields, *every])}")
         elif name not in every:

@@ -16,16 +16,20 @@ from components.data.pixels import to_uint8
 from components.distributed.parallel import World, gather_rows
 from components.distributed.ranks import Ranks
 from components.evaluation import EvaluationError
-from components.evaluation.images import First, Images
-from components.evaluation.measures import FRECHET, Summarizer, Summary, compare, needs_neighbors
-from components.evaluation.moments import read_statistics
+from components.evaluation.comparison import compare
+from components.evaluation.images import first_images
+from components.evaluation.statistics import (
+    FeatureStatistics,
+    NetworkMetrics,
+    StatisticsBuilder,
+    compute_statistics,
+)
 from components.files.atomic import atomic_write
 from components.files.weights import WeightsError
 from components.optim.ema import Ema
 from trainer.config import Config, ConfigError
-from trainer.evaluation.comparison import check_counts, summarize_reference, write_statistics
-from trainer.evaluation.measured import Measured, make_networks, network_warnings
-from trainer.evaluation.references import Reference, dataset_images
+from trainer.evaluation.metric_selection import make_networks
+from trainer.evaluation.references import Reference, dataset_images, read_statistics, save_reference
 from trainer.run import pictures
 from trainer.run.parts import Parts
 
@@ -63,10 +67,10 @@ class TrainingEvaluation:
             if e.reference != "dataset":
                 statistics, about = read_statistics(e.reference)
                 self.reference = Reference(e.reference, None, statistics, about)
-                check_counts(self.networks, e.images, self.reference, e.allow_singular)
+                self.reference.check(self.networks, e.images, e.allow_singular)
         except (WeightsError, EvaluationError) as error:
             raise ConfigError(f"[evaluation] {error}") from error
-        self.summaries: list[Summary] = []
+        self.statistics: list[FeatureStatistics] = []  # of the reference, for each network
 
     def prepare(self, parts: Parts) -> None:
         """Compute the reference statistics, or load those computed at an earlier start of this run. Collective.
@@ -81,24 +85,20 @@ class TrainingEvaluation:
                     'evaluation.reference = "dataset", but this run reads cached latents and has no images; '
                     "set it to a statistics file (made by python -m trainer evaluate --save-statistics)"
                 )
-            images: Images = dataset_images(self.config, parts.images)
-            self.reference.images = First(images, e.reference_images) if e.reference_images else images
+            self.reference.images = first_images(dataset_images(self.config, parts.images), e.reference_images)
             try:
-                check_counts(self.networks, e.images, self.reference, e.allow_singular)
+                self.reference.check(self.networks, e.images, e.allow_singular)
             except EvaluationError as error:
                 raise ConfigError(f"[evaluation] {error}") from error
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = self._kept()
         if self.reference.images is not None and not Ranks(None).first(kept.is_file):
-            self._measure(kept)
+            self._compute_reference(kept)
         if self.reference.images is not None:
             self.reference.statistics, self.reference.about = read_statistics(kept)
         for m in self.networks:
-            features = [FRECHET[name] for name in m.metrics if name in FRECHET]
-            summary = Summary({feature: self.reference.moments(m, feature) for feature in features})
-            if needs_neighbors(m.metrics):
-                summary.pool = torch.from_numpy(np.load(kept.with_suffix(".pool.npy")))
-            self.summaries.append(summary)
+            pool = torch.from_numpy(np.load(kept.with_suffix(".pool.npy"))) if m.needs_neighbors else None
+            self.statistics.append(FeatureStatistics(self.reference.known(m), pool))
 
     @torch.no_grad()
     def __call__(self, parts: Parts, ema: Ema | None) -> tuple[dict[str, float | None], list[str]]:
@@ -109,38 +109,32 @@ class TrainingEvaluation:
         """
         e, world = self.settings, self.world
         sampler = pictures.image_sampler(self.config, parts, ema)
-        summarizers = [
-            Summarizer(m.network, m.metrics, world.device, generated=True, main=world.is_main) for m in self.networks
-        ]
+        builders = [StatisticsBuilder(m, world, generated=True) for m in self.networks]
         disable = None if world.is_main else True
         self._to(world.device)
         try:
             with tqdm(total=e.images, unit="image", desc="evaluation", disable=disable, leave=False) as bar:
                 for first in range(0, e.images, world.size * e.batch_size):
                     ids = range(first + world.rank * e.batch_size, first + (world.rank + 1) * e.batch_size)
-                    labels = torch.tensor(ids, device=world.device) % parts.num_classes
-                    images = to_uint8(sampler(ids, labels))
-                    for m, summarizer in zip(self.networks, summarizers):
-                        self._add(m, summarizer, images, e.images - first)
+                    condition = parts.sampling_condition(torch.tensor(ids, device=world.device))
+                    images = to_uint8(sampler(ids, condition))
+                    for m, builder in zip(self.networks, builders):
+                        self._add(m, builder, images, e.images - first)
                     bar.update(min(world.size * e.batch_size, e.images - first))
-            values: dict[str, float | None] = {}
-            warnings = self.reference.warnings(self.networks) + network_warnings(self.networks)
-            for m, summarizer, reference in zip(self.networks, summarizers, self.summaries):
-                found, said = compare(
-                    m.metrics, summarizer.summary(), reference, world.device, allow_singular=e.allow_singular
-                )
-                values |= {m.name(metric): value for metric, value in found.items()}
-                warnings += [f"{m.name(metric)}: {text}" for metric, text in said]
+            statistics = [builder.build() for builder in builders]
+            values, warnings = compare(
+                self.networks, statistics, self.statistics, world.device, allow_singular=e.allow_singular
+            )
         finally:
             self._to(torch.device("cpu"))
-        return values, warnings
+        return values, self.reference.warnings(self.networks) + warnings
 
-    def _add(self, m: Measured, summarizer: Summarizer, images: torch.Tensor, left: int) -> None:
+    def _add(self, m: NetworkMetrics, builder: StatisticsBuilder, images: torch.Tensor, left: int) -> None:
         """Add the features of all ranks in image order and in batches, as a single rank would."""
         gathered = {name: gather_rows(feature)[:left] for name, feature in m.network(images).items()}
         size = self.settings.batch_size
         for start in range(0, len(next(iter(gathered.values()))), size):
-            summarizer.add({name: feature[start : start + size] for name, feature in gathered.items()})
+            builder.add({name: feature[start : start + size] for name, feature in gathered.items()})
 
     def _kept(self) -> Path:
         """File of the reference statistics; its name is a hash of everything they depend on."""
@@ -152,28 +146,25 @@ class TrainingEvaluation:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return self.folder / f"reference-{digest[:16]}.npz"
 
-    def _measure(self, kept: Path) -> None:
+    def _compute_reference(self, kept: Path) -> None:
         if self.world.is_main:
             logger.info(
                 f"computing reference statistics of {len(self.reference.images)} dataset images for [evaluation]"
             )
         self._to(self.world.device)
         try:
-            summaries, caches = summarize_reference(
-                self.reference, self.networks, self.folder, batch_size=self.settings.batch_size, world=self.world
-            )
+            common = {"batch_size": self.settings.batch_size, "world": self.world, "generated": False}
+            statistics, caches = compute_statistics(self.reference.images, self.networks, self.folder, **common)
         finally:
             self._to(torch.device("cpu"))
 
         def write() -> None:
-            for summary in summaries:
-                if summary.pool is not None:
+            for of_network in statistics:
+                if of_network.pool is not None:
                     path = kept.with_suffix(".pool.npy")
                     with atomic_write(path, fsync=False, concurrent=True) as temporary, open(temporary, "wb") as file:
-                        np.save(file, summary.pool.numpy())
-            write_statistics(
-                str(kept), self.networks, summaries
-            )  # last, since its presence marks the files as complete
+                        np.save(file, of_network.pool.numpy())
+            save_reference(kept, self.networks, statistics)  # last: its presence marks the files as complete
             for cache in caches:
                 cache.remove()
 

@@ -1,21 +1,22 @@
-"""Opens the image sets named on the command line: samples, and the reference to compare them with."""
+"""The reference that samples are compared with: images or statistics, and statistics files in ADM's format."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from components.evaluation import EvaluationError
-from components.evaluation.images import ArrayImages, DatasetImages, First, ImageFolder, Images
-from components.evaluation.measures import ENDINGS
-from components.evaluation.moments import Gaussian, read_statistics
+from components.evaluation.images import DatasetImages, ImageFiles, ImageSet, NpzImages, first_images
+from components.evaluation.precision_recall import NEIGHBORS
+from components.evaluation.statistics import FRECHET, SUFFIXES, FeatureStatistics, Gaussian, NetworkMetrics, few_images
+from components.files.atomic import atomic_write
 from trainer.config import Config, ConfigError
-from trainer.evaluation.measured import Measured
-from trainer.models.sample_folder import SETTINGS, SampleFolder
 from trainer.run.construct import make_plugin
 
 
@@ -31,18 +32,18 @@ class Reference:
     """
 
     name: str
-    images: Images | None = None
+    images: ImageSet | None = None
     statistics: dict[str, Gaussian] = field(default_factory=dict)
     about: dict[str, Any] | None = None
 
-    def moments(self, m: Measured, feature: str) -> Gaussian | None:
-        """Precomputed moments of a network's feature, or None.
+    def known(self, m: NetworkMetrics) -> dict[str, Gaussian]:
+        """Precomputed moments by feature name, of those that a network's metrics need.
 
         Raises:
             ConfigError: the statistics were computed with another network.
         """
-        found = self.statistics.get(m.ending(feature))
-        if found is not None and self.about is not None:
+        found = {name: self.statistics[m.suffix(name)] for name in m.features if m.suffix(name) in self.statistics}
+        if found and self.about is not None:
             theirs = {key: value for key, value in self.about.get(m.label, {}).items() if key != "file"}
             if theirs != m.identity:
                 raise ConfigError(
@@ -51,42 +52,52 @@ class Reference:
                 )
         return found
 
-    def warnings(self, networks: Sequence[Measured]) -> list[str]:
-        """Warn if it is unknown which network the statistics belong to, and ours is not the published one."""
-        doubtful = self.about is None and any(e in self.statistics for e in ENDINGS.values())
-        if doubtful and any(m.network.about.get("published") is False for m in networks):
-            return [f"'{self.name}' does not state the network of its statistics; ADM's belong to the published one"]
-        return []
+    def check(self, networks: Sequence[NetworkMetrics], samples: int, allow_singular: bool) -> None:
+        """Check before any computation that every metric of ``samples`` images can be computed.
 
+        Raises:
+            EvaluationError: there are too few images, or the reference lacks what a metric needs.
+            ConfigError: see :meth:`known`.
+        """
+        problems = []
+        for m in networks:
+            known = self.known(m)
+            for metric, feature in ((x, FRECHET[x]) for x in m.metrics if x in FRECHET):
+                if feature not in known and self.images is None:
+                    there = ", ".join(f"mu{suffix}" for suffix in self.statistics)
+                    problems.append(f"{m.name(metric)}: '{self.name}' holds neither images nor mu{m.suffix(feature)}, "
+                                    f"only {there}")  # fmt: skip
+                    continue
+                dim, count = m.network.dims[feature], known[feature].count if feature in known else len(self.images)
+                few = few_images(samples, dim, "the samples"), few_images(count, dim, "the reference")
+                if not allow_singular:
+                    problems += [f"{m.name(metric)}: {text}" for text in few if text]
+            if m.needs_neighbors and self.images is None:
+                problems.append(
+                    f"precision, recall: '{self.name}' holds statistics only, but these metrics need reference "
+                    "images; remove them from --metrics, or use a reference with images"
+                )
+            elif m.needs_neighbors and min(samples, len(self.images)) <= NEIGHBORS:
+                problems.append(f"precision, recall: need more than {NEIGHBORS} samples and reference images")
+        if problems:
+            raise EvaluationError(
+                "\n".join(problems) + "\nUse more images, other metrics, or an encoder with fewer features; or accept "
+                "a value with a warning: --allow-singular, or evaluation.allow_singular = true in a config"
+            )
 
-def open_samples(path: str) -> tuple[Images, dict[str, Any]]:
-    """Open a folder of images or an ``.npz``; return the images and the contents of its ``samples.json``, if any.
-
-    Raises:
-        EvaluationError: there are no images, or sampling was interrupted.
-    """
-    there = Path(path).expanduser()
-    if there.suffix == ".npz" and there.is_file():
-        return ArrayImages(there), SampleFolder(there.parent).settings() or {}
-    if not there.is_dir():
-        what = "does not exist" if not there.exists() else "is neither a folder nor an .npz"
-        raise EvaluationError(f"'{path}' {what}; expected a folder of PNG or JPEG images, or an .npz with arr_0")
-    settings = SampleFolder(there).settings() or {}
-    if not settings and (there / "checkpoints").is_dir():
-        listed = "".join(f"\n  {p.parent}" for p in sorted(there.glob(f"samples/*/{SETTINGS}")))
-        raise EvaluationError(
-            f"'{path}' is a run folder; "
-            + (f"name one of its sample folders:{listed}" if listed else "sample from it first")
-            + f"\n(python -m trainer sample {path}; to evaluate its tokenizer: --reconstruction)"
-        )
-    images = ImageFolder(there)
-    wanted = settings.get("num_samples", 0)
-    if len(images) < wanted:
-        raise EvaluationError(
-            f"'{path}' holds {len(images)} of {wanted} images: sampling was interrupted; repeat the sample command to "
-            "resume"
-        )
-    return images, settings
+    def warnings(self, networks: Sequence[NetworkMetrics]) -> list[str]:
+        """Warnings to show with the values: weights that are not the published ones, or statistics of unknown ones."""
+        ours = [m.network.about for m in networks if m.network.about.get("published") is False]
+        found = [
+            f"these are NOT the published Inception weights but {about['file']} (sha256 {about['sha256'][:8]}): FID "
+            "and related metrics are not comparable with published values"
+            for about in ours
+        ]
+        if ours and self.about is None and any(suffix in self.statistics for suffix in SUFFIXES.values()):
+            found.append(
+                f"'{self.name}' does not state the network of its statistics; ADM's belong to the published one"
+            )
+        return found
 
 
 def open_reference(path: str, config: Config | None, count: int) -> Reference:
@@ -104,8 +115,7 @@ def open_reference(path: str, config: Config | None, count: int) -> Reference:
     if path == "dataset":
         if config is None:
             raise ConfigError("--reference=dataset: the samples name no run; add --config=TOML_OR_RUN")
-        images: Images = dataset_images(config)
-        return Reference(path, First(images, count) if count else images)
+        return Reference(path, first_images(dataset_images(config), count))
     there = Path(path).expanduser()
     if there.suffix == ".npz" and there.is_file():
         statistics, about = read_statistics(there)
@@ -113,15 +123,14 @@ def open_reference(path: str, config: Config | None, count: int) -> Reference:
             has_images = "arr_0" in file.files
         if not has_images and not statistics:
             raise EvaluationError(f"'{path}' holds neither images (arr_0) nor statistics (mu, sigma)")
-        images = ArrayImages(there) if has_images else None
-        return Reference(path, First(images, count) if images and count else images, statistics, about)
+        images = first_images(NpzImages(there), count) if has_images else None
+        return Reference(path, images, statistics, about)
     if not there.is_dir():
         raise EvaluationError(
             f"--reference={path} does not exist; expected a folder of images, an .npz with arr_0 or with mu and "
             "sigma, or the word dataset"
         )
-    images = ImageFolder(there)
-    return Reference(path, First(images, count) if count else images)
+    return Reference(path, first_images(ImageFiles(there), count))
 
 
 def dataset_images(config: Config, dataset: Any = None) -> DatasetImages:
@@ -137,3 +146,59 @@ def dataset_images(config: Config, dataset: Any = None) -> DatasetImages:
         dataset = make_plugin("dataset", "dataset", config.dataset, config.training.resolution)
     identity = f"{config.dataset.model_dump()} {config.training.resolution}"
     return DatasetImages(dataset, f"dataset {config.dataset.name}", identity, strict)
+
+
+def save_reference(
+    path: str | Path, networks: Sequence[NetworkMetrics], statistics: Sequence[FeatureStatistics]
+) -> None:
+    """Save the moments of a reference under each network to a file that ``--reference`` accepts."""
+    named = {m.suffix(name): g for m, s in zip(networks, statistics) for name, g in s.moments.items()}
+    save_statistics(path, named, {m.label: m.network.about for m in networks})
+
+
+def save_statistics(path: str | Path, statistics: dict[str, Gaussian], about: dict[str, Any]) -> None:
+    """Atomically write an ``.npz`` file with ``mu``, ``sigma`` and ``count`` of each set of features.
+
+    Args:
+        path: the file.
+        statistics: moments by key suffix: "" for Inception's pool features and "_s" for its spatial ones, as in ADM's
+            reference batches.
+        about: description of the features; stored as JSON under ``about``.
+    """
+    arrays: dict[str, Any] = {"about": np.array(json.dumps(about))}
+    for ending, g in statistics.items():
+        arrays |= {f"mu{ending}": g.mean.cpu().numpy(), f"sigma{ending}": g.covariance.cpu().numpy()}
+        if g.count is not None:
+            arrays[f"count{ending}"] = np.array(g.count)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, concurrent=True) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_statistics(path: str | Path) -> tuple[dict[str, Gaussian], dict[str, Any] | None]:
+    """Read a file from :func:`save_statistics` or ADM's suite: moments by key suffix, and ``about`` (None for ADM).
+
+    Raises:
+        EvaluationError: the file cannot be read, or the shapes of its arrays do not match.
+    """
+    found: dict[str, Gaussian] = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for key in file.files:
+                ending = key.removeprefix("mu")
+                if key == ending or f"sigma{ending}" not in file.files:
+                    continue
+                mean, covariance = (torch.from_numpy(np.atleast_1d(file[f"{k}{ending}"])) for k in ("mu", "sigma"))
+                count = int(file[f"count{ending}"]) if f"count{ending}" in file.files else None
+                found[ending] = Gaussian(mean.double(), covariance.double(), count)
+            about = json.loads(str(file["about"])) if "about" in file.files else None
+    except (OSError, ValueError, KeyError) as error:
+        raise EvaluationError(f"'{path}' cannot be read as an .npz of statistics ({error})") from error
+    for ending, g in found.items():
+        if g.mean.dim() != 1 or g.covariance.shape != (len(g.mean), len(g.mean)):
+            raise EvaluationError(
+                f"'{path}': mu{ending} is {tuple(g.mean.shape)}, but sigma{ending} is {tuple(g.covariance.shape)}; "
+                "expected (D,) and (D, D)"
+            )
+    return found, about

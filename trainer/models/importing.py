@@ -6,20 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from components import registry
-from components.contracts import Modules
-from components.files.layouts import diffusers_kl, files, published
-from components.files.layouts.files import WeightsFile
+from components.files import weights_file
+from components.files.adapter import State, recognized, take_module
 from components.files.model_file import PARTS
 from components.files.weights import WeightsError, check_fit
+from components.files.weights_file import WeightsFile, stated_statistics
 from components.nn.latent_norm import LatentNorm
-from trainer.config import Config, ConfigError, PluginTable
+from trainer.config import Config, ConfigError, PluginTable, named_files, weights_key
 from trainer.run.construct import construct_parts
 from trainer.run.initial_statistics import read_statistics
-
-State = dict[str, Tensor]
 
 
 @dataclass
@@ -44,12 +40,14 @@ class Imported:
 def import_model(
     config: Config, path: str, *, tokenizer: str | None = None, stats: str | None = None, weights: str = "ema"
 ) -> Imported:
-    """Read a REPA-E checkpoint, or a file of a tokenizer or a denoiser alone, for the modules of a config.
+    """Read a checkpoint, or a file of a tokenizer or a denoiser alone, for the modules of a config.
+
+    Files may be in any format that the config's plugins declare an adapter for (:mod:`components.files.adapter`).
 
     Args:
         config: defines the architecture; if ``training.num_classes`` is 0, it is set from the checkpoint.
-        path: file or diffusers folder.
-        tokenizer: file of the tokenizer, if ``path`` holds none; None: the config's ``tokenizer.checkpoint``.
+        path: file or folder.
+        tokenizer: file of the tokenizer, if ``path`` holds none; None: the one that the config names.
         stats: file of latent statistics; None: those in ``path``, else the config's ``latent_norm.statistics``, else
             those of a diffusers folder.
         weights: which denoiser of a training checkpoint to import, "ema" or "model"; with "ema" the raw weights are
@@ -59,10 +57,12 @@ def import_model(
         ConfigError: something is missing that an option can supply.
         WeightsError: keys are missing, unexpected or mis-shaped (all are listed), or a file cannot be read.
     """
-    file = files.read(path, "import")
-    config.training.num_classes = config.training.num_classes or published.num_classes(
-        file.tensors, _option(config, "denoiser.label_dropout") or 0.0
-    )
+    file = weights_file.read(path, "import")
+    adapters = registry.denoisers.get(config.denoiser.name).cls.adapters if config.denoiser is not None else ()
+    for adapter in adapters:
+        config.training.num_classes = config.training.num_classes or adapter.num_classes(
+            file, _option(config, "denoiser.label_dropout") or 0.0
+        )
     m = construct_parts(config, on_meta=True).modules
     own = {part: module.state_dict() for part, module in m.named().items() if part in PARTS}
     step = file.values.get("steps", file.values.get("global_step", 0))
@@ -77,58 +77,62 @@ def import_model(
             problems.append(str(error))
         into[part] = state
 
-    _take_denoiser(file, own, weights, found, add)
-    tokenizer_file = _take_tokenizer(config, file, tokenizer, m, own["tokenizer"], found, add)
+    _take_denoiser(file, m.denoiser, own, weights, found, add)
+    tokenizer_file = _take_tokenizer(config, file, tokenizer, m.tokenizer, found, add)
     if not found.states:
         raise ConfigError(
-            f"'{path}' holds no tensors of this config's tokenizer or denoiser, only {files.left_out(file)}"
+            f"'{path}' holds no tensors of this config's tokenizer or denoiser, only {weights_file.left_out(file)}"
         )
     _take_latent_norm(config, stats, tokenizer_file, own, found)
-    _take_discriminator([file, tokenizer_file], own, found, add)
+    _take_discriminator([file, tokenizer_file], m.discriminator, found, add)
     if problems:
         raise WeightsError("\n".join(problems))
     for each in {id(f): f for f in (file, tokenizer_file) if f is not None}.values():
-        if rest := files.left_out(each):
+        if rest := weights_file.left_out(each):
             found.notes.append(f"Not imported from '{each.source}': {rest}")
-    found.notes = [*dict.fromkeys(found.notes), *_other_arguments(config, file.values.get("args"))]
+    arguments = {name: place for adapter in adapters for name, place in adapter.arguments.items()}
+    found.notes = [*dict.fromkeys(found.notes), *_other_arguments(config, file.values.get("args"), arguments)]
     return found
 
 
 Add = Callable[[str, State, dict[str, State]], None]
 
 
-def _take_denoiser(file: WeightsFile, own: dict[str, State], weights: str, found: Imported, add: Add) -> None:
-    keys = published.join_denoiser(own) if "denoiser" in own else {}
-    if weights == "ema" and not files.holds(file, "ema", keys) and files.holds(file, "model", keys):
+def _take_denoiser(
+    file: WeightsFile, denoiser: Any, own: dict[str, State], weights: str, found: Imported, add: Add
+) -> None:
+    held = {role for role in ("ema", "model") if denoiser is not None and recognized(denoiser, file, role)}
+    if weights == "ema" and held == {"model"}:
         found.notes.append(f"'{file.source}' has no averaged weights; imported its raw weights (`model`)")
         found.weights, weights = "online", "model"
-    if not files.holds(file, weights, keys):
+    if weights not in held:
         return
     chosen: list[tuple[str, dict[str, State]]] = [(weights, found.states)]
-    if weights == "ema" and any(f"ema.{key}" in file.tensors for key in keys):
-        chosen += [("model", found.online)] if any(f"model.{key}" in file.tensors for key in keys) else []
+    if weights == "ema" and all(any(key.startswith(f"{role}.") for key in file.tensors) for role in ("ema", "model")):
+        chosen.append(("model", found.online))
     for role, into in chosen:
-        split = published.split_denoiser(files.take(file, role, keys)[1])
-        for part, state in split.items():
+        states = take_module(denoiser, file, role, "denoiser")
+        for part, state in states.items():
             if part in own:
                 add(part, state, into)
             else:
                 found.notes.append(f"Not imported: {part}, which the config's recipe does not use")
-        if "heads" in own and "heads" not in split:
+        if "heads" in own and "heads" not in states:
             found.notes.append(f"'{file.source}' has no alignment heads; only training needs them")
 
 
 def _take_tokenizer(
-    config: Config, file: WeightsFile, path: str | None, m: Modules, own: State, found: Imported, add: Add
+    config: Config, file: WeightsFile, path: str | None, tokenizer: Any, found: Imported, add: Add
 ) -> WeightsFile | None:
-    path = path or (None if files.holds(file, "tokenizer", own) else config.tokenizer.options.get("checkpoint"))
-    if path is None and not files.holds(file, "tokenizer", own):
+    held = recognized(tokenizer, file, "tokenizer") is not None
+    path = path or (None if held else next(iter(named_files("tokenizer", config.tokenizer)), None))
+    if path is None and not held:
         if found.states:
-            raise ConfigError(f"'{file.source}' holds no tokenizer; add --tokenizer=FILE, or set tokenizer.checkpoint")
+            key = weights_key(config)
+            raise ConfigError(f"'{file.source}' holds no tokenizer; add --tokenizer=FILE, or set {key}")
         return None
-    source = files.read(path, "tokenizer") if path else file
-    architecture = getattr(m.tokenizer, "architecture", None)
-    add("tokenizer", files.tokenizer_state(source, own, architecture, "tokenizer"), found.states)
+    source = weights_file.read(path, "tokenizer") if path else file
+    add("tokenizer", take_module(tokenizer, source, "tokenizer", "tokenizer")["tokenizer"], found.states)
     return source
 
 
@@ -141,7 +145,7 @@ def _take_latent_norm(
     if stats or ("latent_norm" not in found.states and config.latent_norm.statistics):
         measured = read_statistics(stats or config.latent_norm.statistics)
     elif "latent_norm" not in found.states and tokenizer_file is not None and tokenizer_file.config is not None:
-        measured = diffusers_kl.statistics(tokenizer_file.config)
+        measured = stated_statistics(tokenizer_file.config)
     if measured is not None:
         norm = LatentNorm(len(own["latent_norm"]["running_mean"]))
         try:
@@ -156,18 +160,17 @@ def _take_latent_norm(
         found.notes.append("No latent statistics were found; --stats=FILE adds them")
 
 
-def _take_discriminator(sources: list[WeightsFile | None], own: dict[str, State], found: Imported, add: Add) -> None:
-    network = published.to_discriminator(own.get("discriminator", {}))
-    for file in sources:
-        if file is not None and "discriminator" not in found.states and files.holds(file, "discriminator", network):
-            state = files.take(file, "discriminator", network)[1]
-            add("discriminator", published.from_discriminator(state, own["discriminator"]), found.states)
+def _take_discriminator(sources: list[WeightsFile | None], discriminator: Any, found: Imported, add: Add) -> None:
+    role = "discriminator"
+    for file in sources if discriminator is not None else ():
+        if file is not None and role not in found.states and recognized(discriminator, file, role):
+            add(role, take_module(discriminator, file, role, role)[role], found.states)
 
 
-def _other_arguments(config: Config, arguments: Any) -> list[str]:
-    """Warnings on training options of the published checkpoint that differ from the config and do not affect shapes."""
+def _other_arguments(config: Config, arguments: Any, places: dict[str, str]) -> list[str]:
+    """Warnings on settings stated in a checkpoint that differ from the config's keys ``places`` and affect no shape."""
     lines = []
-    for name, place in published.ARGUMENTS.items():
+    for name, place in places.items():
         theirs, ours = getattr(arguments, name, None), _option(config, place)
         if theirs is not None and ours is not None and theirs != ours:
             lines.append(

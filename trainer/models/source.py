@@ -15,7 +15,7 @@ from components.distributed.materialize import allocate, filled_by_loading, mate
 from components.distributed.parallel import World, compile_units
 from components.files.fingerprint import fingerprint
 from components.files.weights import load_strict
-from trainer.config import Config, ConfigError, load, loads
+from trainer.config import Config, ConfigError, load, loads, named_files, weights_key
 from trainer.run.construct import construct_parts, make_plugin
 from trainer.run.parts import Parts
 from trainer.run.prepare import seeded
@@ -157,12 +157,12 @@ def open_source(
             load_strict(module, stored.states[role], f"{role} of {what}", path)
         elif not module.state_dict():
             pass  # a tokenizer without weights, for pixel space
-        elif role == "tokenizer" and getattr(module, "checkpoint", None):
+        elif role == "tokenizer" and named_files("tokenizer", config.tokenizer):
             module.load_weights()
         elif role in SAMPLING:
             raise ConfigError(
                 f"{what} holds no trained {role}"
-                + ("; set tokenizer.checkpoint" if role == "tokenizer" else "; expected a run or model folder")
+                + (f"; set {weights_key(config)}" if role == "tokenizer" else "; expected a run or model folder")
             )
         else:
             module.load_weights()

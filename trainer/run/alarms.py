@@ -109,7 +109,7 @@ def diagnosis(alarm: Alarm, record: StepRecord, values: dict[str, float], guard:
     """
     layers = {name: dict(zip(names, norms.tolist())) for name, (names, norms) in record.layers.items()}
     totals = {name: math.sqrt(sum(n * n for n in norms.values())) for name, norms in layers.items()}
-    first = guard.first_to_go()
+    first = guard.first_anomaly()
     suspects = [alarm.metric.removeprefix(NORM).split("/")[0], first.module if first is not None else ""]
     # In a skipped step many values are non-finite; the first module to become abnormal is more informative.
     suspects = suspects[::-1] if values["skipped_steps"] else suspects
@@ -120,7 +120,7 @@ def diagnosis(alarm: Alarm, record: StepRecord, values: dict[str, float], guard:
         {
             "alarm": alarm._asdict(),
             "step": record.step,
-            "went_first": first._asdict() if first is not None else None,
+            "first_anomaly": first._asdict() if first is not None else None,
             "values": values,
             "gradient_norms": totals,
             "worst_module": worst,
@@ -138,7 +138,7 @@ def path_of(folder: Path, found: dict[str, Any]) -> Path:
 
 def closing_report(alarm: Alarm, guard: Guard, reason: str, path: Path | None) -> str:
     """Report on a stopped run: the alarm, the first metric to become abnormal, and the last steps."""
-    first = guard.first_to_go()
+    first = guard.first_anomaly()
     lines = [f"the guard stopped the run at step {alarm.step}: {alarm.message} ({reason})"]
     if first is not None:
         lines.append(

@@ -14,8 +14,8 @@ from components.data.loader import make_loader
 from components.data.pixels import to_float
 from components.diffusion.random_numbers import draw
 from components.distributed.parallel import World
-from components.files.layouts import diffusers_kl
 from components.files.weights import WeightsError, local_file, read_state
+from components.files.weights_file import stated_statistics
 from components.latent_cache.dataset import CachedDataset
 from components.nn.precision import parameter_dtype
 from trainer.config import Config, ConfigError
@@ -56,7 +56,7 @@ def read_statistics(path: str) -> tuple[Tensor, Tensor]:
 def _read_diffusers(file: Path, path: str) -> tuple[Tensor, Tensor]:
     what = f"latent_norm.statistics = '{path}'"
     try:
-        found = diffusers_kl.statistics(json.loads(file.read_text(encoding="utf-8")))
+        found = stated_statistics(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"{what}: '{file}' cannot be read ({error.strerror}); expected a diffusers folder") from error
     except (ValueError, AttributeError) as error:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from components.checkpoint import (
-    CheckpointManager,
     load_module_state,
     load_optimizer_state,
     module_state,
@@ -25,15 +24,14 @@ from components.monitor.metrics import Metrics, StepRecord, same_on_all_ranks
 from components.monitor.phases import PhaseClock
 from components.version import version
 from trainer.config import Config, changes
-from trainer.evaluation.in_training import TrainingEvaluation
 from trainer.run import alarms
 from trainer.run.assemble import construct, prepare
+from trainer.run.checkpoints import Checkpoints
 from trainer.run.initial_statistics import prepare_latent_norm
 from trainer.run.monitor.flops import try_flops_per_image
 from trainer.run.monitor.profiling import Profiler
 from trainer.run.process import StopSignals, garbage_collected
 from trainer.run.report import Reporter
-from trainer.run.saving import Saves
 from trainer.run.step import make_step
 
 logger = logging.getLogger("titanrepa")
@@ -54,7 +52,11 @@ class Trainer:
         self.config, self.world, self.device = config, world, world.device
         self.folder = Path(config.run.dir)
         self.parts = construct(config, world)
-        self.evaluation = TrainingEvaluation(config, world) if config.evaluation.every else None
+        self.evaluation = None
+        if config.evaluation.every:
+            from trainer.evaluation.in_training import TrainingEvaluation
+
+            self.evaluation = TrainingEvaluation(config, world)
         self._meta = self.parts.on_meta()
         prepare(config, self.parts, world)
         # Recorded in the config, since the dataset may be unavailable when the run is sampled from.
@@ -64,10 +66,7 @@ class Trainer:
         self.train_step = make_step(config, self.parts, self.device, clock=self.clock)
         self.groups, self.ema = self.train_step.groups, self.train_step.ema
         self.unreadable = UnreadableCounter(config.loader.max_unreadable)
-        self.checkpoints = CheckpointManager(
-            self.folder / "checkpoints", keep=config.run.keep_checkpoints, keep_every=config.run.keep_every
-        )
-        self.saves = Saves(self.checkpoints, world, self.state)
+        self.checkpoints = Checkpoints(config, world, self.state)
         self.watch = alarms.Watch(config, world, self.parts.recipe)
         self.profiler: Profiler | None = None
         self.step = 0
@@ -103,11 +102,9 @@ class Trainer:
             state["recipe"] = {"copies": copies, "state": dict(m.state)}
         return state
 
-    def load(self, path: Path) -> str:
-        """Load a checkpoint into the run; returns the config that it was saved with."""
-        template = self.state()
-        del template["version"]  # older checkpoints have none
-        state = self.checkpoints.load(path, template)
+    def load(self, path: Path) -> tuple[str, str]:
+        """Load a checkpoint into the run; returns config and version that it was saved with."""
+        state = self.checkpoints.load(path)
         named = self.parts.modules.named()
         for name, module in state["modules"].items():
             load_module_state(named[name], module)
@@ -123,19 +120,18 @@ class Trainer:
         self.step, self.consumed = progress["step"], progress["consumed"]
         self.unreadable.load_state_dict(progress["unreadable"])
         self.watch.load_state_dict(progress["watch"])
-        return state["config"]
+        return state["config"], state["version"]
 
     def resume(self) -> bool:
         """Load the newest valid checkpoint of the run folder; returns False if there is none."""
-        path = self.checkpoints.latest()
+        path = self.checkpoints.newest()
         if path is None:
             return False
-        written_with = self.load(path)
+        written_with, wrote = self.load(path)
         self._log(f"resumed from {path} at step {self.step}")
         for change in changes(written_with, self.config.to_toml()):
             self._log(f"config changed since that checkpoint: {change}")
-        wrote = self.checkpoints.read(path, ["version"]).get("version", version())
-        if wrote != version():
+        if wrote not in ("", version()):
             self._log(f"changed since that checkpoint: titanrepa {wrote} -> {version()}")
         return True
 
@@ -176,7 +172,7 @@ class Trainer:
                 self._roll_back(alarm)
                 reporter.begin(self.step)
                 reporter.mark(alarm.name, self.step)  # again: begin() has just hidden points of later steps
-            self.saves.finish()
+            self.checkpoints.finish()
         return self.step >= self.config.training.steps
 
     def _train(self, batches: Prefetcher, reporter: Reporter, collect_garbage) -> Alarm | None:
@@ -235,9 +231,9 @@ class Trainer:
         if "save" in due:
             with outside("saving"):
                 if ends:
-                    self.saves.save(self.step)
+                    self.checkpoints.save(self.step)
                 else:
-                    self.saves.try_to_save(self.step, in_background=self.config.run.async_checkpoints)
+                    self.checkpoints.try_to_save(self.step)
         if "draw" in due:
             with outside("pictures"), self.train_step.evaluating():
                 reporter.draw(self.step, self.parts, self.ema)
@@ -301,8 +297,8 @@ class Trainer:
         consumed, rollbacks, came_from = self.consumed, self.watch.rollbacks + 1, self.step
         self._unread.clear()
         self.metrics.read()
-        self.saves.finish()
-        good = next(self.checkpoints.candidates(up_to=alarm.onset), None)
+        self.checkpoints.finish()
+        good = self.checkpoints.newest(up_to=alarm.onset)
         if good is None:
             self.watch.stop(alarm, f"there is no checkpoint from before step {alarm.onset}, where the anomaly began")
         self.load(good)
@@ -311,7 +307,7 @@ class Trainer:
         self.consumed, self.watch.rollbacks = consumed, rollbacks
         # Never resume from checkpoints saved after the anomaly began. Save, so that a restart skips the data as well.
         self.checkpoints.discard(beyond=self.step)
-        self.saves.save(self.step)
+        self.checkpoints.save(self.step)
         self._log(
             f"rolled back from step {came_from} to step {self.step} (rollback {rollbacks} of at most "
             f"{self.config.guard.max_rollbacks}); skipping {skipped} samples"

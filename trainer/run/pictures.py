@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from components.distributed.parallel import World, gather_rows
 from components.monitor.latent_statistics import principal_components
 from components.nn.precision import parameter_dtype
 from components.optim.ema import Ema
-from trainer.config import Config
+from trainer.config import Config, check_table
 from trainer.run.parts import Parts
 
 COLUMNS = 10
@@ -29,11 +31,28 @@ def averaged(parts: Parts, ema: Ema | None, name: str):
     return ema.modules[name] if ema is not None and name in ema.modules else parts.modules.named()[name]
 
 
+def sampling_plan(config: Config, seed: int, options: Mapping[str, Any] | None = None) -> SamplingPlan:
+    """Sampling settings: [sampling] of the config, overridden by command-line options.
+
+    Args:
+        config: of the run.
+        seed: of the noise.
+        options: options by name; those that are None or not in [sampling] are ignored.
+
+    Raises:
+        ConfigError: the value of an option is invalid.
+    """
+    s = config.sampling
+    given = {
+        name: value for name, value in (options or {}).items() if name in type(s).model_fields and value is not None
+    }
+    s = check_table(type(s), s.model_dump() | given, "--") if given else s
+    return SamplingPlan(s.method, s.steps, Guidance(s.guidance, s.guidance_low, s.guidance_high), seed, s.shift)
+
+
 def image_sampler(config: Config, parts: Parts, ema: Ema | None) -> ImageSampler:
     """Sampler with the settings of [sampling] and the averaged weights."""
-    s = config.sampling
-    guidance = Guidance(s.guidance, s.guidance_low, s.guidance_high)
-    plan = SamplingPlan(s.method, s.steps, guidance, config.training.seed, s.shift)
+    plan = sampling_plan(config, config.training.seed)
     networks = {name: averaged(parts, ema, name) for name in ("denoiser", "latent_norm", "tokenizer")}
     return ImageSampler(plan, parts.recipe, Modules(**networks, flow=parts.modules.flow), parts.latent)
 

@@ -89,10 +89,6 @@ def test_order_depends_on_seed_and_position_alone():
     assert {p: jumping.at(p) for p in scattered} == dict(enumerate(forward))
 
 
-def test_without_shuffling_the_order_is_the_datasets():
-    assert [GlobalOrder(3, seed=1, shuffle=False).at(p) for p in range(7)] == [(p // 3, p % 3) for p in range(7)]
-
-
 @pytest.mark.parametrize("world, accumulation", [(2, 1), (4, 1), (1, 4), (2, 2)])
 @pytest.mark.parametrize("size", [50, 3])  # an epoch ends within a batch; a batch spans several epochs
 def test_global_batches_do_not_depend_on_ranks_and_accumulation(world, accumulation, size):
@@ -152,8 +148,8 @@ def test_an_indivisible_batch_and_an_empty_dataset_are_refused():
 # Samples
 
 
-def mirrored(dataset, seed, epoch, flip=True):
-    view = TrainingView(dataset, seed, flip)
+def mirrored(dataset, seed, epoch):
+    view = TrainingView(dataset, seed)
     return [bool(view[epoch, i].image[0, 0, 0] == 0) for i in range(1, len(dataset))]
 
 
@@ -168,9 +164,8 @@ def test_mirroring_is_decided_by_seed_epoch_and_index():
     assert torch.equal(image, dataset[1 + first.index(True)].image.flip(-1))
 
 
-def test_nothing_is_mirrored_unless_dataset_and_caller_allow_it():
+def test_nothing_is_mirrored_unless_the_dataset_allows_it():
     assert not any(mirrored(Numbers(50, flip=False), 0, 0))
-    assert not any(mirrored(Numbers(50, flip=True), 0, 0, flip=False))
 
 
 @pytest.mark.parametrize(
@@ -270,7 +265,8 @@ def test_the_range_of_bytes_is_minus_one_to_one():
 
 @pytest.mark.long
 def test_workers_need_no_fork():
-    loader = make_loader(Numbers(), seed=0, batch_size=2, workers=1, start_method="forkserver")
+    loader = make_loader(Numbers(), seed=0, batch_size=2, workers=1)
+    loader.multiprocessing_context = "forkserver"
     with Prefetcher(loader, "cpu") as batches:
         assert torch.equal(
             next(batches)[0].condition.label, take(make_loader(Numbers(), seed=0, batch_size=2), 1)[0].condition.label
@@ -279,12 +275,13 @@ def test_workers_need_no_fork():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_in_the_dataset_reaches_the_consumer(workers):
-    loader = make_loader(Numbers(10, broken={6}), seed=0, batch_size=2, shuffle=False, workers=workers)
+    order = [GlobalOrder(10, seed=0).at(position)[1] for position in range(7)]
+    loader = make_loader(Numbers(10, broken={order[6]}), seed=0, batch_size=2, workers=workers)
     with Prefetcher(loader, "cpu") as batches:
-        for expected in ([0, 1], [2, 3], [4, 5]):
-            assert next(batches)[0].condition.label.tolist() == expected
+        for first in (0, 2, 4):
+            assert next(batches)[0].condition.label.tolist() == order[first : first + 2]
         for _ in range(2):  # raised every time, without hanging
-            with pytest.raises(ValueError, match="sample 6 is broken") as caught:
+            with pytest.raises(ValueError, match=f"sample {order[6]} is broken") as caught:
                 next(batches)
             shown = "".join(traceback.format_exception(caught.value))
             assert "image = torch.zeros" not in shown and 'raise ValueError(f"sample {index} is broken")' in shown

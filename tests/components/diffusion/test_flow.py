@@ -14,9 +14,9 @@ from components.diffusion.samplers import sample_ode, sample_sde
 from components.registry import discover
 from tests.support import toys
 from trainer import config
-from trainer.commands.sample import add_arguments, make_plan
+from trainer.commands.sample import add_arguments
 from trainer.run import assemble
-from trainer.run.pictures import image_sampler
+from trainer.run.pictures import image_sampler, sampling_plan
 
 discover("plugins")
 U = torch.linspace(0.003, 0.997, 41, dtype=torch.float64)
@@ -140,10 +140,13 @@ def test_the_sample_command_may_set_another_shift(tmp_path):
     loaded, _ = parts(tmp_path, "--flow.shift=2", "--sampling.shift=3.5")
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    assert make_plan(parser.parse_args(["run"]), loaded).shift == 3.5
-    assert make_plan(parser.parse_args(["run", "--shift=1"]), loaded).shift == 1.0
+
+    def shift(*words: str) -> float:
+        return sampling_plan(loaded, 0, vars(parser.parse_args(["run", *words]))).shift
+
+    assert shift() == 3.5 and shift("--shift=1") == 1.0
     with pytest.raises(config.ConfigError, match="--shift"):
-        make_plan(parser.parse_args(["run", "--shift=-2"]), loaded)
+        shift("--shift=-2")
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import torch
 
 from components.diffusion.random_numbers import generator
 from components.evaluation import EvaluationError
-from components.evaluation.frechet import frechet_distance
-from components.evaluation.moments import Gaussian, Moments, read_statistics, save_statistics
+from components.evaluation.comparison import frechet_distance
+from components.evaluation.statistics import Gaussian, Moments
+from trainer.evaluation.references import read_statistics, save_statistics
 
 
 def features(count: int, dim: int = 8, seed: int = 0, offset: float = 0.0) -> torch.Tensor:

@@ -6,8 +6,8 @@ import torch
 
 from components.diffusion.random_numbers import generator
 from components.evaluation import EvaluationError, precision_recall
-from components.evaluation.reconstruction import psnr, ssim
-from components.evaluation.scores import InceptionScore
+from components.evaluation.inception_score import InceptionScore
+from components.evaluation.psnr_ssim import psnr, ssim
 
 
 def logits(count: int) -> torch.Tensor:

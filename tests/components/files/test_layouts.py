@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from components.contracts import LatentShape
-from components.files.layouts import diffusers_kl, files, published
+from components.files import repae, weights_file
+from components.files.adapter import named
 from components.files.weights import WeightsError, check_fit, compact
 from components.nn.latent_norm import LatentNorm
 from plugins.denoisers.sit import SiT
 from plugins.losses.cosine import Cosine
 from plugins.losses.patchgan import PatchGAN
-from plugins.tokenizers.autoencoder_kl import AutoencoderKL
+from plugins.tokenizers.autoencoder_kl import AutoencoderKL, diffusers_format
 from tests.support import DATA
 
 # Names and shapes of the published checkpoints; "{0..27}" stands for each number in the range.
@@ -75,8 +76,8 @@ def test_published_denoisers_map_both_ways(name, latent, patch):
             "heads": Cosine().make_heads(denoiser.width, [768], denoiser.grid).state_dict(),
             "latent_norm": LatentNorm(latent.channels).state_dict(),
         }
-    same(published.join_denoiser(ours), theirs)
-    split = published.split_denoiser(theirs)
+    same(repae.join_denoiser(ours), theirs)
+    split = repae.split_denoiser(theirs)
     assert split.keys() == ours.keys()
     for part, state in ours.items():
         same(split[part], state)
@@ -89,19 +90,20 @@ def test_published_tokenizers_map_to_ours_and_diffusers_both_ways(preset, count)
     with torch.device("meta"):
         tokenizer = AutoencoderKL(preset=preset)
         ours = tokenizer.state_dict()
-        config = diffusers_kl.config(tokenizer.architecture, 256, None, None)
+        config = diffusers_format.config(tokenizer.architecture, 256, None, None)
         foreign = diffusers.AutoencoderKL.from_config(config).state_dict()
     same(ours, theirs)
-    same(diffusers_kl.to_diffusers(ours), foreign)
-    same(diffusers_kl.from_diffusers(foreign), theirs)
+    same(diffusers_format.to_diffusers(ours), foreign)
+    same(diffusers_format.from_diffusers(foreign), theirs)
 
 
 def test_published_discriminator_maps_both_ways():
     theirs = listed("discriminator", 22)
     with torch.device("meta"):
-        ours = PatchGAN().state_dict()
-    same(published.to_discriminator(ours), theirs)
-    back = published.from_discriminator(theirs, ours)
+        gan = PatchGAN()
+    ours, adapter = gan.state_dict(), named(gan, "repae")
+    same(adapter.to_foreign(ours), theirs)
+    back = adapter.from_file(weights_file.WeightsFile("x.pt", theirs), "discriminator", "x")["discriminator"]
     same(back, ours)
     assert back["ema_real"].item() == 0
 
@@ -111,9 +113,9 @@ def test_diffusers_reconstructs_the_same_image(architecture):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     tokenizer = AutoencoderKL(**architecture).double()
-    config = diffusers_kl.config(tokenizer.architecture, 32, torch.randn(4), torch.rand(4))
+    config = diffusers_format.config(tokenizer.architecture, 32, torch.randn(4), torch.rand(4))
     foreign = diffusers.AutoencoderKL.from_config(config).double()
-    foreign.load_state_dict(diffusers_kl.to_diffusers(tokenizer.state_dict()))
+    foreign.load_state_dict(diffusers_format.to_diffusers(tokenizer.state_dict()))
     x = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1
     with torch.no_grad():
         ours = tokenizer.encode(x)
@@ -125,12 +127,12 @@ def test_diffusers_reconstructs_the_same_image(architecture):
 
 @pytest.mark.parametrize("architecture", TINIES.values(), ids=TINIES)
 def test_architecture_survives_config_json(architecture):
-    config = json.loads(json.dumps(diffusers_kl.config(architecture, 32, None, None)))
-    found = diffusers_kl.architecture(config, "config.json")
-    assert not diffusers_kl.differences(architecture, found)
+    config = json.loads(json.dumps(diffusers_format.config(architecture, 32, None, None)))
+    found = diffusers_format.architecture(config, "config.json")
+    assert not diffusers_format.differences(architecture, found)
     state = AutoencoderKL(**architecture).state_dict()
     same(AutoencoderKL(**found).state_dict(), state)
-    back = diffusers_kl.from_diffusers(diffusers_kl.to_diffusers(state))
+    back = diffusers_format.from_diffusers(diffusers_format.to_diffusers(state))
     assert all(torch.equal(back[key], state[key]) for key in state)
 
 
@@ -139,28 +141,28 @@ def test_old_diffusers_names():
     state = AutoencoderKL(**TINY).state_dict()
     new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = {}
-    for key, value in diffusers_kl.to_diffusers(state).items():
+    for key, value in diffusers_format.to_diffusers(state).items():
         for name, former in new.items():
             key = key.replace(f"attentions.0.{name}.", f"attentions.0.{former}.")
         old[key] = value
     assert any(".proj_attn.weight" in key for key in old)
-    back = diffusers_kl.from_diffusers(old)
+    back = diffusers_format.from_diffusers(old)
     assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
 
 
 def test_latent_statistics_in_config_json():
     mean, std = torch.tensor([1.0, -1.0]), torch.tensor([3.0, 4.0])
-    config = diffusers_kl.config(TINY | {"latent_channels": 2}, 32, mean, std)
+    config = diffusers_format.config(TINY | {"latent_channels": 2}, 32, mean, std)
     assert config["latents_mean"] == [1.0, -1.0] and config["latents_std"] == [3.0, 4.0]
     # One number each for all elements: mean 0, variance (9 + 16) / 2 + 1.
     assert config["shift_factor"] == 0.0 and config["scaling_factor"] == pytest.approx(13.5**-0.5)
-    found = diffusers_kl.statistics(config)
+    found = weights_file.stated_statistics(config)
     assert torch.equal(found[0], mean) and torch.equal(found[1], std)
 
     only = {"latent_channels": 3, "scaling_factor": 0.5, "shift_factor": 0.25}
-    found = diffusers_kl.statistics(only)
+    found = weights_file.stated_statistics(only)
     assert found[0].tolist() == [0.25] * 3 and found[1].tolist() == [2.0] * 3
-    unknown = diffusers_kl.config(TINY, 32, None, None)
+    unknown = diffusers_format.config(TINY, 32, None, None)
     assert unknown["scaling_factor"] == 1.0 and "latents_mean" not in unknown
 
 
@@ -176,15 +178,15 @@ def test_latent_statistics_in_config_json():
     ],
 )
 def test_foreign_architectures_are_refused(change, words):
-    config = diffusers_kl.config(TINY, 32, None, None) | change
+    config = diffusers_format.config(TINY, 32, None, None) | change
     with pytest.raises(WeightsError, match=words):
-        diffusers_kl.architecture(config, "config.json")
+        diffusers_format.architecture(config, "config.json")
 
 
 def test_statistics_as_published():
     norm = LatentNorm(3)
     norm.set_statistics(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 2.0, 4.0]))
-    stats = published.latents_stats(norm.state_dict())
+    stats = repae.latents_stats(norm.state_dict())
     assert stats["latents_scale"].shape == stats["latents_bias"].shape == (1, 3, 1, 1)
     assert stats["latents_scale"].flatten().tolist() == [2.0, 0.5, 0.25]
     assert stats["latents_bias"].flatten().tolist() == [1.0, 2.0, 3.0]
@@ -212,5 +214,5 @@ def test_compact_loses_no_key():
 
 def test_left_out_names_groups():
     keys = ["opt.state.0.exp_avg", "opt.state.0.step", "state_dict.loss.discriminator.main.0.weight", "ema_real", "vae"]
-    file = files.WeightsFile("x.pt", dict.fromkeys(keys, torch.zeros(1)), used={"vae"})
-    assert files.left_out(file) == "opt.* (2 tensors), state_dict.loss.discriminator.* (1 tensors), ema_real"
+    file = weights_file.WeightsFile("x.pt", dict.fromkeys(keys, torch.zeros(1)), used={"vae"})
+    assert weights_file.left_out(file) == "opt.* (2 tensors), state_dict.loss.discriminator.* (1 tensors), ema_real"

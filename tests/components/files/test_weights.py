@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from components.files.layouts import diffusers_kl, files
+from components.files import weights_file
 from components.files.model_file import read_part, save_tree, write_model, write_part
 from components.files.weights import WeightsError, read_state, read_tree
 from components.nn.latent_norm import LatentNorm
 from components.version import version
 from plugins.losses.patchgan import PatchGAN
-from plugins.tokenizers.autoencoder_kl import AutoencoderKL
+from plugins.tokenizers.autoencoder_kl import AutoencoderKL, diffusers_format
 from tests.support import toys
 from trainer import config as configs
 
@@ -85,7 +85,7 @@ def test_tokenizer_from_every_layout(trained, gan, tmp_path):
     save_file(stable, tmp_path / "sd.safetensors")
     torch.save(prefixed("module.", state), tmp_path / "ddp.pt")
     torch.save({"model": prefixed("_orig_mod.", state)}, tmp_path / "compiled.bin")
-    save_file(diffusers_kl.to_diffusers(state), tmp_path / "diffusion_pytorch_model.safetensors")
+    save_file(diffusers_format.to_diffusers(state), tmp_path / "diffusion_pytorch_model.safetensors")
     write_part(tmp_path / "tokenizer.safetensors", "tokenizer", state, "", 1, "ema")
     write_model(tmp_path / "model", {"tokenizer": state}, "", 1, "ema")
     found = sorted(path for path in tmp_path.iterdir())
@@ -96,7 +96,7 @@ def test_tokenizer_from_every_layout(trained, gan, tmp_path):
 
 def diffusers_folder(folder: Path, trained: AutoencoderKL) -> Path:
     architecture = trained.architecture
-    diffusers_kl.write_folder(folder, trained.state_dict(), diffusers_kl.config(architecture, 32, None, None))
+    diffusers_format.write_folder(folder, trained.state_dict(), diffusers_format.config(architecture, 32, None, None))
     return folder
 
 
@@ -107,7 +107,7 @@ def test_tokenizer_from_diffusers_folders(trained, tmp_path):
     shards = tmp_path / "shards"
     shards.mkdir()
     (shards / "config.json").write_text((whole / "config.json").read_text())
-    state = diffusers_kl.to_diffusers(trained.state_dict())
+    state = diffusers_format.to_diffusers(trained.state_dict())
     index = {key: f"part-{i % 2}.safetensors" for i, key in enumerate(state)}
     for name in set(index.values()):
         save_file({key: state[key].contiguous() for key in state if index[key] == name}, shards / name)
@@ -214,7 +214,7 @@ def test_lightning_leftovers_are_read_as_nothing(trained, gan, tmp_path, monkeyp
     for module in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
         monkeypatch.delitem(sys.modules, module)
     assert_loads(tmp_path / "last.ckpt", trained)
-    assert files.read(tmp_path / "last.ckpt", "x").values["epoch"] == 3
+    assert weights_file.read(tmp_path / "last.ckpt", "x").values["epoch"] == 3
 
 
 def test_damaged_and_absent_files(tmp_path):

@@ -79,7 +79,7 @@ def test_a_healthy_run_raises_nothing(seed):
     guard, rng = Guard(), random.Random(seed)
     for step in range(20_000):
         assert guard.observe(step, healthy(step, rng), True) == []
-    assert guard.first_to_go() is None
+    assert guard.first_anomaly() is None
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.01])
@@ -231,14 +231,14 @@ def test_latents_that_flatten_slowly():
 
 
 @pytest.mark.parametrize("name", ["latent/mean", "latent/spatial_variance", "latent_norm/variance_max", "time/step"])
-def test_other_curves_of_the_latents_and_times_are_not_what_went_first(name):
+def test_other_curves_of_the_latents_and_times_are_not_what_first_anomaly(name):
     guard = Guard()
 
     def change(step, values):
         values[name] = 1e6 if step >= N - 20 else 1.0
 
     assert run(guard, range(N), change) == []
-    assert guard.first_to_go() is None
+    assert guard.first_anomaly() is None
 
 
 def test_a_discriminator_that_wins_outright():
@@ -339,7 +339,7 @@ def test_a_resumed_run_raises_the_same_alarms(stop):
     found = run(first, range(stop), disasters)
     state = json.loads(json.dumps(first.state_dict(), allow_nan=False))
     second.load_state_dict(state)
-    assert repr(second.first_to_go()) == repr(first.first_to_go())
+    assert repr(second.first_anomaly()) == repr(first.first_anomaly())
     assert repr(list(second.history)) == repr(list(first.history))
     assert second.state_dict() == state
     assert found + run(second, range(stop, 1300), disasters) == expected
@@ -359,7 +359,7 @@ def test_forget_drops_what_was_seen_and_alarms_anew():
     alarm = only(run(guard, range(N - 20, N + 120), change), "collapse", "grad_norm/denoiser")
     guard.forget(N - 20)
     assert all(step < N - 20 for step, _ in guard.history)
-    assert guard.first_to_go() is None
+    assert guard.first_anomaly() is None
     assert all(step < N - 20 for step in guard.state_dict()["steps"])
     assert run(guard, range(N - 20, N + 120), change) == [alarm]  # the reference was kept
 
@@ -385,7 +385,7 @@ def test_the_history_is_bounded_and_holds_skipped_steps():
 def test_the_first_nan_is_named_by_its_term(skipped):
     guard = Guard(skipped=skipped)
     run(guard, range(N + 10), nan_everywhere("tokenizer/lpips", N))
-    first = guard.first_to_go()
+    first = guard.first_anomaly()
     assert (first.metric, first.module, first.step) == ("tokenizer/lpips", "tokenizer", N)
     assert math.isnan(first.value) and first.usual == pytest.approx(0.54, abs=0.03)
 
@@ -399,7 +399,7 @@ def test_an_explosion_five_steps_earlier_is_named():
 
     guard = Guard()
     run(guard, range(N + 8), change)
-    first = guard.first_to_go()
+    first = guard.first_anomaly()
     assert (first.metric, first.module, first.step, first.value) == (
         "grad_norm/discriminator",
         "discriminator",
@@ -418,7 +418,7 @@ def test_a_departure_below_the_alarm_is_named():
 
     guard = Guard()
     assert only(run(guard, range(N + 6), change), "spike", "grad_norm/tokenizer").step == N + 5
-    assert guard.first_to_go()[:3] == ("grad_norm/discriminator", "discriminator", N)
+    assert guard.first_anomaly()[:3] == ("grad_norm/discriminator", "discriminator", N)
 
 
 def test_an_explosion_that_ends_in_nan_is_named():
@@ -429,7 +429,7 @@ def test_an_explosion_that_ends_in_nan_is_named():
 
     guard = Guard()
     run(guard, range(N + 20), change)
-    assert guard.first_to_go()[:3] == ("grad_norm/discriminator", "discriminator", N)
+    assert guard.first_anomaly()[:3] == ("grad_norm/discriminator", "discriminator", N)
 
 
 def test_nan_comes_before_what_is_merely_unusual_and_before_old_trouble():
@@ -443,7 +443,7 @@ def test_nan_comes_before_what_is_merely_unusual_and_before_old_trouble():
 
     guard = Guard()
     run(guard, range(N + 10), change)
-    assert guard.first_to_go()[:3] == ("tokenizer/lpips", "tokenizer", N)
+    assert guard.first_anomaly()[:3] == ("tokenizer/lpips", "tokenizer", N)
 
 
 def test_a_slow_death_longer_than_the_history_is_named():
@@ -456,7 +456,7 @@ def test_a_slow_death_longer_than_the_history_is_named():
             values["denoiser/loss"] = 30.0
 
     run(guard, range(N + 100), change)
-    assert guard.first_to_go()[:4] == ("grad_norm/denoiser", "denoiser", N, 1e-6)
+    assert guard.first_anomaly()[:4] == ("grad_norm/denoiser", "denoiser", N, 1e-6)
 
 
 def test_a_winning_discriminator_is_named_by_its_group():
@@ -466,22 +466,22 @@ def test_a_winning_discriminator_is_named_by_its_group():
 
     guard = Guard()
     run(guard, range(N + 100), change)
-    assert guard.first_to_go()[:3] == ("adversary/loss", "discriminator", N)
+    assert guard.first_anomaly()[:3] == ("adversary/loss", "discriminator", N)
 
 
 def test_nothing_to_name():
-    assert Guard().first_to_go() is None
+    assert Guard().first_anomaly() is None
     for steps in (1, 3, 8, 30):
         guard = Guard()
         run(guard, range(steps))
-        assert guard.first_to_go() is None
+        assert guard.first_anomaly() is None
 
 
 def test_a_run_that_begins_with_nan():
     guard = Guard()
     alarm = only(run(guard, range(20), nan_everywhere("tokenizer/lpips", 0)), "skipped", "tokenizer/lpips")
     assert (alarm.step, alarm.onset) == (9, 0)
-    assert guard.first_to_go()[:3] == ("tokenizer/lpips", "tokenizer", 0)
+    assert guard.first_anomaly()[:3] == ("tokenizer/lpips", "tokenizer", 0)
 
 
 def test_a_step_costs_well_below_a_millisecond():

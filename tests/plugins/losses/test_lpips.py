@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,10 +169,13 @@ def test_wrong_files_are_refused(vgg_file, tmp_path):
         LPIPS(vgg_checkpoint=vgg_file, linear_checkpoint=vgg_file).load_weights()
 
 
-def test_missing_torchmetrics_names_the_option(vgg_file, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(WeightsError, match=r"\[losses.lpips\] linear_checkpoint"):
-        LPIPS(vgg_checkpoint=vgg_file).load_weights()
+def test_shipped_linear_weights_are_the_published_ones(unit):
+    from torchmetrics.functional.image import lpips as reference
+
+    published = Path(reference.__file__).parent / "lpips_models" / "vgg.pth"
+    state = torch.load(published, map_location="cpu", weights_only=True)
+    assert len(state) == len(unit.linear)
+    assert all(torch.equal(state[f"lin{k}.model.1.weight"].double(), conv.weight) for k, conv in enumerate(unit.linear))
 
 
 def test_contract_and_smallest_image():

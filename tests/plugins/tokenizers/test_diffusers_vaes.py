@@ -6,10 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from components.files.layouts import diffusers_kl
 from components.files.weights import WeightsError
 from components.nn.latent_norm import LatentNorm
-from plugins.tokenizers.autoencoder_kl import AutoencoderKL
+from plugins.tokenizers.autoencoder_kl import AutoencoderKL, diffusers_format
 from tests.support import toys
 from trainer import config
 from trainer.config import ConfigError
@@ -56,8 +55,8 @@ def test_the_preset_is_the_published_architecture(name):
     with torch.device("meta"):
         theirs, ours = made(name, 128, 32), AutoencoderKL(preset=PUBLISHED[name][0])
     named = dict(theirs.config) | {"_class_name": "AutoencoderKL"}
-    assert diffusers_kl.differences(ours.architecture, diffusers_kl.architecture(named, "config.json")) == []
-    shapes = {key: value.shape for key, value in diffusers_kl.from_diffusers(theirs.state_dict()).items()}
+    assert diffusers_format.differences(ours.architecture, diffusers_format.architecture(named, "config.json")) == []
+    shapes = {key: value.shape for key, value in diffusers_format.from_diffusers(theirs.state_dict()).items()}
     assert shapes == {key: value.shape for key, value in ours.state_dict().items()}
 
 

@@ -74,19 +74,15 @@ def test_diffusers_of_a_step_and_of_raw_weights(run, tmp_path):
         assert torch.equal(kept["encoder.conv_in.weight"], states["tokenizer"]["encoder.conv_in.weight"])
 
 
-def test_diffusers_refuses_what_it_cannot_express(run, tmp_path, capsys, monkeypatch):
+def test_a_format_that_no_plugin_declares_is_refused(run, tmp_path, capsys, monkeypatch):
     from plugins.tokenizers.autoencoder_kl import AutoencoderKL
 
-    monkeypatch.setattr(AutoencoderKL, "architecture", None, raising=False)
-    monkeypatch.setattr(AutoencoderKL, "__setattr__", _without_architecture)
+    said = refused(capsys, run, "--format=difusers", f"--out={tmp_path}/x")
+    assert "--format=diffusers: the tokenizer" in said and "--format=repae: a training checkpoint" in said
+    monkeypatch.setattr(AutoencoderKL, "adapters", ())
     said = refused(capsys, run, "--format=diffusers", f"--out={tmp_path}/x")
-    assert "tokenizer.name = 'autoencoder_kl'" in said and "--format=safetensors" in said
-    assert not (tmp_path / "x").exists()
-
-
-def _without_architecture(self, name, value):
-    if name != "architecture":
-        torch.nn.Module.__setattr__(self, name, value)
+    assert "tokenizer.name = 'autoencoder_kl'" in said and "--format=safetensors: a model folder" in said
+    assert "--format=diffusers:" in said.split(chr(10))[0] and not (tmp_path / "x").exists()
 
 
 def test_a_config_is_a_source_of_its_own_tokenizer(run, tmp_path, capsys):
@@ -160,7 +156,7 @@ def test_published_checkpoint(run, tmp_path, capsys):
 
 def test_options_of_another_format_are_refused(run, capsys):
     assert "--parts applies only to --format=safetensors" in refused(capsys, run, "--format=repae", "--parts=denoiser")
-    assert "--name applies only to --format=repae" in refused(capsys, run, "--format=diffusers", "--name=x")
+    assert "--name applies only to training checkpoints" in refused(capsys, run, "--format=diffusers", "--name=x")
     assert "holds both" in refused(capsys, run, "--format=repae", "--weights=ema")
     assert "does not exist" in refused(capsys, run / "nowhere", "--format=repae")
     (run / "file").write_text("")

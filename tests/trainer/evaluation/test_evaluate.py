@@ -13,9 +13,9 @@ from torch import nn
 from components.diffusion.random_numbers import generator
 from components.distributed.parallel import World
 from components.evaluation import precision_recall
+from components.evaluation.encoder_network import EncoderNetwork
 from components.evaluation.inception import Inception
-from components.evaluation.networks import EncoderNetwork
-from components.evaluation.reconstruction import psnr, ssim
+from components.evaluation.psnr_ssim import psnr, ssim
 from plugins.datasets.shapes import Shapes
 from plugins.encoders.tiny_vit import TinyViT
 from tests.support import toys
@@ -23,7 +23,7 @@ from tests.support.inception_weights import random_inception
 from tests.support.ranks import run_ranks
 from trainer import config as configs
 from trainer.__main__ import main
-from trainer.evaluation import measured, reconstruction
+from trainer.evaluation import metric_selection, tokenizer_quality
 
 pytestmark = pytest.mark.long
 
@@ -254,7 +254,7 @@ def test_errors_name_the_file_and_what_to_do(data, tmp_path, monkeypatch, capsys
     samples = data / "samples"
     assert "50 images of the samples are too few" in refused(samples, *to_reference, "--max-images=50")
     assert "60 images of the reference are too few" in refused(samples, *to_reference, "--reference-images=60")
-    monkeypatch.setattr(measured, "Inception", NoInception)
+    monkeypatch.setattr(metric_selection, "Inception", NoInception)
     assert "110 images of the samples are too few for 2048" in refused(samples, *to_reference[:2], "--metrics=fid")
     few = ["--metrics=recall", "--max-images=3"]
     assert "need more than 3 samples and reference images" in refused(samples, *to_reference[:2], *few)
@@ -279,7 +279,7 @@ def test_reconstructions_are_measured(tmp_path, monkeypatch):
         def forward(self, x, x_hat, posterior):
             return (x - x_hat).abs().mean()
 
-    monkeypatch.setattr(reconstruction, "make_lpips", lambda config, device: Difference())
+    monkeypatch.setattr(tokenizer_quality, "make_metric", lambda name, config, device: Difference())
     from safetensors.torch import save_file
 
     tokenizer = toys.modules(dtype=torch.float32).tokenizer.eval()
@@ -293,7 +293,7 @@ def test_reconstructions_are_measured(tmp_path, monkeypatch):
     found = results(tmp_path / "out.json")["metrics"]
     x = images(110, 0.0, "heldout")
     with torch.no_grad():
-        y = torch.cat([reconstruction.reconstruct(tokenizer, part) for part in x.split(40)])
+        y = torch.cat([tokenizer_quality.reconstruct(tokenizer, part) for part in x.split(40)])
     assert found["psnr"] == pytest.approx(psnr(x, y).mean().item(), rel=1e-9)
     assert found["ssim"] == pytest.approx(ssim(x, y).mean().item(), rel=1e-9)
     # Means over images, not over batches: the last batch is smaller.
@@ -308,8 +308,10 @@ def test_lpips_sees_images_in_the_range_it_was_made_for(tmp_path, monkeypatch):
     monkeypatch.setattr(LPIPS, "load_weights", lambda self: None)
     toml = tmp_path / "toy.toml"
     toml.write_text(toys.TOML + '\n[losses.percept]\nname = "lpips"\nvgg_checkpoint = "vgg.pth"\nweight = 2.0\n')
-    loss = reconstruction.make_lpips(configs.load(str(toml)), torch.device("cpu"))
+    loss = tokenizer_quality.make_metric("lpips", configs.load(str(toml)), torch.device("cpu"))
     assert loss.input_range == "unit" and loss.vgg_checkpoint == "vgg.pth"
+    with pytest.raises(configs.ConfigError, match="metric = 'dists'"):
+        tokenizer_quality.make_metric("dists", configs.load(str(toml)), torch.device("cpu"))
 
 
 def test_vision_transformers_are_compared_by_their_class_token():

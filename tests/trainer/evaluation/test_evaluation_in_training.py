@@ -90,7 +90,7 @@ def test_a_resumed_run_uses_the_reference_that_it_kept(run, monkeypatch):
     def measured_again(*args, **kwargs):
         raise AssertionError("the reference was measured again")
 
-    monkeypatch.setattr(in_training, "summarize_reference", measured_again)
+    monkeypatch.setattr(in_training, "compute_statistics", measured_again)
     before = distances(run)
     train(0, 1, run, "--training.steps=6")
     assert distances(run) == before | {6: pytest.approx(before[4], rel=0.5)}

@@ -8,10 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from components import registry
+from components.files.weights import read_tree
 from tests.support import ROOT, toys
 from trainer import config
+from trainer.__main__ import main
 from trainer.config import ConfigError
+from trainer.plugin_kit.conformance import examine, resolve
 
 pytestmark = pytest.mark.long
 
@@ -59,11 +64,46 @@ def test_without_it_the_name_is_refused(tmp_path):
         config.load(str(tmp_path / "run.toml"))
 
 
-def test_its_encoder_passes_the_conformance_kit():
-    from components import registry
-    from trainer.plugin_kit.conformance import examine, resolve
-
+@pytest.fixture(scope="module")
+def own_registry():
+    """Unregister the package's plugins afterwards."""
+    registry.discover("plugins")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry.encoders, "_plugins", dict(registry.encoders._plugins))
-        case = resolve("plugins", f"{ROOT}/tests/third_party/color_lab/encoders.py:mean_colors", ["parts=3"])
-        assert [result for result in examine(case) if result.failure] == []
+        for kind in registry.KINDS.values():
+            patch.setattr(kind, "_plugins", dict(kind._plugins))
+        yield
+
+
+def test_its_encoder_passes_the_conformance_kit(own_registry):
+    case = resolve("plugins", f"{ROOT}/tests/third_party/color_lab/encoders.py:mean_colors", ["parts=3"])
+    assert [result for result in examine(case) if result.failure] == []
+
+
+def test_its_tokenizer_brings_its_own_file_format(tmp_path, capsys, own_registry):
+    """`import` and `export` read and write it by the tokenizer's declaration, and `checkpoint` options take it."""
+    tables = toys.TOML[: toys.TOML.index("[tokenizer]")], toys.TOML[toys.TOML.index("[denoiser]") :]
+    plugin = f'plugins = ["{ROOT}/tests/third_party/color_lab/tokenizers.py"]\n'
+    toml = tmp_path / "run.toml"
+    toml.write_text(f'{plugin}{tables[0]}[tokenizer]\nname = "color_blocks"\n{tables[1]}')
+    state = {"analysis": torch.rand(8, 48), "synthesis": torch.rand(48, 4)}
+    torch.save({"palette": state, "made_by": "Color Lab", "swatches": torch.rand(3)}, tmp_path / "mine.palette")
+
+    model = tmp_path / "model"
+    assert main(["import", f"{tmp_path}/mine.palette", f"--config={toml}", f"--out={model}"]) == 0
+    assert "Not imported from" in (said := capsys.readouterr().out) and "swatches" in said
+    for source in ([str(model)], [str(toml), "--tokenizer.weights=mine.palette"]):
+        out = tmp_path / f"out{len(source)}"
+        assert main(["export", *source, "--format=palette", f"--out={out}"]) == 0
+        assert f"Open {out}/0.palette with Color Lab." in capsys.readouterr().out
+        back = read_tree(out / "0.palette", "x")["palette"]
+        assert all(torch.equal(back[name], state[name]) for name in state)
+    assert main(["export", str(model), "--format=diffusers", f"--out={tmp_path}/x"]) == 2
+    said = capsys.readouterr().err
+    assert "tokenizer.name = 'color_blocks'" in said and "--format=palette: the tokenizer, as a palette" in said
+    assert main(["export", str(toml), "--format=palette", f"--out={tmp_path}/x"]) == 2
+    assert "sets no tokenizer.weights" in capsys.readouterr().err
+
+
+def test_its_tokenizer_passes_the_conformance_kit(own_registry):
+    case = resolve("plugins", f"{ROOT}/tests/third_party/color_lab/tokenizers.py:color_blocks", [])
+    assert [result for result in examine(case) if result.failure] == []

@@ -127,8 +127,8 @@ def test_rollback_skips_poisoned_data_and_completes(toml, tmp_path, caplog):
     # 40 samples per epoch, 8 per step: step 5 starts the second epoch.
     order = trainer._order
     assert [tuple(s) for s in found["samples_epoch_and_index"]] == [order.at(p) for p in range(40, 48)]
-    assert found["values"]["tokenizer/loss"] == "nan" and found["went_first"]["step"] == 4
-    assert found["went_first"]["module"] == "tokenizer" and found["worst_module"] == "tokenizer"
+    assert found["values"]["tokenizer/loss"] == "nan" and found["first_anomaly"]["step"] == 4
+    assert found["first_anomaly"]["module"] == "tokenizer" and found["worst_module"] == "tokenizer"
     layers = found["layers_of_worst_module"]
     assert "tokenizer.encoder.conv_in.weight" in layers and layers["tokenizer.encoder.conv_in.weight"] == "nan"
     assert [row["step"] for row in found["last_steps"]] == list(range(6))

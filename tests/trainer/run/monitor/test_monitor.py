@@ -23,7 +23,7 @@ from trainer import config
 from trainer.commands.train import log_to
 from trainer.estimate.dry_run import dry_run
 from trainer.estimate.fake_ranks import pretended_ranks
-from trainer.evaluation.report import write_curves
+from trainer.evaluation.results import write_curves
 from trainer.run import assemble
 from trainer.run.alarms import GuardStop
 from trainer.run.loop import Trainer

@@ -34,7 +34,7 @@ def toml(tmp_path):
 def make(toml: str, folder: Path, *overrides: str) -> Trainer:
     options = [f"--run.dir={folder}", "--run.checkpoint_every=0", *overrides]
     trainer = Trainer(config.load(toml, options), World())
-    trainer.saves.save = lambda step: None
+    trainer.checkpoints.save = lambda step: None
     return trainer
 
 

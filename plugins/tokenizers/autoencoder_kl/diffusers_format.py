@@ -1,6 +1,6 @@
-"""diffusers' ``AutoencoderKL``: its keys, its config.json, and the latent statistics in that file.
+"""diffusers' ``AutoencoderKL``: its keys and its config.json.
 
-Our keys are those of CompVis's latent diffusion. An architecture is the dict in a tokenizer's ``architecture``:
+Our keys are those of CompVis's latent diffusion. An architecture is the dict in the tokenizer's ``architecture``:
 latent_channels, channels (at full resolution), multipliers (of channels, per level), attention_levels (levels with
 attention after each residual block), res_blocks (per encoder level), mid_attention, norm_groups, quant_conv.
 """
@@ -14,12 +14,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from components.files.adapter import Exported, State, StateDictAdapter
 from components.files.atomic import atomic_write
 from components.files.model_file import save_tensors
 from components.files.weights import WeightsError
+from components.files.weights_file import WeightsFile
 from components.version import version
 
 # Our name, diffusers' name, and the kind of module. "#": an index; "^": a decoder level, which diffusers counts in
@@ -46,6 +47,53 @@ OLD = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
 DOWN, UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 # diffusers' defaults for keys missing in a config.json; the only values that we support.
 FIXED = {"in_channels": 3, "out_channels": 3, "act_fn": "silu"}
+
+
+class Diffusers(StateDictAdapter):
+    """A file or folder of diffusers' ``AutoencoderKL``."""
+
+    name = "diffusers"
+    summary = "the tokenizer, for AutoencoderKL.from_pretrained"
+    exports = ("tokenizer", "latent_norm")
+    requires = ("tokenizer",)
+
+    def recognizes(self, file: WeightsFile, role: str) -> bool:
+        """Whether it is a diffusers folder, or any of its keys is in diffusers' naming."""
+        return file.config is not None or is_diffusers(file.tensors)
+
+    def from_file(self, file: WeightsFile, role: str, what: str) -> dict[str, State]:
+        """Take all tensors; a folder's config.json must state the tokenizer's architecture.
+
+        Raises:
+            WeightsError: a folder has another architecture; the message lists the options to set.
+        """
+        if file.config is not None:
+            theirs = architecture(file.config, f"{what}: '{file.source}'")
+            if options := differences(self.plugin.architecture, theirs):
+                raise WeightsError(
+                    f"{what}: '{file.source}' has another architecture; to load it, set under [tokenizer]\n  "
+                    + "\n  ".join(options)
+                )
+        file.used |= file.tensors.keys()
+        return {role: from_diffusers(file.tensors)}
+
+    def to_foreign(self, state: State) -> State:
+        """Convert to diffusers' keys."""
+        return to_diffusers(state)
+
+    def to_files(self, folder: Path, model: Exported) -> tuple[list[Path], str]:
+        """Write a folder for ``diffusers.AutoencoderKL.from_pretrained``, with the latent norm's statistics, if any."""
+        norm = model.states.get("latent_norm")
+        mean, std = (norm["running_mean"], norm["running_var"].sqrt()) if norm else (None, None)
+        about = config(self.plugin.architecture, model.resolution, mean, std)
+        files = write_folder(folder, model.states["tokenizer"], about)
+        uses = f'Load it: diffusers.AutoencoderKL.from_pretrained("{folder}")'
+        if norm is None:
+            return files, f"{uses}\nlatents_mean and latents_std are not set: the source has no latent norm."
+        return files, (
+            f"{uses}\nThe denoiser takes (z - latents_mean) / latents_std; scaling_factor and shift_factor approximate "
+            "this by one number each."
+        )
 
 
 def is_diffusers(keys: Iterable[str]) -> bool:
@@ -185,21 +233,6 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     if _widths(ours) == _widths(theirs):
         found = {key: value for key, value in found.items() if key not in ("channels", "multipliers")}
     return [f"{key} = {str(value).lower() if isinstance(value, bool) else value}" for key, value in found.items()]
-
-
-def statistics(config: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """Mean and standard deviation (C,) of the latents from the content of a config.json; None if it has neither.
-
-    Uses ``latents_mean`` and ``latents_std``, or ``shift_factor`` and 1 / ``scaling_factor`` for every channel.
-    """
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is not None and std is not None:
-        return torch.tensor(mean).flatten(), torch.tensor(std).flatten()
-    if config.get("scaling_factor") is None:
-        return None
-    channels = config.get("latent_channels", 4)
-    shift = config.get("shift_factor") or 0.0
-    return torch.full((channels,), float(shift)), torch.full((channels,), 1.0 / config["scaling_factor"])
 
 
 def _widths(architecture: dict[str, Any]) -> list[int]:

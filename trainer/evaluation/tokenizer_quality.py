@@ -10,47 +10,51 @@ import torch
 from torch import Tensor
 
 from components import registry
+from components.contracts import ReconstructionLoss
 from components.data.pixels import to_float, to_uint8
 from components.distributed.parallel import World
 from components.distributed.ranks import Ranks
-from components.evaluation.extract import extract
-from components.evaluation.feature_cache import FeatureCache
-from components.evaluation.images import Images
-from components.evaluation.measures import FRECHET, Summarizer, compare
-from components.evaluation.reconstruction import psnr, ssim
+from components.evaluation.comparison import compare
+from components.evaluation.features import FeatureCache, extract
+from components.evaluation.images import ImageSet
+from components.evaluation.psnr_ssim import psnr, ssim
+from components.evaluation.statistics import NetworkMetrics, StatisticsBuilder
 from components.files.fingerprint import fingerprint
 from components.nn.precision import parameter_dtype
-from trainer.config import Config
+from trainer.config import Config, ConfigError
 from trainer.config.schema import PluginTable
-from trainer.evaluation.comparison import check_counts
-from trainer.evaluation.measured import Measured, network_warnings
 from trainer.evaluation.references import Reference
 from trainer.run.construct import make_plugin
 
 METRICS = ("rfid", "psnr", "ssim", "lpips")
 
 
-def make_lpips(config: Config, device: torch.device) -> Any:
-    """Build the plugin lpips with the weight files that the config names, if any, for the input range "unit".
+def make_metric(name: str, config: Config, device: torch.device) -> Any:
+    """Build the loss that computes a metric, with the weight files that the config names, if any.
 
     Raises:
+        ConfigError: no loss computes it.
         WeightsError: its weights are missing; the message says how to obtain them.
     """
-    plugin = registry.losses.get("lpips")
+    found = (p for p in registry.losses if issubclass(p.cls, ReconstructionLoss) and p.cls.metric == name)
+    plugin = next(found, None)
+    if plugin is None:
+        raise ConfigError(f"--metrics={name}: expected a loss plugin with metric = '{name}', found none; remove it")
     given = next((t.options for t in config.losses.values() if registry.losses.get(t.name) is plugin), {})
     files = {key: value for key, value in given.items() if key in plugin.files}
-    loss = make_plugin("losses.lpips", "loss", PluginTable(name="lpips", input_range="unit", **files))
+    options = files | plugin.cls.metric_options
+    loss = make_plugin(f"losses.{plugin.name}", "loss", PluginTable(name=plugin.name, **options))
     loss.load_weights()
     return loss.to(device)
 
 
 def evaluate_reconstruction(
     tokenizer: Any,
-    images: Images,
+    images: ImageSet,
     metrics: Sequence[str],
-    networks: Sequence[Measured],
+    networks: Sequence[NetworkMetrics],
     lpips: Any,
-    place: Path,
+    folder: Path,
     *,
     batch_size: int,
     world: World,
@@ -65,8 +69,8 @@ def evaluate_reconstruction(
         images: originals, at the tokenizer's resolution.
         metrics: from :data:`METRICS`; rfid is computed on the network whose label is "".
         networks: feature networks for Frechet distances.
-        lpips: the LPIPS loss, or None if it is not among the metrics.
-        place: folder for the feature cache, from which an interrupted evaluation resumes.
+        lpips: the loss from :func:`make_metric`, or None if it is not among the metrics.
+        folder: folder for the feature cache, from which an interrupted evaluation resumes.
         batch_size: images per batch and rank.
         world: this process.
         allow_singular: compute distances with fewer images than features, with a warning.
@@ -77,10 +81,11 @@ def evaluate_reconstruction(
     Raises:
         EvaluationError: there are too few images, or an image cannot be read.
     """
-    check_counts(networks, len(images), Reference(images.name, images), allow_singular)
+    originals = Reference(images.name, images)
+    originals.check(networks, len(images), allow_singular)
     pixelwise = [name for name in ("psnr", "ssim", "lpips") if name in metrics]
 
-    def measure(x: Tensor) -> dict[str, Tensor]:
+    def compute(x: Tensor) -> dict[str, Tensor]:
         y = reconstruct(tokenizer, x)
         values = {}
         if "psnr" in pixelwise:
@@ -92,8 +97,7 @@ def evaluate_reconstruction(
         for m in networks:
             for side, batch in (("x", x), ("y", y)):
                 features = m.network(batch)
-                for name in m.metrics:
-                    values[f"{m.label}/{side}/{FRECHET[name]}"] = features[FRECHET[name]]
+                values |= {f"{m.label}/{side}/{name}": features[name] for name in m.features}
         return values
 
     settings = {
@@ -104,33 +108,24 @@ def evaluate_reconstruction(
         "networks": [m.identity for m in networks],
         "batch_size": batch_size,
     }
-    cache = FeatureCache(place, Ranks(None).first(lambda: settings))
-    pairs = [
-        [Summarizer(m.network, m.metrics, world.device, generated=False, main=world.is_main) for _ in "xy"]
-        for m in networks
-    ]
+    cache = FeatureCache(folder, Ranks(None).first(lambda: settings))
+    builders = {side: [StatisticsBuilder(m, world, generated=False) for m in networks] for side in "xy"}
     sums = dict.fromkeys(pixelwise, 0.0)
     units = extract(
-        images, torch.no_grad()(measure), cache, batch_size=batch_size, device=world.device, title="reconstructions"
+        images, torch.no_grad()(compute), cache, batch_size=batch_size, device=world.device, title="reconstructions"
     )
     for values in units if world.is_main else ():
         for name in sums:
             sums[name] += float(values[name].sum())
-        for m, summarizers in zip(networks, pairs):
-            for side, summarizer in zip("xy", summarizers):
-                prefix = f"{m.label}/{side}/"
-                summarizer.add({k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)})
-    found: dict[str, float | None] = {}
-    warnings = network_warnings(networks)
-    for m, (x, y) in zip(networks, pairs):
-        names = ("the reconstructions", "the originals")
-        values, said = compare(
-            m.metrics, y.summary(), x.summary(), world.device, allow_singular=allow_singular, names=names
-        )
-        found |= {f"r{m.name(metric)}": value for metric, value in values.items()}
-        warnings += [f"r{m.name(metric)}: {text}" for metric, text in said]
+        for side, each in builders.items():
+            for m, builder in zip(networks, each):
+                builder.add({name: values[f"{m.label}/{side}/{name}"] for name in m.features})
+    x, y = ([builder.build() for builder in each] for each in builders.values())
+    names = ("the reconstructions", "the originals")
+    distances, said = compare(networks, y, x, world.device, allow_singular=allow_singular, names=names)
+    found = {f"r{name}": value for name, value in distances.items()}
     found |= Ranks(None).first(lambda: {name: total / len(images) for name, total in sums.items()})
-    return found, warnings, [cache]
+    return found, originals.warnings(networks) + [f"r{warning}" for warning in said], [cache]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Output of evaluation results: a table, a JSON file, TensorBoard scalars."""
+"""Results of an evaluation: a table, a JSON file, TensorBoard scalars."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from components.distributed.ranks import Ranks
 from components.evaluation import EvaluationError
+from components.evaluation.features import FeatureCache
 from components.files.atomic import atomic_write
 from trainer.run.monitor.events import EventWriter
 
@@ -25,6 +27,43 @@ TITLES = {
     "lpips": "LPIPS",
     "rfid": "rFID",
 }
+
+
+def publish(
+    title: str,
+    output: Path,
+    values: dict[str, float | None],
+    warnings: list[str],
+    about: dict[str, Any],
+    caches: list[FeatureCache],
+    run_folder: Path | None,
+    setting: str,
+    step: int,
+) -> None:
+    """Print and write the results, then delete the feature caches that serve to resume an evaluation. Collective.
+
+    Args:
+        title: first line of the table.
+        output: JSON file.
+        values: values by name.
+        warnings: warnings "NAME: TEXT" about a value, or about all.
+        about: provenance, for the JSON file.
+        caches: feature caches to delete.
+        run_folder: run to whose TensorBoard folder the values are added, if it exists.
+        setting: see :func:`write_curves`.
+        step: training step of the model.
+    """
+
+    def write() -> None:
+        write_json(output, values, warnings, about)
+        lines = [title, table(values, warnings), f"written to {output}"]
+        if run_folder is not None and run_folder.is_dir():
+            lines.append(f"and to {write_curves(run_folder, setting, step, values)}")
+        for cache in caches:
+            cache.remove()
+        print("\n".join(lines), flush=True)
+
+    Ranks(None).first(write)
 
 
 def table(values: dict[str, float | None], warnings: list[str]) -> str:

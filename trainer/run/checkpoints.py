@@ -1,4 +1,4 @@
-"""Saving of a run's checkpoints, optionally in the background; a failed periodic save only causes a warning."""
+"""The checkpoints of a run: saving, optionally in the background, and loading."""
 
 from __future__ import annotations
 
@@ -11,21 +11,40 @@ from typing import Any
 
 from components.checkpoint import CheckpointError, CheckpointManager
 from components.distributed.parallel import World
+from trainer.config import Config
 
 logger = logging.getLogger("titanrepa")
 
 
-class Saves:
-    """Saves the checkpoints of a run. All methods are collective.
+class Checkpoints:
+    """Saves and loads the checkpoints of a run. All methods are collective.
 
     Args:
-        manager: reads and writes checkpoints.
+        config: of the run.
         world: this process; rank 0 logs.
-        state: returns the state to save.
+        state: returns the state to save; its tensors are also the template that loading fills.
     """
 
-    def __init__(self, manager: CheckpointManager, world: World, state: Callable[[], dict[str, Any]]) -> None:
-        self.manager, self.world, self.state = manager, world, state
+    def __init__(self, config: Config, world: World, state: Callable[[], dict[str, Any]]) -> None:
+        r = config.run
+        self.manager = CheckpointManager(Path(r.dir) / "checkpoints", keep=r.keep_checkpoints, keep_every=r.keep_every)
+        self.in_background = r.async_checkpoints
+        self.world, self.state = world, state
+
+    def newest(self, up_to: int | None = None) -> Path | None:
+        """Newest valid checkpoint, of at most ``up_to`` steps; None if there is none."""
+        return next(self.manager.candidates(up_to=up_to), None)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Load a checkpoint into the tensors of the run's state; returns the state with "version", "" if unknown."""
+        template = self.state()
+        del template["version"]  # older checkpoints have none
+        wrote = self.manager.read(path, ["version"]).get("version", "")
+        return self.manager.load(path, template) | {"version": wrote}
+
+    def discard(self, beyond: int) -> None:
+        """Delete the checkpoints of later steps than ``beyond``."""
+        self.manager.discard(beyond=beyond)
 
     def save(self, step: int) -> None:
         """Write a checkpoint and wait until it is on disk.
@@ -38,9 +57,9 @@ class Saves:
         path = self.manager.save(step, self.state())
         self._log(f"saved {path} in {time.perf_counter() - start:.1f} s")
 
-    def try_to_save(self, step: int, in_background: bool) -> None:
-        """Write a checkpoint, optionally in the background; a failure is logged as a warning and the run continues."""
-        if not in_background:
+    def try_to_save(self, step: int) -> None:
+        """Write a periodic checkpoint, in the background if configured; a failure is logged and the run continues."""
+        if not self.in_background:
             with self._only_warning():
                 self.save(step)
             return

@@ -1,4 +1,4 @@
-"""Builds the feature networks, with weights, from names of metrics and encoders."""
+"""Selects metrics by name, and builds the feature networks that they need."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from components import registry
+from components.evaluation.encoder_network import EncoderNetwork
 from components.evaluation.inception import Inception
-from components.evaluation.measures import ENDINGS
-from components.evaluation.networks import EncoderNetwork, Network, native_grid
+from components.evaluation.statistics import NetworkMetrics
 from components.files.fingerprint import fingerprint
 from components.registry import nearest
 from trainer import config as configs
@@ -50,41 +50,14 @@ class EncoderSpec:
             raise ConfigError(f"encoder '{text}': '{bad[0][2:]}' is not key=value; expected NAME:key=value,key=value")
         options = dict(configs.parse_overrides(words))
         plugin = registry.encoders.get(name)
-        grid = options.pop("grid", native_grid(plugin.cls))
+        grid = options.pop("grid", plugin.cls.native_grid)
         if not isinstance(grid, int) or grid < 1:
             raise ConfigError(f"encoder '{text}': grid = {grid!r}; expected tokens per side, at least 1")
         configs.check_table(plugin.schema(), options, f"encoder '{text}': ")
         return EncoderSpec(re.sub(r"[^0-9a-zA-Z]+", "_", text).strip("_"), name, options, grid)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A feature network and the metrics to compute on it.
-
-    Attributes:
-        label: "" for Inception, otherwise the encoder's label.
-        metrics: names in :mod:`components.evaluation.measures`.
-    """
-
-    label: str
-    network: Network
-    metrics: tuple[str, ...]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Identity of the network and its weights, independent of the path of its file."""
-        return {key: value for key, value in self.network.about.items() if key != "file"}
-
-    def name(self, metric: str) -> str:
-        """Name in reports: "fid", "fd_dinov2"."""
-        return f"{metric}_{self.label}" if self.label else metric
-
-    def ending(self, feature: str) -> str:
-        """Suffix of the keys mu and sigma of ``feature`` in a statistics file."""
-        return f"_{self.label}" if self.label else ENDINGS[feature]
-
-
-def chosen_metrics(metrics: Sequence[str] | None, encoders: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+def choose_metrics(metrics: Sequence[str] | None, encoders: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     """Metrics to compute: those named, without duplicates; if ``metrics`` is None, all known, or none with encoders.
 
     Raises:
@@ -100,7 +73,7 @@ def chosen_metrics(metrics: Sequence[str] | None, encoders: Sequence[str], known
 
 def make_networks(
     metrics: Sequence[str], encoders: Sequence[str], weights: str, resolution: int, device: torch.device
-) -> list[Measured]:
+) -> list[NetworkMetrics]:
     """Build the networks that the metrics need, and load their weights.
 
     Args:
@@ -114,21 +87,11 @@ def make_networks(
         ConfigError: an encoder or an option does not exist.
         WeightsError: weights are missing; the message says how to obtain them.
     """
-    found = [Measured("", Inception(weights).to(device), tuple(metrics))] if metrics else []
+    found = [NetworkMetrics("", Inception(weights).to(device), tuple(metrics))] if metrics else []
     for spec in map(EncoderSpec.parse, dict.fromkeys(encoders)):
         table = PluginTable(name=spec.name, **spec.options)
         encoder = make_plugin(f"encoder {spec.name}", "encoder", table, resolution, spec.grid)
         encoder.load_weights()
         about = {"name": spec.name, "options": spec.options, "grid": spec.grid, "sha256": fingerprint(encoder)}
-        found.append(Measured(spec.label, EncoderNetwork(encoder, about).to(device), ("fd",)))
+        found.append(NetworkMetrics(spec.label, EncoderNetwork(encoder, about).to(device), ("fd",)))
     return found
-
-
-def network_warnings(networks: Sequence[Measured]) -> list[str]:
-    """Warnings to show with the values: Inception weights that are not the published ones."""
-    return [
-        f"these are NOT the published Inception weights but {m.network.about['file']} (sha256 "
-        f"{m.network.about['sha256'][:8]}): FID and related metrics are not comparable with published values"
-        for m in networks
-        if m.network.about.get("published") is False
-    ]

@@ -1,4 +1,4 @@
-"""Finds a module's weights in a file of any layout and reports what else the file contains."""
+"""Reads a weights file or folder, finds a module's tensors in it, and reports what else it contains."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from components.files.layouts import diffusers_kl
 from components.files.weights import WeightsError, local_file, read_tree
 
 # Possible key prefixes of a module: in checkpoints of the published REPA-E code and of Lightning (CompVis, SD), or "".
@@ -30,8 +30,8 @@ PREFIXES = {
     "ema": ("ema.", "state_dict.", ""),
     "model": ("model.", "state_dict.", ""),
 }
-# Training state stored with a tokenizer: losses, EMA, and VA-VAE's alignment with a foundation model.
-BESIDE_TOKENIZER = ("loss.", "model_ema.", "foundation_model.", "linear_proj.")
+# Training state stored under the same prefix: losses, EMA, and VA-VAE's alignment with a foundation model.
+BESIDE = {"tokenizer": ("loss.", "model_ema.", "foundation_model.", "linear_proj.")}
 OUTER = ("state_dict", "loss")  # reports include the next key segment for these
 # Key segments added by wrappers: DistributedDataParallel and torch.compile.
 WRAPPERS = ("module", "_orig_mod")
@@ -99,13 +99,13 @@ def read(path: str | Path, what: str, part: str = "tokenizer") -> WeightsFile:
 
 def holds(file: WeightsFile, role: str, own: Collection[str]) -> bool:
     """Whether a file has any tensor of a module; arguments as in :func:`take`."""
-    if role == "tokenizer" and diffusers_kl.is_diffusers(file.tensors):
-        return True
     return any(prefix + key in file.tensors for prefix in PREFIXES[role] for key in own)
 
 
 def take(file: WeightsFile, role: str, own: Collection[str]) -> tuple[str, dict[str, Tensor]]:
     """Take a module's tensors from a file; return the prefix of their keys, and the tensors by key without it.
+
+    Leaves training state that is stored beside them (:data:`BESIDE`).
 
     Args:
         file: content of the file; its ``used`` is updated.
@@ -116,42 +116,25 @@ def take(file: WeightsFile, role: str, own: Collection[str]) -> tuple[str, dict[
     counts = [sum(prefix + key in file.tensors for key in own) for prefix in PREFIXES[role]]
     prefix = PREFIXES[role][counts.index(max(counts))] if max(counts) else ""
     found = {key.removeprefix(prefix): value for key, value in file.tensors.items() if key.startswith(prefix)}
+    beside = BESIDE.get(role, ())
+    found = {key: value for key, value in found.items() if key in own or not key.startswith(beside)}
     file.used |= {prefix + key for key in found}
     return prefix, found
 
 
-def tokenizer_state(
-    file: WeightsFile, own: Collection[str], architecture: dict[str, Any] | None, what: str
-) -> dict[str, Tensor]:
-    """Take a tokenizer's state dict from any layout: CompVis, REPA-E, diffusers or ours.
+def stated_statistics(config: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation (C,) of the latents in diffusers' config.json; None if it states neither.
 
-    Ignores training state that is stored with tokenizers (:data:`BESIDE_TOKENIZER`).
-
-    Args:
-        file: content of the file; its ``used`` is updated.
-        own: the tokenizer's keys.
-        architecture: see :mod:`components.files.layouts.diffusers_kl`; None if diffusers cannot express it.
-        what: owner of the weights in messages.
-
-    Raises:
-        WeightsError: a diffusers folder has another architecture; the message lists the options to set.
+    Uses ``latents_mean`` and ``latents_std``, or ``shift_factor`` and 1 / ``scaling_factor`` for every channel.
     """
-    if file.config is not None:
-        theirs = diffusers_kl.architecture(file.config, f"{what}: '{file.source}'")
-        if architecture is None:
-            raise WeightsError(f"{what}: '{file.source}' is a diffusers folder, which this tokenizer cannot load")
-        if options := diffusers_kl.differences(architecture, theirs):
-            raise WeightsError(
-                f"{what}: '{file.source}' has another architecture; to load it, set under [tokenizer]\n  "
-                + "\n  ".join(options)
-            )
-    if diffusers_kl.is_diffusers(file.tensors):
-        file.used |= file.tensors.keys()
-        return diffusers_kl.from_diffusers(file.tensors)
-    prefix, found = take(file, "tokenizer", own)
-    beside = {key for key in found if key not in own and key.startswith(BESIDE_TOKENIZER)}
-    file.used -= {prefix + key for key in beside}
-    return {key: value for key, value in found.items() if key not in beside}
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        return torch.tensor(mean).flatten(), torch.tensor(std).flatten()
+    if config.get("scaling_factor") is None:
+        return None
+    channels = config.get("latent_channels", 4)
+    shift = config.get("shift_factor") or 0.0
+    return torch.full((channels,), float(shift)), torch.full((channels,), 1.0 / config["scaling_factor"])
 
 
 def note_left_out(file: WeightsFile, what: str) -> None:

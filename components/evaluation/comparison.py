@@ -1,14 +1,70 @@
-"""Frechet distance between Gaussians, as in FID (Heusel et al. 2017, arXiv 1706.08500, equation 6)."""
+"""Metrics from the statistics of two sets of images; Frechet distance as in FID (arXiv 1706.08500, equation 6)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from components.distributed.ranks import Ranks
 from components.evaluation import EvaluationError
-from components.evaluation.moments import Gaussian
+from components.evaluation.precision_recall import precision_recall
+from components.evaluation.statistics import FRECHET, FeatureStatistics, Gaussian, NetworkMetrics, few_images
+
+NAMES = ("the samples", "the reference")
+
+
+def compare(
+    networks: Sequence[NetworkMetrics],
+    samples: Sequence[FeatureStatistics],
+    reference: Sequence[FeatureStatistics],
+    device: torch.device,
+    *,
+    allow_singular: bool = False,
+    names: tuple[str, str] = NAMES,
+) -> tuple[dict[str, float | None], list[str]]:
+    """Compute the metrics of every network. Collective.
+
+    Args:
+        networks: feature networks and their metrics.
+        samples: statistics of the evaluated images for each network.
+        reference: statistics of the reference images for each network.
+        device: device on which precision and recall are computed.
+        allow_singular: see :func:`frechet_distance`.
+        names: names of the two sets in messages.
+
+    Returns:
+        Values by name, None if one cannot be computed, and warnings "NAME: TEXT"; the same on every rank.
+    """
+    ranks, values, warnings = Ranks(None), {}, []
+    for m, a, b in zip(networks, samples, reference):
+        found, said = ranks.first(partial(_from_moments, m, a, b, allow_singular, names))
+        if m.needs_neighbors:
+            pools = a.pool.to(device), b.pool.to(device)
+            found |= precision_recall(*pools, rank=ranks.rank, world=ranks.size)._asdict()
+        values |= {m.name(metric): found[metric] for metric in m.metrics}
+        warnings += said
+    return values, warnings
+
+
+def _from_moments(
+    m: NetworkMetrics, a: FeatureStatistics, b: FeatureStatistics, allow_singular: bool, names: tuple[str, str]
+) -> tuple[dict[str, float | None], list[str]]:
+    """Frechet distances and Inception Score by metric, and warnings."""
+    values: dict[str, float | None] = {"is": a.score}
+    warnings: list[str] = []
+    for metric, feature in ((x, FRECHET[x]) for x in m.metrics if x in FRECHET):
+        try:
+            values[metric], said = frechet_distance(
+                a.moments[feature], b.moments[feature], allow_singular=allow_singular, names=names
+            )
+        except EvaluationError as error:
+            values[metric], said = None, [str(error)]
+        warnings += [f"{m.name(metric)}: {text}" for text in said]
+    return values, warnings
 
 
 class Frechet(NamedTuple):
@@ -19,7 +75,7 @@ class Frechet(NamedTuple):
 
 
 def frechet_distance(
-    samples: Gaussian, reference: Gaussian, *, allow_singular: bool = False, names: tuple[str, str] = ("", "")
+    samples: Gaussian, reference: Gaussian, *, allow_singular: bool = False, names: tuple[str, str] = NAMES
 ) -> Frechet:
     """Squared 2-Wasserstein distance between two Gaussians, in float64, on the device of ``samples``.
 
@@ -36,7 +92,7 @@ def frechet_distance(
         EvaluationError: the numbers of features differ, moments are not finite, all images have the same features, or
             there are no more images than features, so that the covariance is singular and the distance biased.
     """
-    sides = list(zip((samples, reference), (names[0] or "the samples", names[1] or "the reference")))
+    sides = list(zip((samples, reference), names))
     dim, warnings = len(samples.mean), []
     if len(reference.mean) != dim:
         raise EvaluationError(
@@ -67,16 +123,6 @@ def frechet_distance(
     trace = product[product > _noise(product)].sqrt().sum()
     value = (m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * trace
     return Frechet(max(float(value), 0.0), warnings)
-
-
-def few_images(count: int | None, dim: int, name: str) -> str:
-    """Message if ``count`` images are too few for a nonsingular covariance, otherwise ""."""
-    if count is None or count > dim:
-        return ""
-    return (
-        f"{count} images of {name} are too few for {dim} features: the covariance is singular and the distance "
-        f"biased; use more than {dim}, and many more to compare with published numbers"
-    )
 
 
 def _noise(values: Tensor) -> float:

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.contracts import Posterior, Tokenizer
-from components.files.layouts import files
-from components.files.weights import load_strict
+from components.files.adapter import load_module
 from components.nn.precision import at_least_fp32
 from components.registry import File, tokenizers
+from plugins.tokenizers.autoencoder_kl.diffusers_format import Diffusers
 
 # (latent channels, multipliers, levels with attention, quant_conv)
 PRESETS = {
@@ -47,6 +47,8 @@ class AutoencoderKL(Tokenizer):
         ValueError: channels are not divisible by the group-norm groups, or an attention level does not exist.
     """
 
+    adapters = (Diffusers,)
+
     def __init__(
         self,
         *,
@@ -76,7 +78,7 @@ class AutoencoderKL(Tokenizer):
         if self.channels < 1:
             raise ValueError(f"tokenizer.latent_channels = {latent_channels}: expected at least 1")
         _check(channels, multipliers, attention_levels, res_blocks, norm_groups)
-        # All sizes that determine the weights; file layouts that store the architecture read them here.
+        # All sizes that determine the weights, for formats that store the architecture.
         self.architecture = {
             "latent_channels": self.channels,
             "channels": channels,
@@ -111,11 +113,7 @@ class AutoencoderKL(Tokenizer):
             WeightsError: the file is missing, unreadable, or does not fit the architecture.
         """
         if self.checkpoint:
-            what = "[tokenizer] autoencoder_kl"
-            file = files.read(self.checkpoint, what)
-            state = files.tokenizer_state(file, self.state_dict().keys(), self.architecture, what)
-            load_strict(self, state, what, self.checkpoint)
-            files.note_left_out(file, what)
+            load_module(self, self.checkpoint, "tokenizer", "[tokenizer] autoencoder_kl")
 
     def init_weights(self) -> None:
         """Initialize with PyTorch's defaults, as in the CompVis code."""

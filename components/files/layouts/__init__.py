@@ -1,1 +1,0 @@
-"""Weight formats of other projects, with key mappings in both directions."""
