@@ -33,7 +33,14 @@ Losses = dict[str, dict[str, LossTerm]]
 
 
 def checks(case: Case) -> list[Check]:
-    case.make()
+    of_class = bind(case, case, sets_every_attribute, declares_its_parts)
+    try:
+        for check in of_class:
+            check.run()
+    except Failure:  # modules can be constructed only for sound declarations
+        return of_class
+    run = Run(case)
+    run.parts()
     of_run = (
         declares_its_random_numbers,
         takes_a_step,
@@ -45,7 +52,7 @@ def checks(case: Case) -> list[Check]:
         samples_images,
         trains_on_cached_latents,
     )
-    return bind(case, case, sets_every_attribute, declares_its_parts) + bind(case, Run(case), *of_run)
+    return of_class + bind(case, run, *of_run)
 
 
 class Run:
