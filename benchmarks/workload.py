@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.plain_step import PlainSecondStage, PlainStep
-from components.contracts import Batch, Condition, Posterior, RandomNumbers, Recipe
+from components.contracts import Batch, Posterior, RandomNumbers, Recipe
 from components.diffusion.random_numbers import draw
 from components.distributed.parallel import World
 from components.monitor.hardware import peak_tflops
@@ -119,7 +119,8 @@ def random_batch(
     """Random batch of ``size`` on the device (posteriors and features if ``cached``), with its random numbers."""
     side, latent, m = config.training.resolution, parts.latent, parts.modules
     dtype = torch.float64 if config.training.precision == "fp64" else torch.float32
-    condition = Condition(torch.arange(size, device=device) % parts.num_classes)
+    labels = torch.arange(size, device=device) % parts.num_classes
+    condition = parts.example_condition(size, device)._replace(label=labels)
     drawn = draw(0, 0, range(size), size, recipe.random_numbers(m, latent))
     random = {name: numbers.to(device) for name, numbers in drawn.items()}
     if not cached:

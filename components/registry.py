@@ -123,7 +123,7 @@ class Registry:
 
         Raises:
             PluginError: another class has this name, the class does not derive from the kind's base class, or
-                ``__init__`` takes ``**kwargs``.
+                ``__init__`` takes other arguments than those of its kind, or ``**kwargs``.
         """
 
         def add(cls: type) -> type:
@@ -144,6 +144,13 @@ class Registry:
                 raise PluginError(
                     f"{self.kind} '{name}' ({plugin.where}): {cls.__name__} must derive from "
                     f"components.contracts.{' or '.join(self.bases)}"
+                )
+            found = [p.name for p in _parameters(cls)[1:] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+            if self.bases and len(found) != len(cls.given):
+                raise PluginError(
+                    f"{self.kind} '{name}' ({plugin.where}): the trainer constructs this {self.kind} with "
+                    f"({', '.join(cls.given)}), but __init__ takes ({', '.join(found)}) as positional parameters; "
+                    "put every option after a bare *"
                 )
             var_kwargs = [p.name for p in _parameters(cls) if p.kind is inspect.Parameter.VAR_KEYWORD]
             if var_kwargs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -17,10 +18,12 @@ class Dataset:
         num_classes: number of classes; labels are in [0, num_classes).
         class_names: one name per class.
         flip: whether random horizontal flips are allowed in training.
+        given: names of the constructor arguments that the trainer passes; options follow after a bare ``*``.
         has_judge: whether :meth:`judge` is available.
         conditions: names in ``DatasetItem.condition``, if the denoiser is conditioned on more than the class.
     """
 
+    given: ClassVar[tuple[str, ...]] = ("resolution",)
     has_judge: ClassVar[bool] = False
     conditions: ClassVar[tuple[str, ...]] = ()
 
@@ -28,9 +31,11 @@ class Dataset:
     class_names: Sequence[str]
     flip: bool = False
 
+    @abstractmethod
     def __len__(self) -> int:
         raise NotImplementedError
 
+    @abstractmethod
     def __getitem__(self, index: int) -> DatasetItem:
         raise NotImplementedError
 

@@ -5,6 +5,7 @@ Shapes: B images per micro-batch, R pixels per side, N tokens on the denoiser's 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ class ReconstructionLoss(Network):
 
     weight: float
 
+    @abstractmethod
     def forward(self, x: Tensor, x_hat: Tensor, posterior: Posterior) -> Tensor:
         """Images and reconstructions (B, 3, R, R) and their posterior -> scalar loss, unweighted."""
         raise NotImplementedError
@@ -47,10 +49,12 @@ class AdversarialLoss(Network):
 
     weight: float
 
+    @abstractmethod
     def generator(self, x_hat: Tensor, step: int) -> Tensor:
         """Generator loss of the reconstructions (B, 3, R, R): a scalar, zero before the start step."""
         raise NotImplementedError
 
+    @abstractmethod
     def discriminator(self, x: Tensor, x_hat: Tensor, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the terms of the discriminator's loss, which are summed, and scalars that are only logged, by name.
 
@@ -64,15 +68,18 @@ class AlignmentLoss:
 
     Attributes:
         role: field of :class:`Modules` that holds losses of this kind.
+        given: names of the constructor arguments that the trainer passes, none; options follow after a bare ``*``.
         tokenizer_weight: weight of the term in the tokenizer's loss.
         denoiser_weight: weight of the term in the denoiser's loss.
     """
 
     role: ClassVar[str] = "alignment"
+    given: ClassVar[tuple[str, ...]] = ()
 
     tokenizer_weight: float
     denoiser_weight: float
 
+    @abstractmethod
     def make_heads(self, width: int, embed_dims: Sequence[int], grid: int) -> nn.ModuleList:
         """Create the trainable heads, one per entry of ``embed_dims``: (B, N, width) -> (B, N, D_k).
 
@@ -80,6 +87,7 @@ class AlignmentLoss:
         """
         raise NotImplementedError
 
+    @abstractmethod
     def align(self, projected: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """Pairs of projected tokens and targets (B, N, D_k) -> scalar loss, the mean over pairs.
 

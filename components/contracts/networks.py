@@ -6,6 +6,7 @@ denoiser's grid, D_k features of encoder k. Images that reach a model are float 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -23,8 +24,10 @@ class Network(nn.Module):
         keep_fp32: compute in fp32 even in a bf16 run; may also be set on a unit that is a ``Network``.
         adapters: classes derived from :class:`components.files.adapter.StateDictAdapter`: file formats of other
             programs that a tokenizer, denoiser or discriminator is read from and written to, besides its own keys.
+        given: names of the constructor arguments that the trainer passes; options follow after a bare ``*``.
     """
 
+    given: ClassVar[tuple[str, ...]] = ()
     forward_methods: ClassVar[tuple[str, ...]] = ()
     keep_fp32: ClassVar[bool] = False
     adapters: ClassVar[tuple[Any, ...]] = ()
@@ -76,10 +79,12 @@ class Tokenizer(Network):
     frozen_encoder: bool = False
     resolution: int | None = None
 
+    @abstractmethod
     def encode(self, x: Tensor) -> Posterior:
         """Images (B, 3, R, R) in [-1, 1] -> posterior over latents (B, C, R / factor, R / factor)."""
         raise NotImplementedError
 
+    @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, h * factor, w * factor), nominally in [-1, 1]."""
         raise NotImplementedError
@@ -99,6 +104,7 @@ class Denoiser(Network):
             velocities in ``others``. A vector's token precedes the patch tokens.
     """
 
+    given = ("latent", "num_classes")
     forward_methods = ("tokens",)
 
     width: int
@@ -108,10 +114,12 @@ class Denoiser(Network):
     label_dropout: float = 0.0
     noisy_inputs: dict[str, tuple[int, ...]] = {}
 
+    @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> DenoiserOutput:
         """Velocity and hidden tokens at x_t (B, C, h, w), t (B,) in [0, 1], labels in [0, null_label]."""
         raise NotImplementedError
 
+    @abstractmethod
     def tokens(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tokens:
         """Hidden tokens only: blocks after the last ``align_depth`` do not run."""
         raise NotImplementedError
@@ -119,6 +127,13 @@ class Denoiser(Network):
     def null_condition(self, condition: Condition) -> Condition:
         """The unconditional counterpart of a condition, of the same shapes."""
         return condition._replace(label=torch.full_like(condition.label, self.null_label))
+
+    def example_condition(self, size: int) -> Condition:
+        """A condition of ``size`` images, to estimate, time and check the denoiser without a dataset.
+
+        A denoiser that needs more than the label overrides it; the condition of an image must not depend on ``size``.
+        """
+        return Condition(torch.zeros(size, dtype=torch.int64))
 
 
 class Encoder(Network):
@@ -135,6 +150,7 @@ class Encoder(Network):
             takes images in [-1, 1] as they are.
     """
 
+    given = ("resolution", "grid")
     forward_methods = ("embed",)
 
     embed_dim: int
@@ -145,6 +161,7 @@ class Encoder(Network):
     def pixel_stats(self) -> tuple[Tensor, Tensor] | None:
         return None
 
+    @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, R, R) in [-1, 1] -> patch tokens (B, grid * grid, D), in row-major order."""
         raise NotImplementedError

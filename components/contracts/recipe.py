@@ -5,6 +5,7 @@ Shapes: B images per micro-batch, C latent channels of h x w, N = n x n tokens o
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -71,6 +72,7 @@ class Recipe:
     """The training algorithm, one step of it, with all that belongs to it. Constructed from its options alone.
 
     Attributes:
+        given: names of the constructor arguments that the trainer passes, none; options follow after a bare ``*``.
         uses: fields of :class:`Modules` that the recipe needs; the others are not built.
         trains: module names by parameter group.
         trains_decoder_alone: the losses train only the tokenizer's decoder. Other recipes that train the tokenizer
@@ -84,6 +86,7 @@ class Recipe:
             and sde.
     """
 
+    given: ClassVar[tuple[str, ...]] = ()
     uses: ClassVar[frozenset[str]]
     trains: ClassVar[dict[str, tuple[str, ...]]]
     trains_decoder_alone: ClassVar[bool] = False
@@ -91,6 +94,7 @@ class Recipe:
     copies: ClassVar[Mapping[str, str]] = {}
     samplers: ClassVar[Mapping[str, Sampler]] = {}
 
+    @abstractmethod
     def step(self, m: Modules, batch: Batch, random: RandomNumbers, update: Update, step: int) -> None:
         """Compute the losses of one micro-batch and pass each to ``update``; must not change weights itself."""
         raise NotImplementedError

@@ -51,7 +51,7 @@ class RepaeCheckpoint(StateDictAdapter):
         held = {**online, **model.states}
         for part, theirs in (("tokenizer", "vae"), ("discriminator", "discriminator")):
             if part in held:
-                found[theirs] = named(getattr(model.modules, part), self.name).to_foreign(held[part])
+                found[theirs] = named(model.modules.named()[part], self.name).to_foreign(held[part])
         folder.mkdir(parents=True, exist_ok=True)
         name = model.name or f"{model.step:07d}"
         files = [folder / f"{name}.pt", folder / f"{name}-latents-stats.pt"]

@@ -228,8 +228,7 @@ class TimmEncoder(Encoder):
 
     @torch.no_grad()
     def _fill_buffers(self) -> None:
-        for name in ("mean", "std"):
-            buffer = getattr(self, name)
+        for name, buffer in (("mean", self.mean), ("std", self.std)):
             buffer.copy_(buffer.new_tensor(self.model.pretrained_cfg[name]).view(1, 3, 1, 1))
         if self._computed_on_meta:
             for name, module in self.model.named_modules():

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from components import registry
-from components.contracts import ReconstructionLoss
+from components.contracts import Encoder, ReconstructionLoss
 from components.registry import PluginError, Registry
 from trainer import config
 from trainer.__main__ import main
@@ -132,6 +132,15 @@ def test_kwargs_are_refused():
         class Loose(ReconstructionLoss):
             def __init__(self, **options):
                 pass
+
+
+def test_other_constructor_arguments_than_those_of_the_kind_are_refused():
+    with pytest.raises(PluginError, match=r"with \(resolution, grid\), but __init__ takes \(resolution\)"):
+
+        @registry.encoders.register("gridless")
+        class Gridless(Encoder):
+            def __init__(self, resolution: int, *, grid: int = 4) -> None:
+                super().__init__()
 
 
 def test_a_plugin_derives_from_the_base_of_its_kind():

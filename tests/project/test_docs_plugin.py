@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from components import registry
-from components.contracts import Batch, Dataset, Encoder, ReconstructionLoss
+from components.contracts import Batch, Condition, Dataset, Encoder, ReconstructionLoss
 from components.diffusion.random_numbers import draw
 from components.distributed.parallel import World
 from tests.support import ROOT
@@ -131,14 +131,14 @@ def test_the_other_plugins_take_a_step(lab, recipe):
     assert all(s.image.shape == (3, 32, 32) and s.image.dtype == torch.uint8 for s in samples)
     assert all((s.image == s.image[:, :1]).all() == (s.label == 1) for s in samples)  # vertical: equal rows
     images = torch.stack([s.image for s in samples]).float() / 127.5 - 1
-    batch = Batch(images, torch.tensor([s.label for s in samples]))
+    batch = Batch(images, Condition(torch.tensor([s.label for s in samples])))
     seen = {}
 
     def update(group, terms, **extra):
         sum(weight * value for weight, value in terms.values()).backward()
         seen[group] = terms
 
-    parts.recipe.step(parts.modules, batch, draw(0, 0, range(8), 8, parts.latent), update, 0)
+    parts.recipe.step(parts.modules, batch, draw(0, 0, range(8), 8, parts.random_numbers), update, 0)
     assert set(seen) == ({"tokenizer", "denoiser"} if recipe == "repae" else {"denoiser"})
     assert all(value.isfinite() for terms in seen.values() for _, value in terms.values())
     if recipe == "repae":

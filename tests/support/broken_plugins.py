@@ -9,8 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from components.contracts import DatasetItem, DenoiserOutput, LossTerm, Posterior
-from components.registry import Plugin, Registry
+from components.contracts import (
+    AdversarialLoss,
+    AlignmentLoss,
+    Dataset,
+    DatasetItem,
+    DenoiserOutput,
+    Distribution,
+    LossTerm,
+    Posterior,
+    Recipe,
+    ReconstructionLoss,
+)
+from components.registry import KINDS, Plugin, Registry
 from tests.support import toy_plugins as toys
 
 CASES: list[tuple[Plugin, str, str]] = []
@@ -19,7 +30,7 @@ CASES: list[tuple[Plugin, str, str]] = []
 
 def broken(kind: str, check: str, says: str) -> Callable[[type], type]:
     def add(cls: type) -> type:
-        registry = Registry(kind)  # separate: no config can name these
+        registry = Registry(kind, *KINDS[kind].bases)  # separate: no config can name these
         registry.register(cls.__name__)(cls)
         CASES.append((registry.get(cls.__name__), check, says))
         return cls
@@ -28,18 +39,6 @@ def broken(kind: str, check: str, says: str) -> Callable[[type], type]:
 
 
 # Options
-
-
-@broken(
-    "encoder",
-    "takes_the_arguments_of_its_kind",
-    "(resolution, grid), but __init__ takes (resolution)",
-)
-class NoGrid(toys.ToyEncoder):
-    """Ignores the grid."""
-
-    def __init__(self, resolution: int, *, grid: int = 4) -> None:
-        super().__init__(resolution, grid)
 
 
 @broken("loss", "is_documented", "has no line for: power")
@@ -211,12 +210,12 @@ class GraphBreak(toys.ToyEncoder):
 class PredictsSigma(toys.ToyDenoiser):
     """Returns twice the velocity's channels, as for a learned variance."""
 
-    def forward(self, x_t, t, labels):
-        out = super().forward(x_t, t, labels)
+    def forward(self, x_t, t, condition):
+        out = super().forward(x_t, t, condition)
         return DenoiserOutput(torch.cat([out.velocity] * 2, 1), out.tokens)
 
 
-@broken("denoiser", "has_attributes", "has no attribute null_label")
+@broken("denoiser", "sets_every_attribute", "has no attribute null_label: expected int")
 class NoNullLabel(toys.ToyDenoiser):
     """Does not declare its null label."""
 
@@ -225,12 +224,31 @@ class NoNullLabel(toys.ToyDenoiser):
         del self.null_label
 
 
+@broken("denoiser", "has_valid_attributes", "null_label = 0 is one of the 10 classes")
+class NullIsAClass(toys.ToyDenoiser):
+    """Uses a class as its null label."""
+
+    def __init__(self, latent, num_classes) -> None:
+        super().__init__(latent, num_classes)
+        self.null_label = 0
+
+
+@broken(
+    "denoiser", "keeps_the_conditions_shapes", "null_condition returns label with shape (1,) and torch.int64; expected"
+)
+class OneNullLabel(toys.ToyDenoiser):
+    """Returns one null label for a whole batch."""
+
+    def null_condition(self, condition):
+        return condition._replace(label=torch.tensor([self.null_label]))
+
+
 @broken("denoiser", "tokens_match_the_forward_pass", "tokens() differs from the tokens of a full forward pass")
 class OtherTokens(toys.ToyDenoiser):
     """Returns other tokens from ``forward`` than from ``tokens``."""
 
-    def forward(self, x_t, t, labels):
-        out = super().forward(x_t, t, labels)
+    def forward(self, x_t, t, condition):
+        out = super().forward(x_t, t, condition)
         return DenoiserOutput(out.velocity, self.blocks[1](out.tokens))
 
 
@@ -238,16 +256,16 @@ class OtherTokens(toys.ToyDenoiser):
 class Timeless(toys.ToyDenoiser):
     """Ignores the time."""
 
-    def tokens(self, x_t, t, labels):
-        return super().tokens(x_t, 0 * t, labels)
+    def tokens(self, x_t, t, condition):
+        return super().tokens(x_t, 0 * t, condition)
 
 
 @broken("denoiser", "tokens_pass_gradients", "no gradient reaches the latents through tokens()")
 class DetachedTokens(toys.ToyDenoiser):
     """Detaches the tokens from the alignment loss."""
 
-    def tokens(self, x_t, t, labels):
-        return super().tokens(x_t, t, labels).detach()
+    def tokens(self, x_t, t, condition):
+        return super().tokens(x_t, t, condition).detach()
 
 
 @broken("denoiser", "every_weight_gets_a_gradient", "no output depends on: idle.weight, idle.bias")
@@ -263,8 +281,8 @@ class IdleWeights(toys.ToyDenoiser):
 class Dropout(toys.ToyDenoiser):
     """Drops tokens in training."""
 
-    def tokens(self, x_t, t, labels):
-        return F.dropout(super().tokens(x_t, t, labels), 0.1, self.training)
+    def tokens(self, x_t, t, condition):
+        return F.dropout(super().tokens(x_t, t, condition), 0.1, self.training)
 
 
 class _Initialized(toys.ToyDenoiser):
@@ -282,8 +300,8 @@ class _Initialized(toys.ToyDenoiser):
         self.positions.copy_(torch.linspace(-1, 1, self.grid**2))
         self.order.copy_(torch.arange(self.grid**2))
 
-    def tokens(self, x_t, t, labels):
-        tokens = super().tokens(x_t, t, labels)
+    def tokens(self, x_t, t, condition):
+        tokens = super().tokens(x_t, t, condition)
         return tokens[:, self.order] + self.positions.to(tokens.dtype)[:, None]
 
 
@@ -306,14 +324,14 @@ class ForgetsIndices(_Initialized):
         self.order.zero_()
 
 
-@broken("denoiser", "has_valid_units", "units() contains blocks.0, whose weights are used, but not through its forward")
+@broken("denoiser", "shards_with_fsdp2", "fails under FSDP2 (weights used outside the forward of a unit")
 class LyingUnits(toys.ToyDenoiser):
     """Uses a unit's weights without calling the unit."""
 
-    def tokens(self, x_t, t, labels):
+    def tokens(self, x_t, t, condition):
         block, self.blocks[0] = self.blocks[0], nn.Identity()
         try:
-            tokens = super().tokens(x_t, t, labels)
+            tokens = super().tokens(x_t, t, condition)
         finally:
             self.blocks[0] = block
         return F.linear(tokens, block.weight, block.bias)
@@ -339,8 +357,8 @@ class NestedUnits(toys.ToyDenoiser):
 class WeightsBesideForward(toys.ToyDenoiser):
     """Uses a unit's weight before calling the unit, while the weight is still sharded."""
 
-    def tokens(self, x_t, t, labels):
-        return super().tokens(x_t * self.blocks[0].bias.mean(), t, labels)
+    def tokens(self, x_t, t, condition):
+        return super().tokens(x_t * self.blocks[0].bias.mean(), t, condition)
 
 
 # Tokenizers
@@ -393,15 +411,18 @@ class RoundedPosterior(toys.ToyTokenizer):
 class PerPixel(toys.ToyL1):
     """Returns a value per pixel instead of a mean."""
 
-    def __call__(self, x, x_hat, posterior):
+    def forward(self, x, x_hat, posterior):
         return (x - x_hat).abs()
 
 
-@broken("loss", "has_weight_and_call", "has no attribute weight")
-class Weightless:
+@broken("loss", "sets_every_attribute", "has no attribute weight: expected float")
+class Weightless(ReconstructionLoss):
     """Has no weight."""
 
-    def __call__(self, x, x_hat, posterior):
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, x, x_hat, posterior):
         return (x - x_hat).abs().mean()
 
 
@@ -409,7 +430,7 @@ class Weightless:
 class RoundedLoss(toys.ToyL1):
     """Averages in bf16."""
 
-    def __call__(self, x, x_hat, posterior):
+    def forward(self, x, x_hat, posterior):
         return (x.to(x_hat.dtype) - x_hat).abs().mean()
 
 
@@ -417,12 +438,12 @@ class RoundedLoss(toys.ToyL1):
 class RootOfZero(toys.ToyL1):
     """Takes the square root of a sum of squares that can be zero."""
 
-    def __call__(self, x, x_hat, posterior):
+    def forward(self, x, x_hat, posterior):
         return (x - x_hat.to(x.dtype)).square().sum().sqrt()
 
 
 @broken("loss", "is_frozen", "network.weight, network.bias: trainable, but has no optimizer")
-class LearnedLoss(nn.Module):
+class LearnedLoss(ReconstructionLoss):
     """Has weights."""
 
     weight = 1.0
@@ -435,7 +456,7 @@ class LearnedLoss(nn.Module):
         return (self.network(x) - self.network(x_hat)).abs().float().mean()
 
 
-@broken("loss", "has_all_weights_in_units", "network.weight is in none of units()")
+@broken("loss", "shards_with_fsdp2", "fails under FSDP2 (weights used outside the forward of a unit")
 class NoUnits(toys.ToyAdversary):
     """Does not list its network as a unit."""
 
@@ -443,15 +464,15 @@ class NoUnits(toys.ToyAdversary):
         return []
 
 
-@broken("loss", "has_weight_and_methods", "weight = '0.1' is a str; expected float or int")
+@broken("loss", "sets_every_attribute", "weight = '0.1' is a str; expected float")
 class WordForAWeight(toys.ToyAdversary):
     """Has a string as its weight."""
 
     weight = "0.1"
 
 
-@broken("loss", "has_weight_and_methods", "has no method discriminator")
-class OneSided(nn.Module):
+@broken("loss", "overrides_every_method", "does not define discriminator; see components.contracts.AdversarialLoss")
+class OneSided(AdversarialLoss):
     """Has only the generator's loss."""
 
     weight = 1.0
@@ -479,8 +500,8 @@ class HeadsOfOneSize(toys.ToyAlignment):
         return nn.ModuleList(nn.Linear(width, 7) for _ in embed_dims)
 
 
-@broken("loss", "has_weights_and_methods", "has no attribute denoiser_weight: weight in the denoiser's loss")
-class OneWeight:
+@broken("loss", "sets_every_attribute", "has no attribute denoiser_weight")
+class OneWeight(AlignmentLoss):
     """Has a weight for only one of its two losses."""
 
     tokenizer_weight = 1.0
@@ -498,10 +519,10 @@ class Repels(toys.ToyAlignment):
 # Datasets
 
 
-class _Gray:
+class _Gray(Dataset):
     """Gray images of two classes; a correct dataset."""
 
-    num_classes, class_names, flip = 2, ("dark", "light"), False
+    num_classes, class_names = 2, ("dark", "light")
 
     def __init__(self, resolution: int) -> None:
         self.resolution = resolution
@@ -569,33 +590,42 @@ class OpenFile(_Gray):
         self.read = lambda index: index
 
 
-@broken("dataset", "has_attributes", "one name for each of its 2 classes")
+@broken("dataset", "names_its_classes", "one name for each of its 2 classes")
 class Nameless(_Gray):
     """Does not name its classes."""
 
     class_names = ()
 
 
+@broken("dataset", "returns_its_conditions", "conditions = (), but an item's condition has ['brightness']")
+class UndeclaredCondition(_Gray):
+    """Returns a condition that it does not declare."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return item._replace(condition={"brightness": item.image.float().mean()})
+
+
 # Recipes
 
 
-class _Sound:
+class _Sound(Recipe):
     """Trains the tokenizer's reconstruction and the denoiser's velocity; a correct recipe."""
 
     uses = frozenset({"tokenizer", "denoiser", "latent_norm", "reconstruction"})
     trains = {"tokenizer": ("tokenizer",), "denoiser": ("denoiser",)}
 
-    def step(self, m, batch, draws, update, step):
+    def step(self, m, batch, random, update, step):
         posterior = m.tokenizer.encode(batch.images)
-        z = posterior.sample(draws.posterior)
+        z = posterior.sample(random["posterior"])
         loss = m.reconstruction["l1"](batch.images, m.tokenizer.decode(z), posterior)
         update("tokenizer", {"l1": LossTerm(1.0, loss)})
-        update("denoiser", {"velocity": LossTerm(1.0, self.velocity(m, z.detach(), batch, draws))})
+        update("denoiser", {"velocity": LossTerm(1.0, self.velocity(m, z.detach(), batch, random))})
 
-    def velocity(self, m, z, batch, draws):
-        t = m.flow.times(draws.time)
-        path = m.flow.at(m.latent_norm.batch(z), t, draws.noise)
-        return (m.denoiser(path.x_t, t, batch.labels).velocity.to(z.dtype) - path.velocity).square().mean()
+    def velocity(self, m, z, batch, random):
+        t = m.flow.times(random["time"])
+        path = m.flow.at(m.latent_norm.batch(z), t, random["noise"])
+        return (m.denoiser(path.x_t, t, batch.condition).velocity.to(z.dtype) - path.velocity).square().mean()
 
 
 @broken("recipe", "declares_its_parts", "not fields: ['vae']")
@@ -603,6 +633,38 @@ class UnknownPart(_Sound):
     """Refers to the tokenizer by another name."""
 
     uses = frozenset({"vae"})
+
+
+@broken("recipe", "declares_its_parts", "copies['teacher'] = 'student': expected the name of a module in uses")
+class CopiesNothing(_Sound):
+    """Copies a module that no recipe has."""
+
+    copies = {"teacher": "student"}
+
+
+@broken("recipe", "sets_every_attribute", "trains = ('denoiser',) is a tuple; expected dict[str, tuple[str")
+class NoGroups(_Sound):
+    """Lists modules without groups."""
+
+    trains = ("denoiser",)
+
+
+@broken(
+    "recipe", "declares_its_random_numbers", "random_numbers()['time'] is a str; expected components.contracts.Dist"
+)
+class NamesADistribution(_Sound):
+    """Declares a distribution by its name alone."""
+
+    def random_numbers(self, m, latent):
+        return super().random_numbers(m, latent) | {"time": "uniform"}
+
+
+@broken("recipe", "takes_a_step", "step uses random['time'], which random_numbers() does not declare: posterior, noise")
+class Undeclared(_Sound):
+    """Does not declare all of its random numbers."""
+
+    def random_numbers(self, m, latent):
+        return {name: Distribution("normal", latent) for name in ("posterior", "noise")}
 
 
 @broken("recipe", "takes_a_step", "step updates the groups ['denoiser', 'tokenizer'], but trains lists ['denoiser']")
@@ -616,20 +678,20 @@ class UnknownGroup(_Sound):
 class NoStopGradient(_Sound):
     """Lets the diffusion loss reach the tokenizer."""
 
-    def step(self, m, batch, draws, update, step):
+    def step(self, m, batch, random, update, step):
         posterior = m.tokenizer.encode(batch.images)
-        z = posterior.sample(draws.posterior)
+        z = posterior.sample(random["posterior"])
         loss = m.reconstruction["l1"](batch.images, m.tokenizer.decode(z.detach()), posterior)
         update("tokenizer", {"l1": LossTerm(1.0, loss)})
-        update("denoiser", {"velocity": LossTerm(1.0, self.velocity(m, z, batch, draws))})
+        update("denoiser", {"velocity": LossTerm(1.0, self.velocity(m, z, batch, random))})
 
 
 @broken("recipe", "changes_no_module", "does not restore requires_grad of denoiser.")
 class LeavesFrozen(_Sound):
     """Freezes a module and does not unfreeze it."""
 
-    def step(self, m, batch, draws, update, step):
-        super().step(m, batch, draws, update, step)
+    def step(self, m, batch, random, update, step):
+        super().step(m, batch, random, update, step)
         m.denoiser.requires_grad_(False)
 
 
@@ -637,26 +699,60 @@ class LeavesFrozen(_Sound):
 class StepsItself(_Sound):
     """Updates the weights itself."""
 
-    def step(self, m, batch, draws, update, step):
-        super().step(m, batch, draws, update, step)
+    def step(self, m, batch, random, update, step):
+        super().step(m, batch, random, update, step)
         with torch.no_grad():
             next(m.denoiser.parameters()).mul_(0.9)
 
 
-@broken("recipe", "is_deterministic", "which would differ between ranks; use draws")
+@broken("recipe", "is_deterministic", "which would differ between ranks; declare them in random_numbers()")
 class OwnNoise(_Sound):
     """Draws its own times."""
 
-    def velocity(self, m, z, batch, draws):
-        return super().velocity(m, z, batch, draws._replace(time=torch.rand_like(draws.time)))
+    def velocity(self, m, z, batch, random):
+        return super().velocity(m, z, batch, random | {"time": torch.rand_like(random["time"])})
 
 
 @broken("recipe", "keeps_losses_in_fp32", "term velocity of 'denoiser' is torch.bfloat16 under bf16 autocast")
 class RoundedVelocity(_Sound):
     """Computes the velocity loss in bf16."""
 
-    def velocity(self, m, z, batch, draws):
-        return super().velocity(m, z, batch, draws).to(torch.get_autocast_dtype("cpu") if _autocast() else z.dtype)
+    def velocity(self, m, z, batch, random):
+        return super().velocity(m, z, batch, random).to(torch.get_autocast_dtype("cpu") if _autocast() else z.dtype)
+
+
+@broken("recipe", "keeps_its_state_in_a_skipped_step", "init_state()['count'] is a int; expected a tensor")
+class CountsInPython(_Sound):
+    """Keeps a number as its state."""
+
+    def init_state(self, m):
+        return {"count": 0}
+
+
+class _Teacher(_Sound):
+    """Averages the denoiser's weights; a correct recipe with a copy."""
+
+    copies = {"teacher": "denoiser"}
+
+    @torch.no_grad()
+    def after_step(self, m, finite, step):
+        for average, value in zip(m.copies["teacher"].parameters(), m.denoiser.parameters()):
+            average.lerp_(value, 0.1 * finite.to(average.dtype))
+
+
+@broken("recipe", "keeps_its_state_in_a_skipped_step", "weight of a skipped step; where finite is false")
+class AveragesAlways(_Teacher):
+    """Updates its copy also if the step is skipped."""
+
+    def after_step(self, m, finite, step):
+        super().after_step(m, torch.ones_like(finite), step)
+
+
+@broken("recipe", "samples_images", "sampling.method = 'half' returns images of shape (2, 3, 16, 16)")
+class SamplesSmallImages(_Sound):
+    """Brings a sampler that returns only a part of the latents."""
+
+    samplers = {"half": lambda denoiser, noise, condition, **options: noise[..., :4, :4]}
 
 
 @broken("recipe", "trains_on_cached_latents", "fails on a batch without images")
@@ -667,10 +763,10 @@ class NeedsImages(_Sound):
     trains = {"denoiser": ("denoiser",)}
     cached_latents = True
 
-    def step(self, m, batch, draws, update, step):
+    def step(self, m, batch, random, update, step):
         with torch.no_grad():
-            z = m.tokenizer.encode(batch.images).sample(draws.posterior)
-        update("denoiser", {"velocity": LossTerm(1.0, self.velocity(m, z, batch, draws))})
+            z = m.tokenizer.encode(batch.images).sample(random["posterior"])
+        update("denoiser", {"velocity": LossTerm(1.0, self.velocity(m, z, batch, random))})
 
 
 def _autocast() -> Any:

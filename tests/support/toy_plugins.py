@@ -8,14 +8,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.contracts import DenoiserOutput, LatentShape, Posterior
+from components.contracts import (
+    AdversarialLoss,
+    AlignmentLoss,
+    Condition,
+    Denoiser,
+    DenoiserOutput,
+    Encoder,
+    LatentShape,
+    Posterior,
+    ReconstructionLoss,
+    Tokenizer,
+)
 from components.diffusion.random_numbers import generator
 from components.nn.precision import at_least_fp32
 
 WIDTH = 16
 
 
-class ToyTokenizer(nn.Module):
+class ToyTokenizer(Tokenizer):
     """One convolution each for encoding and decoding: factor 4, 4 channels."""
 
     factor, channels = 4, 4
@@ -32,14 +43,8 @@ class ToyTokenizer(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(z)
 
-    def load_weights(self) -> None:
-        """Do nothing: there are no weights."""
 
-    def units(self) -> Sequence[nn.Module]:
-        return []
-
-
-class ToyDenoiser(nn.Module):
+class ToyDenoiser(Denoiser):
     """Two layers with one token per latent position; tokens are aligned after the first."""
 
     width, align_depth, label_dropout = WIDTH, 1, 0.1
@@ -53,20 +58,20 @@ class ToyDenoiser(nn.Module):
         self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
         self.out = nn.Linear(WIDTH, latent.channels)
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> DenoiserOutput:
-        tokens = self.tokens(x_t, t, labels)
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> DenoiserOutput:
+        tokens = self.tokens(x_t, t, condition)
         out = self.out(F.silu(self.blocks[1](tokens)))
         return DenoiserOutput(out.transpose(1, 2).unflatten(2, (self.grid, self.grid)), tokens)
 
-    def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        tokens = self.embed(x_t).flatten(2).transpose(1, 2) + self.labels(labels)[:, None]
+    def tokens(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        tokens = self.embed(x_t).flatten(2).transpose(1, 2) + self.labels(condition.label)[:, None]
         return F.silu(self.blocks[0](tokens + t.to(tokens.dtype)[:, None, None]))
 
     def units(self) -> Sequence[nn.Module]:
         return list(self.blocks)
 
 
-class ToyEncoder(nn.Module):
+class ToyEncoder(Encoder):
     """A fixed random projection of each image patch."""
 
     embed_dim = 12
@@ -81,23 +86,17 @@ class ToyEncoder(nn.Module):
         x = F.adaptive_avg_pool2d(images, 4 * self.grid)
         return F.unfold(x, 4, stride=4).transpose(1, 2) @ self.matrix.to(x.dtype)
 
-    def embed(self, images: Tensor) -> Tensor:
-        return self(images).mean(1)
 
-    def load_weights(self) -> None:
-        """Do nothing: there are no weights."""
-
-
-class ToyL1:
+class ToyL1(ReconstructionLoss):
     """Mean absolute error plus 1e-3 of the KL divergence, so that every weight of the tokenizer gets a gradient."""
 
     weight = 1.0
 
-    def __call__(self, x: Tensor, x_hat: Tensor, posterior: Posterior) -> Tensor:
+    def forward(self, x: Tensor, x_hat: Tensor, posterior: Posterior) -> Tensor:
         return (x - x_hat).abs().mean() + 1e-3 * posterior.kl()
 
 
-class ToyAdversary(nn.Module):
+class ToyAdversary(AdversarialLoss):
     """Discriminator with one convolution."""
 
     weight = 0.1
@@ -119,7 +118,7 @@ class ToyAdversary(nn.Module):
         return {"hinge": F.relu(1 - self.logits(x)).mean() + F.relu(1 + self.logits(x_hat)).mean()}, {}
 
 
-class ToyAlignment:
+class ToyAlignment(AlignmentLoss):
     """Mean squared error after a linear head."""
 
     tokenizer_weight, denoiser_weight = 1.5, 0.5

@@ -109,7 +109,7 @@ def _micro_batches(config: configs.Config, parts, world, real: bool):
 
     import torch
 
-    from components.contracts import Batch, Condition
+    from components.contracts import Batch
     from components.data.loader import make_loader
     from components.data.prefetch import Prefetcher
     from components.diffusion.random_numbers import draw
@@ -124,7 +124,8 @@ def _micro_batches(config: configs.Config, parts, world, real: bool):
     if not real:
         images = torch.rand(size, 3, t.resolution, t.resolution, device=world.device) * 2 - 1
         labels = torch.arange(size, device=world.device) % parts.num_classes
-        return contextlib.nullcontext(itertools.repeat((Batch(images, Condition(labels)), random_numbers(0))))
+        condition = parts.example_condition(size, world.device)._replace(label=labels)
+        return contextlib.nullcontext(itertools.repeat((Batch(images, condition), random_numbers(0))))
 
     @contextlib.contextmanager
     def loading():

@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     for name in ("batch_size", "shard_size"):
-        if getattr(arguments, name) < 1:
-            raise configs.ConfigError(f"--{name.replace('_', '-')}={getattr(arguments, name)}: expected at least 1")
+        if (value := vars(arguments)[name]) < 1:
+            raise configs.ConfigError(f"--{name.replace('_', '-')}={value}: expected at least 1")
     from components.distributed import parallel
 
     world = parallel.join_world()
@@ -76,7 +76,7 @@ def encode(arguments: argparse.Namespace, overrides: list[str], world: World) ->
         raise configs.ConfigError(f"--features: {source.path} has no [encoders.NAME] table")
     set_backends(source.config)
     names = ("dtype", "flip", "features", "batch_size", "shard_size")
-    choices = Choices(**{name: getattr(arguments, name) for name in names})
+    choices = Choices(**{name: vars(arguments)[name] for name in names})
     out = Path(arguments.out) if arguments.out else default_folder(source)
     encoding = Encoding(out, source, choices, world)
     complete = not any(encoding.ranks.gather(encoding.missing()))

@@ -64,9 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     for name, least in (("batch_size", 1), ("max_images", 0), ("reference_images", 0)):
-        if getattr(arguments, name) < least:
+        if (value := vars(arguments)[name]) < least:
             option = f"--{name.replace('_', '-')}"
-            raise configs.ConfigError(f"{option}={getattr(arguments, name)}: expected at least {least}")
+            raise configs.ConfigError(f"{option}={value}: expected at least {least}")
     if not arguments.reconstruction and not arguments.reference:
         raise configs.ConfigError(
             "--reference is missing: expected a folder of images, an .npz, or the word dataset (to evaluate a "
@@ -153,7 +153,7 @@ def _reconstruction(arguments: argparse.Namespace, named: list[str] | None, over
     from trainer.models.source import open_source
 
     for option in ("reference", "config", "save_statistics"):
-        if getattr(arguments, option):
+        if vars(arguments)[option]:
             raise configs.ConfigError(
                 f"--{option.replace('_', '-')} cannot be used with --reconstruction: the reference is the source's "
                 "own dataset (--dataset.KEY=VALUE changes it)"

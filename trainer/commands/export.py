@@ -191,7 +191,7 @@ def _foreign(
     config = stored.config
     uses = frozenset(make.exports) - {"heads"}  # heads need encoders
     m = construct_parts(config, on_meta=True, uses=uses).modules
-    return make(getattr(m, role)).to_files(
+    return make(m.named()[role]).to_files(
         out,
         Exported(
             modules=m,

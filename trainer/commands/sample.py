@@ -60,7 +60,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     for name in ("num_samples", "batch_size"):
-        value = getattr(arguments, name)
+        value = vars(arguments)[name]
         if value is not None and value < 1:
             raise configs.ConfigError(f"--{name.replace('_', '-')}={value}: expected at least 1")
     from components.distributed import parallel

@@ -212,7 +212,7 @@ class Optimizer(OptimizerTable):
 
     def group(self, name: str) -> OptimizerTable:
         """Settings of one parameter group: the common ones, updated by its sub-table."""
-        base = {key: getattr(self, key) for key in OptimizerTable.model_fields}
+        base = {key: value for key, value in self if key in OptimizerTable.model_fields}
         return OptimizerTable(**(base | (self.model_extra or {}).get(name, {})))
 
 

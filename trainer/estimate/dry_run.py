@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from components.contracts import Batch, Condition, RandomNumbers
+from components.contracts import Batch, RandomNumbers
 from components.diffusion.random_numbers import placeholders
 from components.distributed.parallel import World
 from trainer.config import Config
@@ -148,9 +148,9 @@ def micro_batches(
         if tracker is not None:
             tracker.repeats = t.accumulation - count + 1 if index == 0 else 1
         images = torch.rand(size, 3, t.resolution, t.resolution, **where)
-        condition = Condition(torch.zeros(size, dtype=torch.int64, **where))
+        condition = parts.example_condition(size, world.device)
         yield Batch(images, condition), placeholders(parts.random_numbers, size, **where)
 
 
 def _changed(config: Config, table: str, **values: object) -> Config:
-    return config.model_copy(update={table: getattr(config, table).model_copy(update=values)})
+    return config.model_copy(update={table: dict(config)[table].model_copy(update=values)})

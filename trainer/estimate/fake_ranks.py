@@ -39,7 +39,7 @@ def cuda_autocast() -> Iterator[None]:
     This doubles the size of their outputs and saved tensors. CUDA's list of fp32 functions is longer, but the others
     are only applied to small or fp32 tensors here.
     """
-    originals = {name: getattr(F, name) for name in ("layer_norm", "group_norm", "interpolate")}
+    originals = {name: vars(F)[name] for name in ("layer_norm", "group_norm", "interpolate")}
     for name, function in originals.items():
         setattr(F, name, functools.partial(_in_fp32, function))
     try:

@@ -55,6 +55,12 @@ class Parts:
         more = dataset.sampling_conditions(ids.tolist()) if dataset is not None else {}
         return Condition(labels, more).to(labels.device)
 
+    def example_condition(self, size: int, device: torch.device | str = "cpu") -> Condition:
+        """Condition of ``size`` images for timing and estimates, which run without a dataset."""
+        denoiser = self.modules.denoiser
+        label = torch.zeros(size, dtype=torch.int64)
+        return (Condition(label) if denoiser is None else denoiser.example_condition(size)).to(device)
+
     def reset_copies(self) -> None:
         """Set the recipe's copies to the present values of their sources."""
         named = self.modules.named()

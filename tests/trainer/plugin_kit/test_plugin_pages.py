@@ -111,8 +111,9 @@ def test_every_key_is_explained_and_has_its_default(schema):
 def test_the_command_writes_the_schema_and_says_which_line_to_put(tmp_path, capsys):
     own = tmp_path / "mine.py"
     own.write_text(
-        "from components.registry import losses\n\n@losses.register('mine')\nclass Mine:\n"
-        "    '''Mine.'''\n\n    def __init__(self, *, weight: float = 1.0):\n        self.weight = weight\n"
+        "from components.contracts import AlignmentLoss\nfrom components.registry import losses\n\n"
+        "@losses.register('mine')\nclass Mine(AlignmentLoss):\n    '''Mine.'''\n\n"
+        "    def __init__(self, *, weight: float = 1.0):\n        self.weight = weight\n"
     )
     out = tmp_path / "folder" / "schema.json"
     assert main(["plugins", "--schema", "--plugins", str(own), "--out", str(out)]) == 0

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from components.contracts import Network
 from components.diffusion.random_numbers import generator
 from trainer.plugin_kit.conformance.case import Failure
 
 Outputs = dict[str, Tensor]
-Inputs = tuple[Tensor, ...]
-Attributes = dict[str, tuple[type | tuple[type, ...], str]]
-"""Types and meaning of required attributes by name."""
+Inputs = tuple[Any, ...]
 
 
 @dataclass(eq=False)
@@ -29,35 +28,31 @@ class Adapter:
         make: constructs an instance with random weights from a seed.
         inputs: returns fp32 inputs for a number of images, the same at every call.
         call: returns all outputs by name; tensors whose first dimension is the batch are compared image by image.
-        methods: methods besides ``forward`` that the trainer calls.
         learns: whether a recipe may train it.
         may_be_bf16: prefixes of the names of outputs that may be bf16 under autocast; the others must be fp32.
     """
 
-    make: Callable[[int], Any]
+    make: Callable[[int], Network]
     inputs: Callable[[int], Inputs]
-    call: Callable[[Any, Inputs], Outputs]
-    methods: tuple[str, ...] = ()
+    call: Callable[..., Outputs]
     learns: bool = True
     may_be_bf16: tuple[str, ...] = ()
 
     @functools.cached_property
-    def _first(self) -> Any:
+    def _first(self) -> Network:
         return self.prepare(0)
 
-    def prepare(self, seed: int) -> Any:
+    def prepare(self, seed: int) -> Network:
         """Return an instance in training's mode, with all-zero weights randomized so that no path is inactive."""
-        part = self.make(seed)
-        if isinstance(part, nn.Module):
-            part.train(self.learns)
-            randomize_zeros(part)
+        part = self.make(seed).train(self.learns)
+        randomize_zeros(part)
         return part
 
     def part(self) -> Any:
         """Return a copy of the instance of seed 0, which the caller may change."""
         return copy.deepcopy(self._first)
 
-    def outputs(self, part: Any, count: int = 2) -> Outputs:
+    def outputs(self, part: Network, count: int = 2) -> Outputs:
         """Return detached copies of the outputs of ``part`` for ``count`` images."""
         return {name: value.detach().clone() for name, value in self.call(part, self.inputs(count)).items()}
 
@@ -81,21 +76,6 @@ def images(count: int, side: int) -> Tensor:
 
 def normal(name: str, count: int, *shape: int) -> Tensor:
     return torch.stack([torch.randn(*shape, generator=generator(name, i)) for i in range(count)])
-
-
-def require(part: Any, attributes: Attributes, methods: tuple[str, ...] = (), module: bool = False) -> None:
-    """Raise :class:`Failure` unless ``part`` has the attributes and methods, and is an ``nn.Module`` if ``module``."""
-    if module and not isinstance(part, nn.Module):
-        raise Failure(f"{type(part).__name__} is not an nn.Module")
-    for name, (kind, meaning) in attributes.items():
-        if not hasattr(part, name):
-            raise Failure(f"has no attribute {name}: {meaning}")
-        value = getattr(part, name)
-        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-            wanted = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)
-            raise Failure(f"{name} = {value!r} is a {type(value).__name__}; expected {wanted}: {meaning}")
-    if lacking := [name for name in methods if not callable(getattr(part, name, None))]:
-        raise Failure(f"has no method {', '.join(lacking)}; see components/contracts")
 
 
 def shapes(outputs: Outputs, expected: tuple[int, ...], where: str) -> None:

@@ -12,8 +12,13 @@ import torch
 from pydantic import ValidationError
 
 from components import registry
+from components.contracts import LatentShape
 from components.registry import Plugin, PluginError, nearest
 from trainer.config.load import parse_overrides, read_toml
+
+CLASSES, SIDE = 10, 32  # number of classes, image side in pixels
+GIVEN: dict[str, Any] = {"resolution": SIDE, "grid": 4, "latent": LatentShape(4, 8, 8), "num_classes": CLASSES}
+"""Constructor arguments by name, as in ``given`` of a kind's base class."""
 
 
 class Failure(AssertionError):
@@ -27,19 +32,26 @@ class Case:
     Attributes:
         plugin: registered plugin.
         options: options as in its TOML table; small networks make the checks fast.
-        parts: for a recipe: tables of the run's other parts (tokenizer, denoiser, encoders, losses); those of
-            templates/run.toml replace missing ones.
+        parts: for a recipe: tables of a run (tokenizer, denoiser, encoders, losses); each replaces that of
+            templates/run.toml as a whole.
+        given: constructor arguments that replace those in ``GIVEN``.
     """
 
     plugin: Plugin
     options: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
 
-    def make(self, *given: Any, seed: int = 0) -> Any:
-        """Construct an instance with random weights from ``seed``; restores torch's global generator afterwards."""
+    def make(self, seed: int = 0, **given: Any) -> Any:
+        """Construct an instance with random weights from ``seed``; restores torch's global generator afterwards.
+
+        Args:
+            given: constructor arguments that differ from those of the case.
+        """
+        values = GIVEN | self.given | given
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.plugin.cls(*given, **self.options)
+            return self.plugin.cls(*(values[name] for name in self.plugin.cls.given), **self.options)
 
 
 class Check(NamedTuple):
@@ -68,9 +80,9 @@ class Check(NamedTuple):
             raise Failure(f"raises {type(error).__name__}: {first}{place}") from error
 
 
-def bind(case: Case, argument: Any, *functions: Callable[[Any], None], prefix: str = "") -> list[Check]:
+def bind(case: Case, argument: Any, *functions: Callable[[Any], None]) -> list[Check]:
     """Return the checks that call ``functions`` with ``argument``: the case itself, or an adapter of it."""
-    return [Check(case, prefix + function.__name__, function, argument) for function in functions]
+    return [Check(case, function.__name__, function, argument) for function in functions]
 
 
 def resolve(package: str, spec: str, options: Sequence[str] = (), parts: str | None = None) -> Case:

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from components.contracts import DatasetItem
-from trainer.plugin_kit.conformance.adapter import failing, require
-from trainer.plugin_kit.conformance.case import Case, Check, Failure, bind
+from components.contracts import Dataset, DatasetItem
+from trainer.plugin_kit.conformance.adapter import failing
+from trainer.plugin_kit.conformance.case import SIDE, Case, Check, Failure, bind
+from trainer.plugin_kit.conformance.contract import sets_every_attribute
 
-SIDE = 32
 EXAMINED = 64  # number of items, spread evenly over the dataset
-ATTRIBUTES = {
-    "num_classes": (int, "labels are in [0, num_classes)"),
-    "class_names": (Sequence, "one name per class"),
-    "flip": (bool, "whether training may flip the images horizontally"),
-}
 
 
 def checks(case: Case) -> list[Check]:
-    case.make(SIDE)
-    own = (has_attributes, returns_images_at_every_resolution, labels_are_in_range, items_depend_on_the_index_only)
-    return bind(case, case, *own, raises_index_error_at_the_end, can_be_pickled)
+    case.make()
+    return bind(
+        case,
+        case,
+        sets_every_attribute,
+        names_its_classes,
+        returns_images_at_every_resolution,
+        labels_are_in_range,
+        items_depend_on_the_index_only,
+        returns_its_conditions,
+        raises_index_error_at_the_end,
+        can_be_pickled,
+    )
 
 
-def has_attributes(case: Case) -> None:
-    """The dataset has num_classes, class_names, flip and a length."""
-    data = case.make(SIDE)
-    require(data, ATTRIBUTES)
+def names_its_classes(case: Case) -> None:
+    """The dataset is not empty and has a name for each class."""
+    data = case.make()
     if len(data.class_names) != data.num_classes:
         raise Failure(f"class_names must contain one name for each of its {data.num_classes} classes")
     if len(data) < 1:
@@ -40,7 +42,7 @@ def has_attributes(case: Case) -> None:
 def returns_images_at_every_resolution(case: Case) -> None:
     """Each item is a DatasetItem with a uint8 image (3, R, R), at every resolution R."""
     for side in (SIDE, 48, 64):
-        data = case.make(side)
+        data = case.make(resolution=side)
         for index in _indices(data)[:4]:
             item = data[index]
             if not isinstance(item, DatasetItem):
@@ -54,7 +56,7 @@ def returns_images_at_every_resolution(case: Case) -> None:
 
 def labels_are_in_range(case: Case) -> None:
     """Every label is an int in [0, num_classes)."""
-    data = case.make(SIDE)
+    data = case.make()
     for index in _indices(data):
         label = data[index].label
         if not isinstance(label, int) or isinstance(label, bool):
@@ -65,7 +67,7 @@ def labels_are_in_range(case: Case) -> None:
 
 def items_depend_on_the_index_only(case: Case) -> None:
     """An item depends only on its index, not on earlier reads or on global random generators."""
-    data, again = case.make(SIDE), case.make(SIDE, seed=1)
+    data, again = case.make(), case.make(seed=1)
     with torch.random.fork_rng(devices=[]):
         for index in _indices(data)[:8]:
             torch.manual_seed(index)
@@ -78,9 +80,25 @@ def items_depend_on_the_index_only(case: Case) -> None:
                 )
 
 
+def returns_its_conditions(case: Case) -> None:
+    """Items and samples have the entries of Condition.more that ``conditions`` names, with equal shapes."""
+    data, ids = case.make(), [0, 3]
+    item, sampled = data[0].condition, data.sampling_conditions(ids)
+    for place, found in (("an item's condition", item), ("sampling_conditions()", sampled)):
+        if set(found) != set(data.conditions):
+            raise Failure(f"conditions = {data.conditions}, but {place} has {sorted(found)}")
+    for name, value in item.items():
+        expected = (len(ids), *value.shape)
+        if sampled[name].shape != expected or sampled[name].dtype != value.dtype:
+            raise Failure(
+                f"sampling_conditions({ids}) returns {name} with shape {tuple(sampled[name].shape)} and "
+                f"{sampled[name].dtype}; expected {expected} and {value.dtype}, as of the items"
+            )
+
+
 def raises_index_error_at_the_end(case: Case) -> None:
     """Indexing with the dataset's length raises IndexError."""
-    data = case.make(SIDE)
+    data = case.make()
     try:
         data[len(data)]
     except IndexError:
@@ -90,17 +108,18 @@ def raises_index_error_at_the_end(case: Case) -> None:
 
 def can_be_pickled(case: Case) -> None:
     """The dataset can be pickled for data-loading workers and then returns the same items."""
-    data = case.make(SIDE)
+    data = case.make()
     with failing("cannot be pickled, as data-loading workers require; open files when reading items, not before"):
         copy = pickle.loads(pickle.dumps(data))
     if len(copy) != len(data) or not all(_same(copy[i], data[i]) for i in _indices(data)[:4]):
         raise Failure("returns different items after pickling")
 
 
-def _indices(data: Any) -> list[int]:
+def _indices(data: Dataset) -> list[int]:
     count = min(EXAMINED, len(data))
     return sorted({round(i * (len(data) - 1) / max(count - 1, 1)) for i in range(count)})
 
 
 def _same(a: DatasetItem, b: DatasetItem) -> bool:
-    return torch.equal(a.image, b.image) and a.label == b.label
+    same = [torch.equal(value, b.condition[name]) for name, value in a.condition.items()]
+    return torch.equal(a.image, b.image) and a.label == b.label and all(same)

@@ -5,35 +5,30 @@ from __future__ import annotations
 from torch import Tensor
 
 from trainer.plugin_kit.conformance import generic
-from trainer.plugin_kit.conformance.adapter import Adapter, images, require, shapes
-from trainer.plugin_kit.conformance.case import Case, Check, Failure, bind
+from trainer.plugin_kit.conformance.adapter import Adapter, images, shapes
+from trainer.plugin_kit.conformance.case import GIVEN, SIDE, Case, Check, Failure, bind
+from trainer.plugin_kit.conformance.contract import sets_every_attribute
 
-SIDE, GRID = 32, 4
+GRID = GIVEN["grid"]
 SIZES = ((32, 4, 1), (64, 4, 2), (48, 3, 3), (64, 8, 2))  # pixels, tokens per side, images
 
 
 def checks(case: Case) -> list[Check]:
     adapter = Adapter(
-        make=lambda seed: case.make(SIDE, GRID, seed=seed),
+        make=case.make,
         inputs=lambda count: (images(count, SIDE),),
-        call=lambda encoder, inputs: {"tokens": encoder(*inputs)},
+        call=lambda encoder, inputs: {"tokens": encoder(*inputs), "embedding": encoder.embed(*inputs)},
         learns=False,
-        may_be_bf16=("tokens",),
+        may_be_bf16=("tokens", "embedding"),
     )
-    own = bind(case, case, has_attributes, returns_tokens, tokens_are_row_major)
+    own = bind(case, case, sets_every_attribute, returns_tokens, tokens_are_row_major)
     return own + generic.checks(case, adapter, generic.is_frozen)
-
-
-def has_attributes(case: Case) -> None:
-    """The encoder is an nn.Module with embed_dim and load_weights()."""
-    encoder = case.make(SIDE, GRID)
-    require(encoder, {"embed_dim": (int, "features D of a token")}, methods=("load_weights",), module=True)
 
 
 def returns_tokens(case: Case) -> None:
     """Images (B, 3, R, R) become tokens (B, grid * grid, embed_dim) for any R and grid."""
     for side, grid, count in SIZES:
-        encoder = case.make(side, grid).eval()
+        encoder = case.make(resolution=side, grid=grid).eval()
         expected = (count, grid**2, encoder.embed_dim)
         tokens = encoder(images(count, side))
         where = f"{count} images of {side} px and a grid of {grid}"
@@ -43,11 +38,12 @@ def returns_tokens(case: Case) -> None:
                 "tokens"
             )
         shapes({"tokens": tokens}, expected, where)
+        shapes({"embed(images)": encoder.embed(images(count, side))}, (count, encoder.embed_dim), where)
 
 
 def tokens_are_row_major(case: Case) -> None:
     """Tokens are in row-major order: the upper right image corner affects token grid - 1 most."""
-    encoder = case.make(SIDE, GRID).eval()
+    encoder = case.make().eval()
     x = images(1, SIDE)
     y, patch = x.clone(), SIDE // GRID
     y[..., :patch, -patch:] *= -1

@@ -1,4 +1,4 @@
-"""Checks shared by encoders, tokenizers, denoisers and losses: what a module computes, stores, compiles and shards."""
+"""Checks shared by encoders, tokenizers, denoisers and losses: what a network computes, stores, compiles and shards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from components.distributed.materialize import InitError, materialize
 from components.distributed.parallel import Sharding, compile_units, local, make_mesh, shard
@@ -21,8 +22,6 @@ SHOWN = 5
 def is_frozen(adapter: Adapter) -> None:
     """No weight is trainable, outputs carry no gradient, and a forward pass changes no buffer."""
     part = adapter.part()
-    if not isinstance(part, nn.Module):
-        return
     if trainable := [name for name, p in part.named_parameters() if p.requires_grad]:
         raise Failure(
             f"{_some(trainable)}: trainable, but has no optimizer; end __init__ with self.requires_grad_(False).eval()"
@@ -49,7 +48,7 @@ def is_deterministic(adapter: Adapter) -> None:
         how = f"{', '.join(changed)} differ" if changed else "torch's global generator advanced"
         raise Failure(
             f"two calls with the same inputs: {how}. The plugin draws random numbers (dropout?) or keeps state between "
-            "calls; all random numbers of a step are passed to the recipe as draws"
+            "calls; all random numbers of a step are declared by the recipe"
         )
 
 
@@ -66,10 +65,8 @@ def images_are_independent(adapter: Adapter) -> None:
 
 def keeps_fp64(adapter: Adapter) -> None:
     """With training.precision = "fp64", outputs are fp64 and match fp32 up to rounding."""
-    part = adapter.part()
-    if isinstance(part, nn.Module):
-        part.double()
-    outputs = adapter.call(part, tuple(x.double() if x.is_floating_point() else x for x in adapter.inputs(2)))
+    part = adapter.part().double()
+    outputs = adapter.call(part, tree_map(_double, adapter.inputs(2)))
     for name, value in outputs.items():
         if value.dtype != torch.float64:
             raise Failure(
@@ -121,7 +118,7 @@ def builds_on_the_meta_device(adapter: Adapter) -> None:
         torch.device("meta"),
     ):
         part = adapter.make(0)
-    if not isinstance(part, nn.Module) or not hasattr(part, "init_weights"):
+    if not part.initializes_itself():
         return
     held = [*part.named_parameters(), *part.named_buffers()]
     if real := [name for name, t in held if not t.is_meta]:
@@ -146,9 +143,9 @@ def builds_on_the_meta_device(adapter: Adapter) -> None:
 
 
 def has_valid_units(adapter: Adapter) -> None:
-    """units() are distinct, non-nested sub-modules, each used only through its forward."""
+    """units() are distinct, non-nested sub-modules."""
     part = adapter.part()
-    units = list(part.units()) if hasattr(part, "units") else []
+    units = list(part.units())
     inside = {module: name for name, module in part.named_modules()}
     for number, unit in enumerate(units):
         if not isinstance(unit, nn.Module) or unit not in inside:
@@ -157,18 +154,6 @@ def has_valid_units(adapter: Adapter) -> None:
     for name, unit in zip(names, units):
         if names.count(name) > 1 or any(m in units for m in unit.modules() if m is not unit):
             raise Failure(f"units() contains {name} twice, or also contains one of its sub-modules")
-    called: set[str] = set()
-    for name, unit in zip(names, units):
-        unit.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-    outputs = adapter.call(part, adapter.inputs(2))
-    _backward(outputs)
-    for name, unit in zip(names, units):
-        used = any(p.grad is not None for p in unit.parameters())
-        if used and name not in called:
-            raise Failure(
-                f"units() contains {name}, whose weights are used, but not through its forward: FSDP2 would not gather "
-                "them, and torch.compile would not compile them"
-            )
 
 
 def compiles_in_one_graph(adapter: Adapter) -> None:
@@ -185,11 +170,11 @@ def compiles_in_one_graph(adapter: Adapter) -> None:
 
 
 def shards_with_fsdp2(adapter: Adapter) -> None:
-    """Sharded with FSDP2, the module has the same outputs and gradients as unsharded."""
+    """Sharded with FSDP2, the network has the same outputs and gradients: weights are used through forward only."""
     whole, part = adapter.part(), adapter.part()
     alone = adapter.call(whole, adapter.inputs(2))
     with _one_rank(), failing("fails under FSDP2 (weights used outside the forward of a unit or of the module?)"):
-        shard(part, Sharding(make_mesh("cpu", (1, 1))), adapter.methods, adapter.learns)
+        shard(part, Sharding(make_mesh("cpu", (1, 1))), adapter.learns)
         outputs = adapter.call(part, adapter.inputs(2))
         _compare(outputs, alone, 1e-4, "under FSDP2 and unsharded differ")
         if not adapter.learns:
@@ -206,8 +191,6 @@ def shards_with_fsdp2(adapter: Adapter) -> None:
 def every_weight_gets_a_gradient(adapter: Adapter) -> None:
     """Every trainable weight gets a finite gradient."""
     part = adapter.part()
-    if not isinstance(part, nn.Module):
-        return
     trained = [(name, p) for name, p in part.named_parameters() if p.requires_grad]
     if not trained:
         return
@@ -221,19 +204,22 @@ def every_weight_gets_a_gradient(adapter: Adapter) -> None:
         raise Failure(f"the gradient is not finite for: {_some(broken)}")
 
 
-FOR_ALL = (is_deterministic, images_are_independent, keeps_fp64, works_in_bf16, builds_on_the_meta_device)
-FOR_MODULES = (saves_and_loads, has_valid_units)
+FOR_ALL = (
+    is_deterministic,
+    images_are_independent,
+    keeps_fp64,
+    works_in_bf16,
+    builds_on_the_meta_device,
+    saves_and_loads,
+    has_valid_units,
+)
 FOR_WEIGHTS = (compiles_in_one_graph, shards_with_fsdp2)
 
 
 def checks(case: Case, adapter: Adapter, *own: Callable[[Adapter], None]) -> list[Check]:
-    """Return the checks ``own`` of a kind and those that apply to the plugin: to all, modules, modules with weights."""
-    functions = [*own, *FOR_ALL]
-    if isinstance(part := adapter.part(), nn.Module):
-        functions += FOR_MODULES
-        if any(True for _ in part.parameters()):
-            functions += FOR_WEIGHTS
-    return bind(case, adapter, *functions)
+    """Return the checks ``own`` of a kind, those of all networks, and those of networks with weights."""
+    has_weights = any(True for _ in adapter.part().parameters())
+    return bind(case, adapter, *own, *FOR_ALL, *(FOR_WEIGHTS if has_weights else ()))
 
 
 def _compare(found: Outputs, expected: Outputs, limit: float, how: str, remedy: str = "") -> None:
@@ -263,6 +249,10 @@ def _one_rank() -> Iterator[None]:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _double(value: object) -> object:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _short(dtype: torch.dtype) -> str:

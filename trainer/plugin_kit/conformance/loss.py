@@ -1,13 +1,11 @@
-"""Checks of losses; a loss's methods determine whether it is a reconstruction, adversarial or alignment loss."""
+"""Checks of losses: reconstruction, adversarial and alignment losses."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from components.contracts import Posterior
+from components.contracts import AdversarialLoss, Network, Posterior
 from trainer.plugin_kit.conformance import generic
 from trainer.plugin_kit.conformance.adapter import (
     Adapter,
@@ -17,89 +15,54 @@ from trainer.plugin_kit.conformance.adapter import (
     normal,
     only_reported,
     reaches,
-    require,
     scalar,
     shapes,
 )
-from trainer.plugin_kit.conformance.case import Case, Check, Failure, bind
+from trainer.plugin_kit.conformance.case import GIVEN, SIDE, Case, Check, Failure, bind
+from trainer.plugin_kit.conformance.contract import sets_every_attribute
 
-SIDE, WIDTH, GRID, DIMENSIONS = 32, 48, 4, (24, 32)
+WIDTH, DIMENSIONS = 48, (24, 32)
+GRID = GIVEN["grid"]
 LATE = 10**9  # a step after any start step
-TOKENIZER_WEIGHT = ((float, int), "weight in the tokenizer's loss")
-DENOISER_WEIGHT = ((float, int), "weight in the denoiser's loss")
 
 
 def checks(case: Case) -> list[Check]:
-    part = case.make()
-    # One method suffices here, unlike in the trainer, so that the checks can name the missing ones.
-    if hasattr(part, "make_heads") or hasattr(part, "align"):
-        return _alignment(case)
-    if hasattr(part, "generator") or hasattr(part, "discriminator"):
-        return _adversarial(case)
-    return _reconstruction(case)
+    role = case.plugin.cls.role
+    return {"reconstruction": _reconstruction, "discriminator": _adversarial, "alignment": _alignment}[role](case)
 
 
 def _reconstruction(case: Case) -> list[Check]:
     adapter = Adapter(
-        make=lambda seed: case.make(seed=seed),
+        make=case.make,
         inputs=_reconstructions,
         call=lambda loss, x: {"loss": loss(x[0], _network_output(x[1]), Posterior(x[2], x[3]))},
         learns=False,
     )
     own = (is_a_scalar, has_a_gradient, generic.is_frozen)
-    return bind(case, case, has_weight_and_call) + generic.checks(case, adapter, *own)
+    return bind(case, case, sets_every_attribute) + generic.checks(case, adapter, *own)
 
 
 def _adversarial(case: Case) -> list[Check]:
-    def call(loss: Any, x: Inputs) -> Outputs:
+    def call(loss: AdversarialLoss, x: Inputs) -> Outputs:
         terms, _ = loss.discriminator(x[0], _network_output(x[1]), LATE)
         return {"generator": loss.generator(_network_output(x[1]), LATE), **terms}
 
-    adapter = Adapter(make=lambda seed: case.make(seed=seed), inputs=_reconstructions, call=call)
-    own = (is_a_scalar, has_both_losses, has_all_weights_in_units, generic.every_weight_gets_a_gradient)
-    return bind(case, case, has_weight_and_methods) + generic.checks(case, adapter, *own)
+    adapter = Adapter(make=case.make, inputs=_reconstructions, call=call)
+    own = (is_a_scalar, has_both_losses, generic.every_weight_gets_a_gradient)
+    return bind(case, case, sets_every_attribute) + generic.checks(case, adapter, *own)
 
 
 def _alignment(case: Case) -> list[Check]:
     adapter = Adapter(
-        make=lambda seed: case.make(seed=seed),
-        inputs=lambda count: tuple(normal(name, count, GRID**2, DIMENSIONS[0]) for name in ("projected", "target")),
-        call=lambda loss, x: {"align": loss.align([_network_output(x[0])], [x[1]])},
-        learns=False,
-    )
-    heads = Adapter(
-        make=lambda seed: _Heads(case, seed),
-        inputs=lambda count: (normal("tokens", count, GRID**2, WIDTH),),
-        call=lambda heads, x: {f"head {i}": out for i, out in enumerate(heads(*x))},
+        make=lambda seed: _Alignment(case, seed),
+        inputs=lambda count: tuple(
+            normal(f"tokens {features}", count, GRID**2, features) for features in (WIDTH, *DIMENSIONS)
+        ),
+        call=lambda loss, x: loss(*x),
         may_be_bf16=("head",),
     )
-    of_heads = (*generic.FOR_ALL, *generic.FOR_MODULES, *generic.FOR_WEIGHTS)
-    return [
-        *bind(case, case, has_weights_and_methods, makes_heads),
-        *generic.checks(case, adapter, is_a_scalar, prefers_the_target),
-        *bind(case, heads, generic.every_weight_gets_a_gradient, *of_heads, prefix="heads_"),
-    ]
-
-
-def has_weight_and_call(case: Case) -> None:
-    """The loss has a weight and is callable with image, reconstruction and posterior."""
-    require(loss := case.make(), {"weight": TOKENIZER_WEIGHT})
-    if not callable(loss):
-        raise Failure(
-            "is none of the three kinds of losses: a reconstruction loss has __call__(x, x_hat, posterior), an "
-            "adversarial loss has generator and discriminator, an alignment loss has make_heads and align"
-        )
-
-
-def has_weight_and_methods(case: Case) -> None:
-    """The loss is an nn.Module with a weight in the tokenizer's loss, generator() and discriminator()."""
-    require(case.make(), {"weight": TOKENIZER_WEIGHT}, methods=("generator", "discriminator", "parameters"))
-
-
-def has_weights_and_methods(case: Case) -> None:
-    """The loss has a weight in the tokenizer's loss and one in the denoiser's, make_heads() and align()."""
-    weights = {"tokenizer_weight": TOKENIZER_WEIGHT, "denoiser_weight": DENOISER_WEIGHT}
-    require(case.make(), weights, methods=("make_heads", "align"))
+    own = (prefers_the_target, generic.every_weight_gets_a_gradient)
+    return bind(case, case, sets_every_attribute, makes_heads) + generic.checks(case, adapter, *own)
 
 
 def is_a_scalar(adapter: Adapter) -> None:
@@ -140,18 +103,6 @@ def has_both_losses(adapter: Adapter) -> None:
     only_reported(found[1])
 
 
-def has_all_weights_in_units(adapter: Adapter) -> None:
-    """units() contain every weight of the discriminator."""
-    part = adapter.part()
-    units = list(part.units()) if hasattr(part, "units") else []
-    inside = {p for unit in units for p in unit.parameters()}
-    if outside := [name for name, p in part.named_parameters() if p not in inside]:
-        raise Failure(
-            f"{outside[0]} is in none of units(): generator() and discriminator() are not forward(), so FSDP2 would "
-            "not gather it"
-        )
-
-
 def makes_heads(case: Case) -> None:
     """make_heads returns an nn.ModuleList with one head per encoder: (B, N, width) -> (B, N, D_k)."""
     for grid, count in ((GRID, 2), (8, 1)):
@@ -167,11 +118,12 @@ def makes_heads(case: Case) -> None:
 
 
 def prefers_the_target(adapter: Adapter) -> None:
-    """The loss is lower for tokens equal to the target than for random ones, and gradients reach the tokens."""
-    part = adapter.part()
-    tokens, target = adapter.inputs(3)
-    tokens.requires_grad_()
-    far, near = part.align([tokens], [target]), part.align([target], [target])
+    """The loss is a scalar, lower for tokens equal to the target than for others, and has a gradient for the tokens."""
+    loss = adapter.part().loss
+    target = adapter.inputs(3)[1]
+    tokens = normal("projected", *target.shape).requires_grad_()
+    far, near = loss.align([tokens], [target]), loss.align([target], [target])
+    scalar(far, "align")
     if not near < far:
         raise Failure(
             f"the loss of the target itself ({near.item():.3g}) is not below that of random tokens ({far.item():.3g})"
@@ -180,26 +132,29 @@ def prefers_the_target(adapter: Adapter) -> None:
         raise Failure("align: no gradient reaches the projected tokens")
 
 
-class _Heads(nn.Module):
-    """Heads of an alignment loss as one module with each head as a unit, as in training."""
+class _Alignment(Network):
+    """An alignment loss and its heads as one network, with each head as a unit, as in training."""
 
     def __init__(self, case: Case, seed: int) -> None:
         super().__init__()
+        self.loss = case.make(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.heads = case.make(seed=seed).make_heads(WIDTH, DIMENSIONS, GRID)
-        if all(hasattr(head, "init_weights") for head in self.heads):
-            self.init_weights = self._init_heads
+            self.heads = self.loss.make_heads(WIDTH, DIMENSIONS, GRID)
 
-    def _init_heads(self) -> None:
+    def initializes_itself(self) -> bool:
+        return all(isinstance(head, Network) and head.initializes_itself() for head in self.heads)
+
+    def init_weights(self) -> None:
         for head in self.heads:
             head.init_weights()
 
     def units(self) -> list[nn.Module]:
         return list(self.heads)
 
-    def forward(self, tokens: Tensor) -> list[Tensor]:
-        return [head(tokens) for head in self.heads]
+    def forward(self, tokens: Tensor, *targets: Tensor) -> Outputs:
+        projected = [head(_network_output(tokens)) for head in self.heads]
+        return {"align": self.loss.align(projected, targets)} | {f"head {i}": p for i, p in enumerate(projected)}
 
 
 def _reconstructions(count: int) -> Inputs:

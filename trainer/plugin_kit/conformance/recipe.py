@@ -2,70 +2,129 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from components import registry
-from components.contracts import AdversarialLoss, AlignmentLoss, Batch, Draws, LatentShape, LossTerm, Modules
-from components.diffusion.flow import Flow
-from components.diffusion.random_numbers import draw
-from components.nn.latent_norm import LatentNorm
+from components.contracts import Batch, Condition, Distribution, LossTerm, Modules, RandomNumbers
+from components.diffusion.image_sampler import ImageSampler, SamplingPlan
+from components.diffusion.random_numbers import SAMPLERS, draw
+from components.distributed.parallel import World
+from trainer.config import ConfigError, PluginTable, validate
 from trainer.config.load import read_toml
 from trainer.plugin_kit import templates
-from trainer.plugin_kit.conformance.adapter import images, only_reported, randomize_zeros, require, scalar
-from trainer.plugin_kit.conformance.case import Case, Check, Failure, bind
+from trainer.plugin_kit.conformance.adapter import images, only_reported, randomize_zeros, scalar
+from trainer.plugin_kit.conformance.case import CLASSES, SIDE, Case, Check, Failure, bind
+from trainer.plugin_kit.conformance.contract import sets_every_attribute
+from trainer.run.assemble import prepare
+from trainer.run.construct import construct_parts, trained_modules
+from trainer.run.parts import Parts
 
-SIDE, CLASSES, COUNT, STEP = 32, 10, 4, 0
+COUNT, STEP = 4, 0
 FIELDS = {field.name for field in dataclasses.fields(Modules)}
-ATTRIBUTES = {
-    "uses": (frozenset, "fields of components.contracts.Modules"),
-    "trains": (dict, "names of the modules that each group updates"),
-}
+PARTS = ("tokenizer", "denoiser", "encoders", "losses")
 Losses = dict[str, dict[str, LossTerm]]
 """Terms by group."""
 
 
 def checks(case: Case) -> list[Check]:
-    case.make()
-    return bind(
-        case,
-        case,
-        declares_its_parts,
+    of_class = bind(case, case, sets_every_attribute, declares_its_parts)
+    try:
+        for check in of_class:
+            check.run()
+    except Failure:  # modules can be constructed only for sound declarations
+        return of_class
+    run = Run(case)
+    run.parts()
+    of_run = (
+        declares_its_random_numbers,
         takes_a_step,
         trains_each_group_with_its_own_losses,
         changes_no_module,
         is_deterministic,
         keeps_losses_in_fp32,
+        keeps_its_state_in_a_skipped_step,
+        samples_images,
         trains_on_cached_latents,
     )
+    return of_class + bind(case, run, *of_run)
+
+
+class Run:
+    """A recipe with the parts of a run."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+
+    @functools.cached_property
+    def _built(self) -> Parts:
+        recipe = self.case.make()
+        tables = {name: table for name, table in self.case.parts.items() if name in PARTS}
+        config = validate(read_toml(str(templates.RUN)) | tables | {"plugins": []}, "--parts")
+        config.recipe = PluginTable(name=self.case.plugin.name)
+        config.training.precision, config.training.num_classes = "fp64", CLASSES
+        try:
+            parts = construct_parts(config, recipe=recipe)
+        except ConfigError as error:
+            raise Failure(f"refuses the parts it is checked with; choose others with --parts: {error}") from error
+        prepare(config, parts, World(), files=False)
+        for module in parts.modules.named().values():
+            randomize_zeros(module)
+        parts.reset_copies()
+        return parts
+
+    def parts(self) -> Parts:
+        """Return a copy of recipe and modules, in fp64 and with modes and requires_grad flags as in training."""
+        return copy.deepcopy(self._built)
+
+
+class Numbers(dict[str, Tensor]):
+    """The declared random numbers."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise Failure(f"step uses random['{name}'], which random_numbers() does not declare: {', '.join(self)}")
 
 
 def declares_its_parts(case: Case) -> None:
-    """uses lists fields of Modules, and trains maps each group to some of them."""
+    """uses lists fields of Modules, trains maps each group to some of them, and copies names modules in uses."""
     recipe = case.make()
-    require(recipe, ATTRIBUTES, methods=("step",))
     if wrong := sorted(recipe.uses - FIELDS):
         raise Failure(f"uses must be a frozenset of fields of components.contracts.Modules; not fields: {wrong}")
     if not recipe.trains:
         raise Failure("trains is empty; expected a dict: group -> names of the modules that the group updates")
     for group, members in recipe.trains.items():
-        if isinstance(members, str) or not members or not set(members) <= recipe.uses:
+        if not members or not set(members) <= recipe.uses:
             raise Failure(f"trains['{group}'] = {members!r}: expected a tuple of names in uses")
     names = [name for members in recipe.trains.values() for name in members]
     if again := {name for name in names if names.count(name) > 1}:
         raise Failure(f"{sorted(again)} are in several groups; a module belongs to exactly one optimizer")
+    for name, source in recipe.copies.items():
+        if source.split(".")[0] not in recipe.uses:
+            raise Failure(f"copies['{name}'] = '{source}': expected the name of a module in uses")
 
 
-def takes_a_step(case: Case) -> None:
+def declares_its_random_numbers(run: Run) -> None:
+    """random_numbers() returns a Distribution per name, with a shape per image."""
+    for name, declared in run.parts().random_numbers.items():
+        if not isinstance(declared, Distribution):
+            raise Failure(
+                f"random_numbers()['{name}'] is a {type(declared).__name__}; expected components.contracts.Distribution"
+            )
+        if declared.kind not in SAMPLERS or not all(isinstance(size, int) for size in declared.shape):
+            raise Failure(f"random_numbers()['{name}'] = {declared}: expected a kind of {', '.join(SAMPLERS)} and ints")
+
+
+def takes_a_step(run: Run) -> None:
     """A step calls update for every group with named, weighted, finite terms; reported scalars carry no graph."""
-    recipe, m = _build(case)
-    losses, reported = _step(recipe, m, *_batch(m))
-    if losses.keys() != recipe.trains.keys():
-        raise Failure(f"step updates the groups {sorted(losses)}, but trains lists {sorted(recipe.trains)}")
+    parts = run.parts()
+    losses, reported = _step(parts)
+    if losses.keys() != parts.recipe.trains.keys():
+        raise Failure(f"step updates the groups {sorted(losses)}, but trains lists {sorted(parts.recipe.trains)}")
     for group, terms in losses.items():
         if not terms:
             raise Failure(f"update('{group}', ...) is called without terms")
@@ -78,12 +137,13 @@ def takes_a_step(case: Case) -> None:
     only_reported(reported)
 
 
-def trains_each_group_with_its_own_losses(case: Case) -> None:
+def trains_each_group_with_its_own_losses(run: Run) -> None:
     """The update of a group sends gradients into all modules of that group and no others."""
-    for group, members in case.make().trains.items():
-        recipe, m = _build(case)
-        _step(recipe, m, *_batch(m), only=group)
-        reached = {name.split(".")[0] for name, p in _weights(m) if p.grad is not None and p.grad.any()}
+    for group, members in run.parts().recipe.trains.items():
+        parts = run.parts()
+        _step(parts, only=group)
+        weights = _weights(parts.modules)
+        reached = {name.split(".")[0] for name, p in weights if p.grad is not None and p.grad.any()}
         if leaked := sorted(reached - set(members)):
             raise Failure(
                 f"the update of '{group}' sends gradients into {', '.join(leaked)} (missing detach() or "
@@ -93,12 +153,13 @@ def trains_each_group_with_its_own_losses(case: Case) -> None:
             raise Failure(f"the update of '{group}' sends no gradient into {', '.join(missed)}")
 
 
-def changes_no_module(case: Case) -> None:
+def changes_no_module(run: Run) -> None:
     """A step changes no weight, no train/eval mode and no requires_grad flag; optimizers step later, if at all."""
-    recipe, m = _build(case)
+    parts = run.parts()
+    m = parts.modules
     before = {name: (p.detach().clone(), p.requires_grad) for name, p in _weights(m)}
     modes = {name: module.training for name, module in m.named().items()}
-    _step(recipe, m, *_batch(m))
+    _step(parts)
     for name, p in _weights(m):
         value, requires_grad = before[name]
         if not torch.equal(p, value):
@@ -110,27 +171,30 @@ def changes_no_module(case: Case) -> None:
             raise Failure(f"step changes the mode (train or eval) of {name}")
 
 
-def is_deterministic(case: Case) -> None:
-    """The same weights, images and draws produce the same losses, and no other random numbers are drawn."""
+def is_deterministic(run: Run) -> None:
+    """The same weights, images and random numbers produce the same losses, and no other random numbers are drawn."""
     found = []
     with torch.random.fork_rng(devices=[]):
         for seed in (1, 2):
-            recipe, m = _build(case)
-            batch = _batch(m)
+            parts = run.parts()
             torch.manual_seed(seed)
             before = torch.random.get_rng_state()
-            found.append(_values(_step(recipe, m, *batch)[0]))
+            found.append(_values(_step(parts)[0]))
             if not torch.equal(before, torch.random.get_rng_state()):
-                raise Failure("step draws random numbers, which would differ between ranks; use draws instead")
+                raise Failure(
+                    "step draws random numbers, which would differ between ranks; declare them in random_numbers()"
+                )
     if changed := [name for name in found[0] if found[0][name] != found[1][name]]:
-        raise Failure(f"two steps with the same weights, images and draws differ in {', '.join(changed)}")
+        raise Failure(f"two steps with the same weights, images and random numbers differ in {', '.join(changed)}")
 
 
-def keeps_losses_in_fp32(case: Case) -> None:
+def keeps_losses_in_fp32(run: Run) -> None:
     """Under bf16 autocast every term is finite and fp32."""
-    recipe, m = _build(case, torch.float32)
+    parts = run.parts()
+    for module in parts.modules.named().values():
+        module.float()
     with torch.autocast("cpu", torch.bfloat16):
-        losses, _ = _step(recipe, m, *_batch(m, torch.float32))
+        losses, _ = _step(parts, dtype=torch.float32)
     for name, term in _terms(losses):
         scalar(term.value, f"under bf16 autocast, {name}")
         if term.value.dtype != torch.float32:
@@ -140,101 +204,73 @@ def keeps_losses_in_fp32(case: Case) -> None:
             )
 
 
-def trains_on_cached_latents(case: Case) -> None:
-    """With cached_latents = True, a step on cached latents has the same losses as one on images."""
-    recipe, m = _build(case)
-    if not getattr(recipe, "cached_latents", False):
+def keeps_its_state_in_a_skipped_step(run: Run) -> None:
+    """State consists of tensors, and after_step() changes neither state nor copies if the step is not finite."""
+    parts = run.parts()
+    m = parts.modules
+    if wrong := [name for name, value in m.state.items() if not isinstance(value, Tensor)]:
+        raise Failure(f"init_state()['{wrong[0]}'] is a {type(m.state[wrong[0]]).__name__}; expected a tensor")
+    _step(parts)
+    for p in (p for _, p in _weights(m) if p.requires_grad):
+        p.detach().mul_(0.9)  # as by optimizers, so that copies and their sources differ
+    before = copy.deepcopy(_kept(m))
+    parts.recipe.after_step(m, torch.tensor(False), STEP)
+    if changed := [name for name, value in _kept(m).items() if not torch.equal(value, before[name])]:
+        raise Failure(
+            f"after_step() changes {changed[0]} of a skipped step; where finite is false, keep the old value: "
+            "torch.where(finite, new, old)"
+        )
+
+
+def samples_images(run: Run) -> None:
+    """What it denoises matches the denoiser, and images can be sampled with its samplers."""
+    parts = run.parts()
+    m = parts.modules
+    if "denoiser" not in parts.recipe.uses:
         return
-    if any("tokenizer" in members for members in recipe.trains.values()):
+    if wrong := {k: v for k, v in parts.recipe.denoised(m).items() if m.denoiser.noisy_inputs.get(k) != v}:
+        raise Failure(f"denoised() returns {wrong}, but the denoiser takes {m.denoiser.noisy_inputs}")
+    for method in ("euler", *parts.recipe.samplers):
+        sampler = ImageSampler(SamplingPlan(method, steps=2), parts.recipe, m, parts.latent)
+        found = sampler([0, 1], _condition(m, 2))
+        if found.shape != (2, 3, SIDE, SIDE) or not found.isfinite().all():
+            raise Failure(f"sampling.method = '{method}' returns images of shape {tuple(found.shape)} or not finite")
+
+
+def trains_on_cached_latents(run: Run) -> None:
+    """With cached_latents = True, a step on cached latents has the same losses as one on images."""
+    parts = run.parts()
+    m = parts.modules
+    if not parts.recipe.cached_latents:
+        return
+    if "tokenizer" in trained_modules(parts.recipe):
         raise Failure("sets cached_latents = True, but trains the tokenizer")
-    batch, draws = _batch(m)
+    batch = _batch(m)
     with torch.no_grad():
         posterior = m.tokenizer.encode(batch.images)
         features = {label: encoder(batch.images) for label, encoder in m.encoders.items()}
-    expected = _values(_step(recipe, m, batch, draws)[0])
-    recipe, m = _build(case)
+    expected = _values(_step(parts)[0])
     try:
-        cached = _values(_step(recipe, m, Batch(None, batch.labels, posterior, features), draws)[0])
+        cached = _values(_step(run.parts(), Batch(None, batch.condition, posterior, features))[0])
     except (AttributeError, TypeError) as error:
         raise Failure(f"sets cached_latents = True, but fails on a batch without images: {error}") from error
     if changed := [name for name in expected if not abs(expected[name] - cached.get(name, float("nan"))) <= 1e-9]:
         raise Failure(f"sets cached_latents = True, but cached latents change {', '.join(changed)}")
 
 
-def _build(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Any, Modules]:
-    """Construct the recipe, and its parts with modes and requires_grad flags as in training."""
-    recipe = case.make()
-    m = Modules(**_parts(case.parts, recipe.uses), flow=Flow())
-    trained = {name for members in recipe.trains.values() for name in members}
-    for name, module in m.named().items():
-        learns = name.split(".")[0] in trained
-        module.to(dtype).train(learns).requires_grad_(learns)
-        randomize_zeros(module)
-    if hasattr(recipe, "check"):
-        try:
-            recipe.check(m)
-        except ValueError as error:
-            raise Failure(f"refuses the parts it is checked with; choose others with --parts: {error}") from error
-    return recipe, m
+def _condition(m: Modules, count: int) -> Condition:
+    condition = Condition(torch.arange(count) % CLASSES)
+    return condition if m.denoiser is None else m.denoiser.example_condition(count)._replace(label=condition.label)
 
 
-def _parts(tables: dict[str, Any], uses: frozenset[str]) -> dict[str, Any]:
-    """Construct the fields of :class:`Modules` in ``uses``, from ``tables`` and, for what they lack, run.toml."""
-    usual = read_toml(str(templates.RUN))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        tokenizer = _plugin("tokenizer", tables.get("tokenizer") or usual["tokenizer"])
-        latent = LatentShape(tokenizer.channels, *[SIDE // tokenizer.factor] * 2)
-        denoiser = _plugin("denoiser", tables.get("denoiser") or usual["denoiser"], latent, CLASSES)
-        encoders = _plugins("encoder", tables.get("encoders") or usual["encoders"], SIDE, denoiser.grid)
-        own, other = (_sort(_plugins("loss", source.get("losses", {}))) for source in (tables, usual))
-        losses = {field: own[field] or other[field] for field in other}
-        alignment = next(iter(losses["alignment"].values()))
-        depths = 1 if isinstance(denoiser.align_depth, int) else len(denoiser.align_depth)
-        dims = [encoder.embed_dim for encoder in encoders.values()] * depths
-        parts = {
-            "tokenizer": tokenizer,
-            "denoiser": denoiser,
-            "latent_norm": LatentNorm(latent.channels),
-            "encoders": encoders,
-            "reconstruction": losses["reconstruction"],
-            "discriminator": next(iter(losses["discriminator"].values())),
-            "alignment": alignment,
-            "heads": alignment.make_heads(denoiser.width, dims, denoiser.grid),
-        }
-    return {name: part for name, part in parts.items() if name in uses}
-
-
-def _plugins(kind: str, tables: dict[str, Any], *given: Any) -> dict[str, Any]:
-    return {label: _plugin(kind, {"name": label} | table, *given) for label, table in tables.items()}
-
-
-def _plugin(kind: str, table: dict[str, Any], *given: Any) -> Any:
-    options = {key: value for key, value in table.items() if key != "name"}
-    return registry.KINDS[kind].get(table.get("name", "")).cls(*given, **options)
-
-
-def _sort(losses: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return losses by the field of :class:`Modules` that they belong to."""
-    found: dict[str, dict[str, Any]] = {"alignment": {}, "discriminator": {}, "reconstruction": {}}
-    for label, loss in losses.items():
-        adversarial = "discriminator" if isinstance(loss, AdversarialLoss) else "reconstruction"
-        found["alignment" if isinstance(loss, AlignmentLoss) else adversarial][label] = loss
-    return found
-
-
-def _batch(m: Modules, dtype: torch.dtype = torch.float64) -> tuple[Batch, Draws]:
-    channels, factor = (m.tokenizer.channels, m.tokenizer.factor) if m.tokenizer is not None else (4, 4)
-    latent = LatentShape(channels, SIDE // factor, SIDE // factor)
-    draws = draw(0, STEP, range(COUNT), COUNT, latent, getattr(m.denoiser, "extra_dim", 0))
-    batch = Batch(images(COUNT, SIDE).to(dtype), torch.arange(COUNT) % CLASSES)
-    return batch, Draws(*(value.to(dtype) for value in draws))
+def _batch(m: Modules, dtype: torch.dtype = torch.float64) -> Batch:
+    return Batch(images(COUNT, SIDE).to(dtype), _condition(m, COUNT))
 
 
 def _step(
-    recipe: Any, m: Modules, batch: Batch, draws: Draws, only: str | None = None
+    parts: Parts, batch: Batch | None = None, only: str | None = None, dtype: torch.dtype = torch.float64
 ) -> tuple[Losses, dict[str, Tensor]]:
-    """Run a step and backpropagate the updates of group ``only`` (None: all groups).
+    """Run a step with the declared random numbers and backpropagate the updates of group ``only`` (None: all groups).
 
     Returns:
         Terms by group, and values that were only reported.
@@ -249,7 +285,9 @@ def _step(
         losses.setdefault(group, {}).update(terms)
         reported.update(extra)
 
-    recipe.step(m, batch, draws, update, STEP)
+    drawn: RandomNumbers = draw(0, STEP, range(COUNT), COUNT, parts.random_numbers)
+    numbers = Numbers({name: value.to(dtype) for name, value in drawn.items()})
+    parts.recipe.step(parts.modules, batch or _batch(parts.modules, dtype), numbers, update, STEP)
     return losses, reported
 
 
@@ -265,3 +303,8 @@ def _values(losses: Losses) -> dict[str, float]:
 
 def _weights(m: Modules) -> list[tuple[str, nn.Parameter]]:
     return [(f"{place}.{name}", p) for place, module in m.named().items() for name, p in module.named_parameters()]
+
+
+def _kept(m: Modules) -> dict[str, Any]:
+    copies = nn.ModuleDict(m.copies).state_dict()
+    return {f"copies.{name}": value for name, value in copies.items()} | {f"state.{k}": v for k, v in m.state.items()}

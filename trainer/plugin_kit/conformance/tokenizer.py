@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from components.contracts import Posterior
+from components.contracts import Posterior, Tokenizer
 from trainer.plugin_kit.conformance import generic
-from trainer.plugin_kit.conformance.adapter import Adapter, Inputs, Outputs, images, normal, reaches, require, shapes
+from trainer.plugin_kit.conformance.adapter import Adapter, Inputs, Outputs, images, normal, reaches, shapes
 from trainer.plugin_kit.conformance.case import Case, Check, Failure, bind
+from trainer.plugin_kit.conformance.contract import sets_every_attribute
 
-ATTRIBUTES = {"factor": (int, "pixels per latent position along a side"), "channels": (int, "latent channels C")}
 POSITIONS = 4  # latent positions per side in most checks
 
 
 def checks(case: Case) -> list[Check]:
     part = case.make()
     adapter = Adapter(
-        make=lambda seed: case.make(seed=seed),
+        make=case.make,
         inputs=lambda count: (images(count, _side(part)),),
         call=_round_trip,
-        methods=("encode", "decode"),
-        learns=getattr(part, "trainable", True),
+        learns=part.trainable,
         may_be_bf16=("image",),
     )
-    own = (has_attributes, keeps_shapes, clamps_logvar, passes_gradients, declares_frozen_weights)
+    own = (sets_every_attribute, keeps_shapes, clamps_logvar, passes_gradients, declares_frozen_weights)
     return bind(case, case, *own) + generic.checks(case, adapter, generic.every_weight_gets_a_gradient)
-
-
-def has_attributes(case: Case) -> None:
-    """The tokenizer is an nn.Module with factor, channels, encode, decode, load_weights and units."""
-    part = case.make()
-    require(part, ATTRIBUTES, methods=("encode", "decode", "load_weights", "units"), module=True)
-    if part.factor < 1:
-        raise Failure(f"factor = {part.factor}: expected at least 1 pixel per latent position")
 
 
 def keeps_shapes(case: Case) -> None:
@@ -69,7 +58,7 @@ def passes_gradients(case: Case) -> None:
         if not reaches(part.encode(x).mean.square().mean(), x):
             raise Failure("encode passes no finite, nonzero gradient to the image")
     z = normal("latent", 2, part.channels, *[_side(part) // part.factor] * 2).requires_grad_()
-    if getattr(part, "trainable", True) and not reaches(part.requires_grad_(False).decode(z).square().mean(), z):
+    if part.trainable and not reaches(part.requires_grad_(False).decode(z).square().mean(), z):
         raise Failure("decode passes no finite, nonzero gradient to the latents (torch.no_grad() or detach()?)")
 
 
@@ -77,15 +66,15 @@ def declares_frozen_weights(case: Case) -> None:
     """If all weights are frozen, the tokenizer sets trainable = False."""
     part = case.make()
     weights = list(part.parameters())
-    if getattr(part, "trainable", True) and weights and not any(p.requires_grad for p in weights):
+    if part.trainable and weights and not any(p.requires_grad for p in weights):
         raise Failure("every weight is frozen; set trainable = False, so that recipes that train it can refuse it")
 
 
-def _round_trip(tokenizer: Any, inputs: Inputs) -> Outputs:
+def _round_trip(tokenizer: Tokenizer, inputs: Inputs) -> Outputs:
     posterior = tokenizer.encode(*inputs)
     return {"mean": posterior.mean, "logvar": posterior.logvar, "image": tokenizer.decode(posterior.mean)}
 
 
-def _side(part: Any, positions: int = POSITIONS) -> int:
+def _side(part: Tokenizer, positions: int = POSITIONS) -> int:
     """Return the image side in pixels for ``positions`` latent positions, or the tokenizer's fixed resolution."""
-    return getattr(part, "resolution", None) or positions * part.factor
+    return part.resolution or positions * part.factor

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from components.contracts import AdversarialLoss
 from components.nn.precision import at_least_fp32
 from components.registry import losses
 
 
 @losses.register("template")
-class Template(nn.Module):
+class Template(AdversarialLoss):
     """Hinge loss with a two-layer discriminator. Replace the network and this line, which listings show.
 
     Args:
@@ -42,13 +43,7 @@ class Template(nn.Module):
         return -self._logits(x_hat).mean()
 
     def discriminator(self, x: Tensor, x_hat: Tensor, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the terms of the discriminator's loss, and scalars that are only logged.
-
-        Args:
-            x: images (B, 3, R, R) in [-1, 1].
-            x_hat: their reconstructions, detached.
-            step: current step, counted from 0.
-        """
+        """Return the terms of the discriminator's loss, and scalars that are only logged; ``x_hat`` is detached."""
         real, fake = self._logits(x), self._logits(x_hat)
         hinge = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
         return {"hinge": hinge}, {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}

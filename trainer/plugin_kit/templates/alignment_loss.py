@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from components.contracts import AlignmentLoss
 from components.nn.precision import at_least_fp32
 from components.registry import losses
 
 
 @losses.register("template")
-class Template:
+class Template(AlignmentLoss):
     """Mean squared error of layer-normalized tokens, with linear heads. Replace the loss and this line.
 
     Args:

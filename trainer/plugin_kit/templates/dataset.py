@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from components.contracts import DatasetItem
+from components.contracts import Dataset, DatasetItem
 from components.registry import datasets
 
 
 @datasets.register("template")
-class Template:
+class Template(Dataset):
     """Color gradients in two directions. Replace the dataset and this line, which listings show.
 
     Args:
@@ -18,7 +18,6 @@ class Template:
 
     class_names = ("left to right", "top to bottom")
     num_classes = 2
-    flip = False  # horizontal flips would preserve the class, but are not needed
 
     def __init__(self, resolution: int, *, size: int = 1000) -> None:
         if size < 1:

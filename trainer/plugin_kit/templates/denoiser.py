@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from components.contracts import DenoiserOutput, LatentShape
+from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape
 from components.nn.precision import at_least_fp32
 from components.registry import denoisers
 
 
 @denoisers.register("template")
-class Template(nn.Module):
+class Template(Denoiser):
     """Residual token mixer with one token per latent position. Replace the network and this line, which listings show.
 
     Args:
@@ -60,19 +60,19 @@ class Template(nn.Module):
                 module.reset_parameters()
         nn.init.normal_(self.positions, std=0.02)
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> DenoiserOutput:
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> DenoiserOutput:
         """Predict the velocity from x_t (B, C, h, w), t (B,) in [0, 1] and labels (B,) in [0, null_label]."""
-        tokens = self.tokens(x_t, t, labels)
+        tokens = self.tokens(x_t, t, condition)
         x = tokens
         for block in self.blocks[self.align_depth :]:
             x = block(x)
         velocity = self.out(x).transpose(1, 2).unflatten(2, (self.grid, self.grid))
         return DenoiserOutput(velocity, tokens)
 
-    def tokens(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def tokens(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return hidden tokens (B, h * w, width) after block ``align_depth``; later blocks do not run."""
         x = self.embed(x_t.flatten(2).transpose(1, 2)) + self.positions
-        x = x + self.time(t.to(x.dtype)[:, None])[:, None] + self.labels(labels)[:, None]
+        x = x + self.time(t.to(x.dtype)[:, None])[:, None] + self.labels(condition.label)[:, None]
         for block in self.blocks[: self.align_depth]:
             x = block(x)
         return x

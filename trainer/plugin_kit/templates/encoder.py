@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from components.contracts import Encoder
 from components.files.weights import load_strict, read_state
-from components.registry import encoders
+from components.registry import File, encoders
 
 PATCH = 8  # pixels per token side
 
 
 @encoders.register("template")
-class Template(nn.Module):
+class Template(Encoder):
     """Single-layer patch encoder. Replace the network and this line, which listings show.
 
     For a timm model, derive from components.nn.timm_encoder.TimmEncoder instead.
@@ -23,7 +24,7 @@ class Template(nn.Module):
         checkpoint: weights file; none: random weights.
     """
 
-    def __init__(self, resolution: int, grid: int, *, width: int = 64, checkpoint: str | None = None) -> None:
+    def __init__(self, resolution: int, grid: int, *, width: int = 64, checkpoint: File | None = None) -> None:
         super().__init__()
         if width < 1:
             raise ValueError(f"encoders.template: width = {width}; expected at least 1")

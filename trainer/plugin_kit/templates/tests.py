@@ -26,7 +26,7 @@ def test_encoder_behavior():
     """Replace this with a test of what the plugin is for."""
     import torch
 
-    encoder = CASE.make(32, 4)
+    encoder = CASE.make()
     black, white = encoder(torch.stack([-torch.ones(3, 32, 32), torch.ones(3, 32, 32)]))
     assert not torch.equal(black, white)
 
@@ -41,10 +41,10 @@ def test_denoiser_behavior():
     """Replace this with a test of what the plugin is for."""
     import torch
 
-    from components.contracts import LatentShape
+    from components.contracts import Condition
 
-    denoiser, labels = CASE.make(LatentShape(4, 8, 8), 10), torch.arange(2)
-    late, early = (denoiser(torch.ones(2, 4, 8, 8), torch.full((2,), t), labels).velocity for t in (1.0, 0.0))
+    denoiser, condition = CASE.make(), Condition(torch.arange(2))
+    late, early = (denoiser(torch.ones(2, 4, 8, 8), torch.full((2,), t), condition).velocity for t in (1.0, 0.0))
     assert not torch.equal(late, early)
 
 
@@ -76,7 +76,7 @@ def test_alignment_loss_behavior():
 
 def test_dataset_behavior():
     """Replace this with a test of what the plugin is for."""
-    data = CASE.make(32)
+    data = CASE.make()
     across, down = data[0].image, data[1].image
     assert (across == across[:, :1]).all() and (down == down[:, :, :1]).all()
 

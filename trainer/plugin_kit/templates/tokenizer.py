@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from components.contracts import Posterior
+from components.contracts import Posterior, Tokenizer
 from components.files.weights import load_strict, read_state
 from components.nn.precision import at_least_fp32
-from components.registry import tokenizers
+from components.registry import File, tokenizers
 
 
 @tokenizers.register("template")
-class Template(nn.Module):
+class Template(Tokenizer):
     """Convolutional autoencoder with factor 4. Replace the network and this line, which listings show.
 
     Args:
@@ -26,7 +26,7 @@ class Template(nn.Module):
     factor = 4
 
     def __init__(
-        self, *, latent_channels: int = 4, width: int = 32, checkpoint: str | None = None, trainable: bool = True
+        self, *, latent_channels: int = 4, width: int = 32, checkpoint: File | None = None, trainable: bool = True
     ) -> None:
         super().__init__()
         if min(latent_channels, width) < 1:

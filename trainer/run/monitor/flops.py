@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from components.contracts import Batch, Condition, LossTerm, Posterior
+from components.contracts import Batch, LossTerm, Posterior
 from components.diffusion.random_numbers import placeholders
 from components.distributed.parallel import World
 from components.latent_cache.dataset import CachedEncoder
@@ -56,7 +56,7 @@ def flops_per_image(config: Config, parts: Parts, cached: Collection[str] | None
         never_stop(parts)
         random = placeholders(parts.random_numbers, size)
         images = torch.rand(size, 3, t.resolution, t.resolution).to(memory_format=layout)
-        batch = Batch(images, Condition(torch.zeros(size, dtype=torch.int64)))
+        batch = Batch(images, parts.example_condition(size))
         if cached is not None:
             tokens = {k: torch.randn(size, m.denoiser.grid**2, m.encoders[k].embed_dim) for k in cached}
             posterior = Posterior.from_std(torch.randn(size, *parts.latent), torch.ones(size, *parts.latent))
