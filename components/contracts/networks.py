@@ -102,6 +102,8 @@ class Denoiser(Network):
         noisy_inputs: tensors that the denoiser denoises together with the latent, such as REG's class token: shape per
             image by name. ``forward`` and ``tokens`` take each by this name, noised, and ``forward`` returns their
             velocities in ``others``. A vector's token precedes the patch tokens.
+        takes: further keyword arguments of ``forward`` and ``tokens`` that recipes and their samplers may pass, such
+            as MeanFlow's "interval"; each has a default.
     """
 
     given = ("latent", "num_classes")
@@ -112,6 +114,7 @@ class Denoiser(Network):
     align_depth: int | Sequence[int]
     null_label: int
     label_dropout: float = 0.0
+    takes: ClassVar[frozenset[str]] = frozenset()
     noisy_inputs: dict[str, tuple[int, ...]] = {}
 
     @abstractmethod
