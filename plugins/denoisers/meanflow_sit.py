@@ -25,6 +25,7 @@ class MeanFlowSiT(SiT):
             needs it only for guidance.
     """
 
+    takes = frozenset({"interval"})
     # Weights sharded over ranks are gathered in fp32: the recipe differentiates the network outside autocast.
     keep_fp32 = True
 

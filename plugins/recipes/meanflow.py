@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 import torch
@@ -123,7 +122,7 @@ class MeanFlow(Recipe):
         return (self.omega, self.kappa) != (1, 0)
 
     def check(self, m: Modules) -> None:
-        if "interval" not in inspect.signature(m.denoiser.forward).parameters or not m.denoiser.keep_fp32:
+        if "interval" not in m.denoiser.takes or not m.denoiser.keep_fp32:
             raise ValueError(
                 "recipe.name = 'meanflow' needs a denoiser that takes an interval and keeps its weights in fp32 "
                 "(keep_fp32); set denoiser.name = 'meanflow_sit'"
