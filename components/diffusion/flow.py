@@ -27,7 +27,7 @@ class Coefficients(NamedTuple):
     d_sigma: Tensor
 
 
-class PathPoint(NamedTuple):
+class PathSample(NamedTuple):
     """Noisy latent ``x_t`` and velocity target ``velocity`` = d x_t / dt, both (B, C, h, w)."""
 
     x_t: Tensor
@@ -82,7 +82,7 @@ class Flow:
         c = self.coefficients(t)
         return torch.atan2(self.shift * c.sigma, c.alpha) * (2 / math.pi)
 
-    def at(self, x_0: Tensor, t: Tensor, noise: Tensor) -> PathPoint:
+    def sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> PathSample:
         """Sample of the path from x_0 (t = 0) to noise (t = 1) at time t.
 
         Args:
@@ -92,7 +92,7 @@ class Flow:
         """
         c = self.coefficients(t.to(x_0.dtype).view(-1, *[1] * (x_0.ndim - 1)))
         noise = noise.to(x_0.dtype)
-        return PathPoint(c.alpha * x_0 + c.sigma * noise, c.d_alpha * x_0 + c.d_sigma * noise)
+        return PathSample(c.alpha * x_0 + c.sigma * noise, c.d_alpha * x_0 + c.d_sigma * noise)
 
     def score(self, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Score grad log p_t(x_t) from the velocity (SiT, eq. 9); t in (0, 1], a scalar or broadcastable to x_t."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from components.contracts import Batch, Condition, LossTerm, Modules, Posterior, Tokens, Update
-from components.diffusion.flow import PathPoint
+from components.diffusion.flow import PathSample
 from components.monitor.latent_statistics import observe
 from components.monitor.phases import phase
 from components.nn.precision import at_least_fp32
@@ -92,7 +92,7 @@ def drop_condition(m: Modules, condition: Condition, u: Tensor) -> Condition:
 
 
 def denoising(
-    m: Modules, path: PathPoint, t: Tensor, condition: Condition, targets: Sequence[Tensor] = (), step: int = 0
+    m: Modules, path: PathSample, t: Tensor, condition: Condition, targets: Sequence[Tensor] = (), step: int = 0
 ) -> dict[str, LossTerm]:
     """The denoiser's terms: velocity matching and, if there are targets, :func:`alignment`."""
     out = m.denoiser(path.x_t, t, condition)

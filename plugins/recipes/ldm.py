@@ -18,5 +18,5 @@ class Ldm(Recipe):
     def step(self, m: Modules, batch: Batch, random: RandomNumbers, update: Update, step: int) -> None:
         t = m.flow.times(random["time"])
         z = frozen_posterior(m, batch).sample(random["posterior"])
-        path = m.flow.at(m.latent_norm(z), t, random["noise"])
+        path = m.flow.sample(m.latent_norm(z), t, random["noise"])
         update("denoiser", denoising(m, path, t, drop_condition(m, batch.condition, random["label"])))

@@ -22,7 +22,7 @@ from components.contracts import (
     Recipe,
     Update,
 )
-from components.diffusion.flow import Flow, PathPoint
+from components.diffusion.flow import Flow, PathSample
 from components.diffusion.losses import drop_condition, frozen_posterior, velocity_mse
 from components.diffusion.samplers import Guidance, GuidedVelocity
 from components.nn.precision import at_least_fp32, no_autocast
@@ -142,7 +142,7 @@ class MeanFlow(Recipe):
         t = torch.maximum(first, second)
         interval = torch.where(random["interval"] < self.interval_ratio, t - torch.minimum(first, second), 0.0)
         z = frozen_posterior(m, batch).sample(random["posterior"])
-        path = m.flow.at(m.latent_norm(z), t, random["noise"])
+        path = m.flow.sample(m.latent_norm(z), t, random["noise"])
         condition = drop_condition(m, batch.condition, random["label"])
 
         v = self.velocity(m, path, t, condition, random["label"]) if self.guided else path.velocity
@@ -157,7 +157,7 @@ class MeanFlow(Recipe):
         return (error / (error.detach() + self.epsilon) ** self.power).mean()
 
     @torch.no_grad()
-    def velocity(self, m: Modules, path: PathPoint, t: Tensor, condition: Condition, u: Tensor) -> Tensor:
+    def velocity(self, m: Modules, path: PathSample, t: Tensor, condition: Condition, u: Tensor) -> Tensor:
         """Guided velocity (B, C, h, w), without gradients; unguided where the label is dropped or t is out of range."""
         both = condition.combine(lambda *values: torch.cat(values), m.denoiser.null_condition(condition))
         predicted = m.denoiser(torch.cat([path.x_t, path.x_t]), torch.cat([t, t]), both).velocity

@@ -28,11 +28,11 @@ class NaiveEndToEnd(Recipe):
         z = posterior.sample(random["posterior"])
         x_hat = m.tokenizer.decode(z)
         with frozen(m.denoiser, m.discriminator):
-            path = m.flow.at(m.latent_norm.batch(z, update=False), t, random["noise"])
+            path = m.flow.sample(m.latent_norm.batch(z, update=False), t, random["noise"])
             terms = reconstruction(m, x, x_hat, posterior, step)
             update("tokenizer", terms | denoising(m, path, t, condition))
 
         discriminate(m, x, x_hat, step, update)
 
-        path = m.flow.at(m.latent_norm.batch(z.detach()), t, random["noise"])
+        path = m.flow.sample(m.latent_norm.batch(z.detach()), t, random["noise"])
         update("denoiser", denoising(m, path, t, condition))

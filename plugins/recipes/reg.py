@@ -58,9 +58,9 @@ class Reg(Recipe):
     def step(self, m: Modules, batch: Batch, random: RandomNumbers, update: Update, step: int) -> None:
         t = m.flow.times(random["time"])
         z = frozen_posterior(m, batch).sample(random["posterior"])
-        path = m.flow.at(m.latent_norm(z), t, random["noise"])
+        path = m.flow.sample(m.latent_norm(z), t, random["noise"])
         classes = class_tokens(m, batch)
-        class_path = m.flow.at(classes[0], t, random["class_noise"])
+        class_path = m.flow.sample(classes[0], t, random["class_noise"])
 
         condition = drop_condition(m, batch.condition, random["label"])
         out = m.denoiser(path.x_t, t, condition, class_token=class_path.x_t)

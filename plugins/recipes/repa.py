@@ -18,6 +18,6 @@ class Repa(Recipe):
     def step(self, m: Modules, batch: Batch, random: RandomNumbers, update: Update, step: int) -> None:
         t = m.flow.times(random["time"])
         z = frozen_posterior(m, batch).sample(random["posterior"])
-        path = m.flow.at(m.latent_norm(z), t, random["noise"])
+        path = m.flow.sample(m.latent_norm(z), t, random["noise"])
         condition = drop_condition(m, batch.condition, random["label"])
         update("denoiser", denoising(m, path, t, condition, encode_targets(m, batch, step), step))

@@ -50,7 +50,7 @@ class RepaE(Recipe):
         x_hat = m.tokenizer.decode(z)
         with frozen(m.denoiser, m.heads, m.discriminator):
             # Running statistics and no label dropout: this pass does not train the denoiser and must not affect it.
-            path = m.flow.at(m.latent_norm(z), t, random["noise"])
+            path = m.flow.sample(m.latent_norm(z), t, random["noise"])
             terms = reconstruction(m, x, x_hat, posterior, step)
             if targets:
                 tokens = m.denoiser.tokens(path.x_t, t, condition)
@@ -60,5 +60,5 @@ class RepaE(Recipe):
         discriminate(m, x, x_hat, step, update)
 
         # Stop-gradient: without it the diffusion loss collapses the latents (FID 444 in the paper's ablation).
-        path = m.flow.at(m.latent_norm.batch(z.detach()), t, random["noise"])
+        path = m.flow.sample(m.latent_norm.batch(z.detach()), t, random["noise"])
         update("denoiser", denoising(m, path, t, drop_condition(m, condition, random["label"]), targets, step))

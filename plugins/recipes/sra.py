@@ -69,7 +69,7 @@ class Sra(Recipe):
     def step(self, m: Modules, batch: Batch, random: RandomNumbers, update: Update, step: int) -> None:
         t = m.flow.times(random["time"])
         z = m.latent_norm(frozen_posterior(m, batch).sample(random["posterior"]))
-        path = m.flow.at(z, t, random["noise"])
+        path = m.flow.sample(z, t, random["noise"])
         condition = drop_condition(m, batch.condition, random["label"])
         out = m.denoiser(path.x_t, t, condition)
         terms = {"velocity": LossTerm(1.0, velocity_mse(out.velocity, path.velocity))}
@@ -78,7 +78,7 @@ class Sra(Recipe):
             with torch.no_grad(), phase("teacher"):
                 teacher = cast(Denoiser, m.copies["teacher"])
                 earlier = (t - self.max_interval * random["interval"]).clamp_min(0)
-                _, target = teacher.tokens(m.flow.at(z, earlier, random["noise"]).x_t, earlier, condition)
+                _, target = teacher.tokens(m.flow.sample(z, earlier, random["noise"]).x_t, earlier, condition)
             tokens, _ = out.tokens
             value = m.alignment.align([m.heads[0](tokens)], [target])
             terms["align"] = LossTerm(m.alignment.denoiser_weight * strength, value)

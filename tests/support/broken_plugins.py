@@ -624,7 +624,7 @@ class _Sound(Recipe):
 
     def velocity(self, m, z, batch, random):
         t = m.flow.times(random["time"])
-        path = m.flow.at(m.latent_norm.batch(z), t, random["noise"])
+        path = m.flow.sample(m.latent_norm.batch(z), t, random["noise"])
         return (m.denoiser(path.x_t, t, batch.condition).velocity.to(z.dtype) - path.velocity).square().mean()
 
 

@@ -30,7 +30,7 @@ from components.latent_cache.cache import (
 from trainer.caching import cached
 from trainer.caching.networks import Choices, Networks, settings
 from trainer.config import ConfigError
-from trainer.models.source import Source
+from trainer.models.source import LoadedModel
 
 BEGUN = "settings.json"
 RECORDED = ("size", "crc32", "sums")  # fields of a shard's progress file that go into the index
@@ -49,7 +49,7 @@ class Encoding:
         ConfigError: the folder holds other files, or a cache begun with other settings; lists them.
     """
 
-    def __init__(self, out: Path, source: Source, choices: Choices, world: World) -> None:
+    def __init__(self, out: Path, source: LoadedModel, choices: Choices, world: World) -> None:
         self.out, self.choices, self.world = out, choices, world
         self.dataset: Dataset = source.parts.dataset
         self.loader = source.config.loader

@@ -16,7 +16,7 @@ from components.distributed.parallel import World
 from components.files.fingerprint import fingerprint
 from components.latent_cache.cache import DTYPES, FLIPPED, FORMAT
 from trainer.caching import cached
-from trainer.models.source import Source
+from trainer.models.source import LoadedModel
 from trainer.run.prepare import autocast_dtype
 
 
@@ -48,7 +48,7 @@ class Networks:
         world: this process.
     """
 
-    def __init__(self, source: Source, choices: Choices, world: World) -> None:
+    def __init__(self, source: LoadedModel, choices: Choices, world: World) -> None:
         self.choices, self.device = choices, world.device
         m, training = source.parts.modules, source.config.training
         self.tokenizer = m.tokenizer
@@ -110,7 +110,7 @@ class Networks:
             yield
 
 
-def settings(source: Source, choices: Choices, networks: Networks) -> dict[str, Any]:
+def settings(source: LoadedModel, choices: Choices, networks: Networks) -> dict[str, Any]:
     """Header of a cache's index: every setting that determines its content."""
     config, dataset = source.config, source.parts.dataset
     named = {

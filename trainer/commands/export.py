@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from components.files.adapter import StateDictAdapter
     from trainer.config import Config
-    from trainer.models.source import Stored
+    from trainer.models.source import ModelWeights
 
 OWN = "safetensors"
 SUMMARY = "write a trained model as a diffusers folder, as safetensors, or in another format of its plugins"
@@ -107,14 +107,14 @@ def _wanted(text: str | None) -> Sequence[str]:
     return names
 
 
-def _default_out(arguments: argparse.Namespace, stored: Stored) -> Path:
+def _default_out(arguments: argparse.Namespace, stored: ModelWeights) -> Path:
     if stored.run is None:
         raise ConfigError(f"'{arguments.source}' is not a run folder, so --out has no default; add --out=FOLDER")
     run = Path(arguments.source).expanduser()
     return (run if (run / "checkpoints").is_dir() else stored.run) / "export" / arguments.format
 
 
-def _tokenizer_of_config(stored: Stored) -> dict[str, Tensor]:
+def _tokenizer_of_config(stored: ModelWeights) -> dict[str, Tensor]:
     """Weights of the file that the config's tokenizer names.
 
     Raises:
@@ -130,7 +130,7 @@ def _tokenizer_of_config(stored: Stored) -> dict[str, Tensor]:
     return tokenizer.state_dict()
 
 
-def _safetensors(stored: Stored, out: Path, needs: Sequence[str], explicit: bool) -> tuple[list[Path], str]:
+def _safetensors(stored: ModelWeights, out: Path, needs: Sequence[str], explicit: bool) -> tuple[list[Path], str]:
     from components.files.model_file import write_model
 
     states = {name: stored.states[name] for name in needs if name in stored.states}
@@ -165,7 +165,7 @@ def _format(config: Config, name: str) -> tuple[str, type[StateDictAdapter]]:
 
 
 def _foreign(
-    stored: Stored,
+    stored: ModelWeights,
     out: Path,
     role: str,
     make: type[StateDictAdapter],

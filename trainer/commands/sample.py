@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from components.diffusion.image_sampler import ImageSampler, SamplingPlan
     from components.distributed.parallel import World
     from trainer.models.sample_folder import SampleFolder
-    from trainer.models.source import Source
+    from trainer.models.source import LoadedModel
     from trainer.run.parts import Parts
 
 SUMMARY = "sample images from a run, a checkpoint or an exported model"
@@ -157,7 +157,7 @@ def draw(
             write.result()
 
 
-def make_sampler(source: Source, guide: Source | None, plan: SamplingPlan, precision: str) -> ImageSampler:
+def make_sampler(source: LoadedModel, guide: LoadedModel | None, plan: SamplingPlan, precision: str) -> ImageSampler:
     from components.diffusion.image_sampler import ImageSampler
 
     m = source.parts.modules
@@ -179,7 +179,11 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 
 
 def describe(
-    arguments: argparse.Namespace, source: Source, guide: Source | None, plan: SamplingPlan, kind: list[int] | str
+    arguments: argparse.Namespace,
+    source: LoadedModel,
+    guide: LoadedModel | None,
+    plan: SamplingPlan,
+    kind: list[int] | str,
 ) -> dict[str, Any]:
     """Settings that determine the images, and their source, for samples.json."""
     return {
@@ -201,7 +205,7 @@ def describe(
     }
 
 
-def folder_name(arguments: argparse.Namespace, source: Source, plan: SamplingPlan) -> str:
+def folder_name(arguments: argparse.Namespace, source: LoadedModel, plan: SamplingPlan) -> str:
     """Folder name that encodes the sampling settings, but not the number of images."""
     g = plan.guidance
     words = [f"step{source.step}", source.weights, f"{plan.method}{plan.steps}"]

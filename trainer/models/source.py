@@ -24,8 +24,8 @@ SAMPLING = ("tokenizer", "denoiser", "latent_norm")
 
 
 @dataclass
-class Stored:
-    """Config and weights of a source, before any module is built.
+class ModelWeights:
+    """Config and weights of a trained model, before any module is built.
 
     Attributes:
         config: of the run that produced it.
@@ -50,8 +50,8 @@ class Stored:
 
 
 @dataclass
-class Source(Stored):
-    """Source with modules built: frozen, in eval mode, unsharded on every rank."""
+class LoadedModel(ModelWeights):
+    """LoadedModel with modules built: frozen, in eval mode, unsharded on every rank."""
 
     parts: Parts
 
@@ -70,7 +70,7 @@ def read_source(
     step: int | None = None,
     overrides: Sequence[str] = (),
     needs: Sequence[str] = SAMPLING,
-) -> Stored:
+) -> ModelWeights:
     """Read config and weights of a source. Collective if there are several ranks.
 
     Args:
@@ -90,7 +90,7 @@ def read_source(
     if step is not None and not (there / "checkpoints").is_dir():
         raise ConfigError(f"--step={step} selects a checkpoint of a run folder, but '{path}' is not a run folder")
     if there.suffix == ".toml":
-        return Stored(load(path, list(overrides)), {}, 0, path, None, weights)
+        return ModelWeights(load(path, list(overrides)), {}, 0, path, None, weights)
     if (there / "manifest.json").is_file():
         return _from_checkpoint(path, there, weights, overrides, needs)
     if (there / "checkpoints").is_dir():
@@ -103,7 +103,7 @@ def read_source(
             if (there / f"{name}.safetensors").is_file():
                 states[name], about = model_file.read_part(there / f"{name}.safetensors")
         config = loads((there / "config.toml").read_text(), str(there / "config.toml"), list(overrides))
-        return Stored(config, states, int(about.get("step", 0)), path, None, about.get("weights", weights))
+        return ModelWeights(config, states, int(about.get("step", 0)), path, None, about.get("weights", weights))
     if (there / "config.toml").is_file():
         raise ConfigError(f"'{path}' is a run folder without a checkpoint; train it first, or choose another")
     raise ConfigError(
@@ -123,7 +123,7 @@ def open_source(
     needs: Sequence[str] = SAMPLING,
     dataset: bool = False,
     compiled: bool = False,
-) -> Source:
+) -> LoadedModel:
     """Read and build a trained model; see :func:`read_source` for the other arguments and errors.
 
     Args:
@@ -169,12 +169,12 @@ def open_source(
         if compiled and any(True for _ in module.parameters()):
             compile_units(module)
     parts.dataset = data
-    return Source(**vars(stored), parts=parts)
+    return LoadedModel(**vars(stored), parts=parts)
 
 
 def _from_checkpoint(
     path: str, checkpoint: Path, weights: str, overrides: Sequence[str], needs: Sequence[str]
-) -> Stored:
+) -> ModelWeights:
     manager = CheckpointManager(checkpoint.parent)
     wanted = [f"{where}.{name}" for name in needs for where in ("modules", "ema")]
     found = manager.read(checkpoint, ["config", "progress.step", *wanted])
@@ -185,7 +185,7 @@ def _from_checkpoint(
         states |= {name: held[0]} if held else {}
     run = Path(path) if (Path(path) / "checkpoints").is_dir() else checkpoint.absolute().parent.parent
     config = loads(found["config"], str(run / "config.toml"), list(overrides))
-    return Stored(config, states, found["progress.step"], path, run, weights)
+    return ModelWeights(config, states, found["progress.step"], path, run, weights)
 
 
 def _choose(run: Path, step: int | None) -> Path:

@@ -58,7 +58,7 @@ def test_denoiser_path_and_alignment(path, time, mode):
     close(t, recorded["time_input"], 1e-12)
 
     x = RECORDED["variants/x"].double()
-    point = flow.at(norm.batch(x) if mode == "train" else norm(x), t, RECORDED["variants/noise"])
+    point = flow.sample(norm.batch(x) if mode == "train" else norm(x), t, RECORDED["variants/noise"])
     # In training mode the recording also dropped labels at random; the alignment pass never does.
     out = denoiser(point.x_t, t, Condition(RECORDED["variants/labels"]))
     close(norm.running_mean, recorded["bn_running_mean"], 1e-12)

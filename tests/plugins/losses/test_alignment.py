@@ -203,7 +203,7 @@ def test_a_loss_without_schedule_is_at_full_strength():
 
     m.alignment = Plain()
     targets = encode_targets(m, batch, 10**6)
-    path = m.flow.at(normal(4, *toys.LATENT), torch.full((4,), 0.5), normal(4, *toys.LATENT, seed=1))
+    path = m.flow.sample(normal(4, *toys.LATENT), torch.full((4,), 0.5), normal(4, *toys.LATENT, seed=1))
     assert denoising(m, path, torch.full((4,), 0.5), batch.condition, targets, 10**6)["align"].weight == 0.5
 
 

@@ -139,7 +139,7 @@ def test_without_intervals_the_loss_is_flow_matching():
     z, noise, found = step(MeanFlow(interval_ratio=0.0, power=0.0))
     t = torch.tensor([0.8, 0.6], dtype=torch.float64)
     z = Posterior(z, torch.full_like(z, -30.0)).sample(torch.zeros_like(z))
-    path = Flow().at(z, t, noise)
+    path = Flow().sample(z, t, noise)
     expected = velocity_mse(Linear()(path.x_t, t, Condition(torch.tensor([3, 5]))).velocity, path.velocity)
     assert torch.equal(found["squared_error"], expected)
     torch.testing.assert_close(found["average_velocity"], expected * z[0].numel())
@@ -160,7 +160,7 @@ def test_gradients_flow_through_the_prediction_alone(power):
     with torch.no_grad():
         x_0 = m.latent_norm(m.tokenizer.encode(batch.images).sample(random["posterior"]))
     t, interval = random["time"], random["time"] - random["other_time"]
-    path = m.flow.at(x_0, t, random["noise"])
+    path = m.flow.sample(x_0, t, random["noise"])
     dropped = torch.where(random["label"] < 0.1, 10, batch.condition.label)
     du = derivative(m.denoiser, path.x_t, path.velocity, t, Condition(dropped), interval)
     target = path.velocity - interval.view(-1, 1, 1, 1) * du

@@ -95,7 +95,9 @@ def test_outputs_and_losses_are_those_of_the_published_code():
     }  # fmt: skip
     # The recording aligns the class token with a separate target, to distinguish it from the denoised token.
     parts.given["target"][:, 0] = given["cls"]
-    path, class_path = (m.flow.at(given[x], given["t"], given[e]) for x, e in (("x", "noise"), ("cls", "cls_noise")))
+    path, class_path = (
+        m.flow.sample(given[x], given["t"], given[e]) for x, e in (("x", "noise"), ("cls", "cls_noise"))
+    )
     out = denoiser(path.x_t, given["t"], labels, class_token=class_path.x_t)
     close(out.velocity, "out/velocity")
     close(out.others["class_token"], "out/cls_velocity")

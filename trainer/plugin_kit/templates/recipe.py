@@ -19,5 +19,5 @@ class Template(Recipe):
         """Compute the losses and pass them to ``update``; weights change after the step, all or none."""
         t = m.flow.times(random["time"])
         z = frozen_posterior(m, batch).sample(random["posterior"])
-        path = m.flow.at(m.latent_norm(z), t, random["noise"])
+        path = m.flow.sample(m.latent_norm(z), t, random["noise"])
         update("denoiser", denoising(m, path, t, drop_condition(m, batch.condition, random["label"])))
