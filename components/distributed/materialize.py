@@ -87,6 +87,17 @@ class WholeTensorRandom(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class NoRandom(TorchDispatchMode):
+    """Mode in which random operations yield NaN instead: for weights that are loaded afterwards."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in RANDOM:
+            return args[0].fill_(torch.nan)
+        if func in (aten.randn.default, aten.rand.default):
+            return torch.full(args[0], torch.nan, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def fill(target: Tensor, whole: Tensor) -> None:
     """Copy a full tensor, held by every rank, into ``target``; if that is sharded, into this rank's shard."""

@@ -142,7 +142,7 @@ def open_source(
     data = None
     if dataset or registry.datasets.get(config.dataset.name).cls.conditions:
         data = make_plugin("dataset", "dataset", config.dataset, config.training.resolution)
-    parts = construct_parts(config, data, uses=frozenset(needs))
+    parts = construct_parts(config, data, uses=frozenset(needs), loaded=stored.states.keys())
     for role, module in parts.modules.named().items():
         module.eval().requires_grad_(False)
         if any(t.is_meta for t in (*module.parameters(), *module.buffers())):

@@ -7,6 +7,7 @@ them. Initial weights are seeded by the module's table in the config, so they do
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from components import registry
 from components.contracts import Dataset, Denoiser, LatentShape, Modules, Network, Recipe
 from components.data.loader import DataError
 from components.diffusion.flow import Flow, dimension_shift
+from components.distributed.materialize import NoRandom
 from components.nn.latent_norm import LatentNorm
 from components.optim.ema import frozen_copy
 from trainer.config import Config, ConfigError, PluginTable
@@ -29,6 +31,7 @@ def construct_parts(
     *,
     recipe: Recipe | None = None,
     uses: frozenset[str] | None = None,
+    loaded: Collection[str] = (),
     on_meta: bool = False,
 ) -> Parts:
     """Construct the recipe and the modules that it uses, each once: tokenizer, losses, denoiser, encoders, heads.
@@ -38,6 +41,7 @@ def construct_parts(
         dataset: source of the number of classes; None if it was not built.
         recipe: if it is constructed already.
         uses: fields of ``Modules`` to construct in addition to the tokenizer; None: ``recipe.uses``.
+        loaded: names of modules whose weights the caller loads, so that no initial ones are drawn.
         on_meta: construct all modules on the meta device, also those that do not initialize themselves.
 
     Raises:
@@ -48,7 +52,7 @@ def construct_parts(
         whole, uses = uses is None, recipe.uses if uses is None else uses
         m, places = Modules(), {}
 
-        m.tokenizer = _network(config, "tokenizer", "tokenizer", config.tokenizer)
+        m.tokenizer = _network(config, "tokenizer", "tokenizer", config.tokenizer, loaded=loaded)
         latent = _latent(config, m)
         if whole:
             _check_trainable(config, recipe, m)
@@ -58,7 +62,7 @@ def construct_parts(
             places |= _add_loss(config, m, label, table, uses)
         num_classes = _num_classes(config, dataset, needed="denoiser" in uses)
         if uses & {"denoiser", "encoders"}:
-            denoiser = _denoiser(config, latent, num_classes, discard="denoiser" not in uses)
+            denoiser = _denoiser(config, latent, num_classes, loaded, discard="denoiser" not in uses)
             if "encoders" in uses:
                 _add_encoders(config, m, denoiser.grid)
             if "denoiser" in uses:
@@ -97,12 +101,27 @@ def trained_modules(recipe: Recipe | type[Recipe]) -> set[str]:
 
 
 def _network(
-    config: Config, place: str, kind: str, table: PluginTable, *given: Any, on_meta: bool | None = None
+    config: Config,
+    place: str,
+    kind: str,
+    table: PluginTable,
+    *given: Any,
+    on_meta: bool | None = None,
+    loaded: Collection[str] = (),
 ) -> Any:
-    """Construct a network; on the meta device if it initializes itself, or as ``on_meta`` says."""
+    """Construct a network.
+
+    Args:
+        on_meta: on the meta device; None: if it initializes itself.
+        loaded: places of networks that need no initial weights.
+    """
     cls = registry.KINDS[kind].get(table.name).cls
     deferred = (issubclass(cls, Network) and cls.initializes_itself()) if on_meta is None else on_meta
-    with seeded(config.training.seed, place), torch.device("meta") if deferred else contextlib.nullcontext():
+    with (
+        seeded(config.training.seed, place),
+        torch.device("meta") if deferred else contextlib.nullcontext(),
+        NoRandom() if place in loaded else contextlib.nullcontext(),
+    ):
         return make_plugin(place, kind, table, *given)
 
 
@@ -186,13 +205,14 @@ def _num_classes(config: Config, dataset: Dataset | None, needed: bool) -> int:
     return wanted or found
 
 
-def _denoiser(config: Config, latent: LatentShape, num_classes: int, discard: bool) -> Denoiser:
+def _denoiser(
+    config: Config, latent: LatentShape, num_classes: int, loaded: Collection[str], discard: bool
+) -> Denoiser:
     """Construct the denoiser; only for its grid, without memory, if it is discarded."""
     if config.denoiser is None:
         raise ConfigError(f"recipe.name = '{config.recipe.name}' needs a [denoiser] table with a name")
-    return _network(
-        config, "denoiser", "denoiser", config.denoiser, latent, num_classes or 1, on_meta=True if discard else None
-    )
+    given = latent, num_classes or 1
+    return _network(config, "denoiser", "denoiser", config.denoiser, *given, on_meta=discard or None, loaded=loaded)
 
 
 def _add_encoders(config: Config, m: Modules, grid: int) -> None:

@@ -18,6 +18,16 @@ from trainer import config
 from trainer.models.source import SAMPLING, open_source
 from trainer.run import assemble
 
+RAE = """[tokenizer]
+name = "rae"
+encoder = "tiny_vit"
+patch_size = 4
+width = 16
+depth = 1
+heads = 2
+
+"""
+
 
 class RandomOperations(TorchDispatchMode):
     """Names the random operations on tensors that have memory."""
@@ -61,6 +71,20 @@ def test_no_random_weights_are_drawn_and_every_tensor_is_the_files(model):
         tensors = dict(named[name].named_parameters()) | dict(named[name].named_buffers())
         assert tensors.keys() == state.keys(), name
         assert not any(t.is_meta or t.requires_grad for t in tensors.values()), name
+
+
+def test_networks_that_do_not_initialize_themselves_draw_none_either(tmp_path):
+    options = ["--training.num_classes=10", "--tokenizer.resolution=32", "--recipe.name=repa"]
+    text = re.sub(r"(?s)\[tokenizer\].*?(?=\[denoiser\])", RAE, toys.TOML)
+    loaded = config.loads(text, "toy.toml", options)
+    named = assemble.build(loaded, World(), files=False).modules.named()
+    states = {name: {key: torch.rand_like(t) for key, t in named[name].state_dict().items()} for name in ("tokenizer",)}
+    write_model(tmp_path, states, loaded.to_toml(), 3, "ema")
+    with RandomOperations() as drawn:
+        tokenizer = open_source(str(tmp_path), World(), needs=("tokenizer",)).parts.modules.tokenizer
+    assert drawn.names == []
+    held = tokenizer.state_dict()
+    assert all(torch.equal(held[key], value) for key, value in states["tokenizer"].items())
 
 
 @pytest.mark.parametrize("part, key", [("denoiser", "pos_embed"), ("latent_norm", "num_batches_tracked")])

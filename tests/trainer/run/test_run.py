@@ -1,5 +1,6 @@
 """Runs as a user starts them: train, stop, resume and restart, with the numbers of an uninterrupted run."""
 
+import functools
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from components import registry
 from components.distributed.parallel import World
 from tests.support import ROOT, toys
 from trainer import config
@@ -210,3 +212,21 @@ def test_kill_9_loses_no_complete_checkpoint(toml, tmp_path):
     reached = len(numbers(tmp_path / "run"))
     trainer = Trainer(config.load(toml, [f"--run.dir={tmp_path / 'run'}", *options]), World())
     assert trainer.resume() and trainer.step >= reached - 2
+
+
+def test_each_network_is_constructed_once_a_start(toml, monkeypatch):
+    """Including the recipe; validation, FLOP counting and averages use the same objects or copies of them."""
+    made: list[str] = []
+    for kind in registry.KINDS.values():
+        for plugin in kind:
+
+            def counted(self, *given, cls=plugin.cls, make=plugin.cls.__init__, **options):
+                if type(self) is cls:
+                    made.append(cls.__name__)
+                make(self, *given, **options)
+
+            monkeypatch.setattr(plugin.cls, "__init__", functools.wraps(plugin.cls.__init__)(counted))
+    Trainer(config.load(toml), World())
+    assert sorted(made) == sorted(
+        ["RepaE", "AutoencoderKL", "SiT", "TinyViT", "L1", "KL", "PatchGAN", "Cosine", "Shapes"]
+    )
