@@ -93,7 +93,7 @@ def test_estimates_and_timing_run_without_the_dataset(run, capsys):
     _, folder = run
     toml = str(folder / "run.toml")
     assert main(["check", toml, *OPTIONS]) == 0
-    assert main(["benchmark", toml, *OPTIONS, "--training.steps=1"]) == 0
+    assert main(["benchmark", toml, "--steps=1", "--warmup=0", "--only=eager", *OPTIONS]) == 0
 
 
 @pytest.mark.parametrize("name", ["captioned_colors", "caption_transformer"])
