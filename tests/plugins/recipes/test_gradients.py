@@ -16,7 +16,7 @@ pytestmark = pytest.mark.long
 discover("plugins")
 RECIPES = ["repae", "repa", "ldm", "naive_e2e", "tokenizer"]
 # Recipes that need parts of another kind; their own tests cover this.
-ELSEWHERE = {"reg": "test_reg.py", "rae_decoder": "test_rae.py", "sra": "test_sra.py"}
+ELSEWHERE = {"reg": "test_reg.py", "rae_decoder": "test_rae.py", "sra": "test_sra.py", "meanflow": "test_meanflow.py"}
 
 
 def gradients(recipe_name: str, only: str | None):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from components.distributed.parallel import World
 from components.latent_cache.cache import LatentCache
-from components.latent_cache.dataset import CachedDataset
+from components.latent_cache.dataset import CachedDataset, CachedEncoder
 from plugins.tokenizers.autoencoder_kl import AutoencoderKL
 from tests.support import toys
 from trainer import config
@@ -108,7 +108,7 @@ def test_without_the_images_nothing_reads_them(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "data")
     assert losses(tmp_path, *options) == expected
     trainer = Trainer(load(tmp_path, f"--run.dir={here}", *options), World())
-    assert trainer.parts.images is None and not isinstance(trainer.parts.modules.encoders["tiny_vit"], torch.nn.Module)
+    assert trainer.parts.images is None and isinstance(trainer.parts.modules.encoders["tiny_vit"], CachedEncoder)
     mean, std = LatentCache(out).statistics
     assert trainer.run()
     assert torch.equal(trainer.parts.modules.latent_norm.running_mean, mean.float())
@@ -170,7 +170,7 @@ def test_other_images_under_the_same_names_are_refused(place, monkeypatch):
 def test_recipes_that_train_the_tokenizer_refuse_a_cache(place, recipe):
     with pytest.raises(ConfigError) as error:
         assemble.check(load(place, f"--latent_cache.path={place / 'plain-fp32'}", f"--recipe.name={recipe}"), 1)
-    for text in ("latent_cache.path", recipe, "trains the tokenizer", "ldm, repa"):
+    for text in ("latent_cache.path", recipe, "trains the tokenizer", "ldm, meanflow, repa, sra"):
         assert text in str(error.value)
 
 
