@@ -9,6 +9,7 @@ FOLDER/gpu.json is complete after every part. `benchmarks/gpu.sh` also runs the 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import sys
 import time
@@ -177,19 +178,17 @@ class Bench:
 
     def sampling(self, size: int, steps: int) -> dict[str, Any]:
         """Time of sampling and decoding: Euler, guidance 4 at every step, averaged weights; bf16 on a GPU."""
-        m, average = self.work.parts.modules, self.work.ema.modules
-        labels = torch.arange(size, device=self.device) % self.work.parts.num_classes
+        parts, average = self.work.parts, self.work.ema.modules
+        m = dataclasses.replace(parts.modules, denoiser=average["denoiser"], latent_norm=average["latent_norm"])
+        condition = parts.sampling_condition(torch.arange(size, device=self.device))
 
         def sampler(count: int) -> ImageSampler:
-            plan = SamplingPlan("euler", count, Guidance(4.0))
-            return ImageSampler(
-                plan, average["denoiser"], average["latent_norm"], m.tokenizer, m.flow, self.work.parts.latent
-            )
+            return ImageSampler(SamplingPlan("euler", count, Guidance(4.0)), parts.recipe, m, parts.latent)
 
         with self.work.step().evaluating():
-            sampler(2)(range(size), labels)
+            sampler(2)(range(size), condition)
             whole = sampler(steps)
-            times = [milliseconds(lambda: whole(range(size), labels), self.device, 1) for _ in range(2)]
+            times = [milliseconds(lambda: whole(range(size), condition), self.device, 1) for _ in range(2)]
         return {
             "batch": size,
             "steps": steps,
