@@ -61,6 +61,7 @@ def test_times_near_one_stay_apart_in_bf16():
 
 
 DENOISERS = {
+    "meanflow_sit": {"width": 32, "depth": 2, "heads": 2, "align_depth": 1},
     "sit": {"width": 32, "depth": 2, "heads": 2, "align_depth": 1},
     "lightningdit": {"width": 32, "depth": 2, "heads": 2, "align_depth": 1},
     "ditdh": {
