@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 FORMS = 'none, full, selective, "every N" (N >= 2), "budget F" (0 <= F <= 1)'
 
@@ -78,7 +78,7 @@ def apply_recompute(module: nn.Module, recompute: Recompute) -> None:
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if id(child) in chosen:
-                setattr(parent, name, checkpoint_wrapper(child, **extra))
+                setattr(parent, name, checkpoint_wrapper(child, checkpoint_fn=_checkpoint, **extra))
 
 
 def backend_within(budget: float, backend: str | Callable = "inductor") -> str | Callable:
@@ -97,6 +97,13 @@ def backend_within(budget: float, backend: str | Callable = "inductor") -> str |
             return (lookup_backend(backend) if isinstance(backend, str) else backend)(graph, inputs)
 
     return compile_within
+
+
+def _checkpoint(unit: nn.Module, *inputs: Any, context_fn: Callable = noop_context_fn, **options: Any) -> Any:
+    # Without gradients, torch 2.11's checkpoint would still refuse inputs of forward-mode differentiation.
+    if not torch.is_grad_enabled():
+        return unit(*inputs, **options)
+    return checkpoint(unit, *inputs, use_reentrant=False, context_fn=context_fn, **options)
 
 
 def _policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
