@@ -32,6 +32,12 @@ def plugins_imported():
 
 
 @pytest.fixture(autouse=True)
+def no_plugins_remembered(tmp_path_factory, monkeypatch):
+    """Let no test trust a plugin file because another, or the user, has run it; and leave the user's list alone."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+
+
+@pytest.fixture(autouse=True)
 def signal_handlers_restored():
     """Restore signal handlers: a stopped run keeps ignoring signals, and later child processes would inherit that."""
     before = {s: signal.getsignal(s) for s in CAUGHT}

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import keyword
+import os
+import select
 import sys
 from pathlib import Path
 
 from components.version import versions
+from trainer.config import trust
 
 COMMANDS = (
     "train",
@@ -23,6 +26,7 @@ COMMANDS = (
     "conform",
     "benchmark",
 )
+WITHOUT_CONFIG = ("plugins", "new", "conform")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
             allow_abbrev=False,
         )
         module.add_arguments(sub)
+        if name not in WITHOUT_CONFIG:
+            sub.add_argument(trust.OPTION, action="store_true", help=trust.HELP)
         sub.set_defaults(run=module.run)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command is None:
@@ -52,13 +58,32 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     try:
-        return arguments.run(arguments, rest)
+        with trust.trusting(vars(arguments).get("trust_plugins", False)):
+            status = arguments.run(arguments, rest)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        # As `| head` does. Python would complain about the rest of the output at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # SIGPIPE
     except user_errors() as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _reader_left() -> bool:
+    """Whether stdout is a pipe whose reader has ended."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # reports errors only
+        return bool(poll.poll(0))
+    except (OSError, ValueError):
+        return False
 
 
 def user_errors() -> tuple[type[Exception], ...]:

@@ -7,7 +7,7 @@ from components.distributed.parallel import World
 from tests.support import ROOT, toys
 from trainer import config
 from trainer.config import schema
-from trainer.config.load import _table_of
+from trainer.config.problems import table_of
 from trainer.run import assemble
 
 GOOD = toys.TOML
@@ -188,5 +188,5 @@ def test_overrides_and_resolved_file_round_trip(good, tmp_path):
 def test_every_field_is_documented():
     for table in (c for c in vars(schema).values() if isinstance(c, type) and issubclass(c, schema.Table)):
         for name, field in table.model_fields.items():
-            if _table_of(field.annotation) is None and "dict" not in str(field.annotation):
+            if table_of(field.annotation) is None and "dict" not in str(field.annotation):
                 assert field.description, f"{table.__name__}.{name} has no docstring"
