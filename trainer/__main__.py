@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import keyword
-import os
-import select
 import sys
 from pathlib import Path
 
 from components.version import versions
 from trainer.config import trust
+from trainer.pipes import ends_with_its_reader
 
 COMMANDS = (
     "train",
@@ -29,6 +28,7 @@ COMMANDS = (
 WITHOUT_CONFIG = ("plugins", "new", "conform")
 
 
+@ends_with_its_reader
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status; a user error prints one message, no traceback, and returns 2."""
     parser = argparse.ArgumentParser(
@@ -59,31 +59,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         with trust.trusting(vars(arguments).get("trust_plugins", False)):
-            status = arguments.run(arguments, rest)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        if not _reader_left():
-            raise
-        # As `| head` does. Python would complain about the rest of the output at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13  # SIGPIPE
+            return arguments.run(arguments, rest)
     except user_errors() as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def _reader_left() -> bool:
-    """Whether stdout is a pipe whose reader has ended."""
-    try:
-        poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)  # reports errors only
-        return bool(poll.poll(0))
-    except (OSError, ValueError):
-        return False
 
 
 def user_errors() -> tuple[type[Exception], ...]:

@@ -153,6 +153,7 @@ def test_with_consent_it_runs_and_is_remembered_by_path_and_content(here, evil, 
     forget()
 
 
+@pytest.mark.long
 def test_what_the_user_trained_with_needs_no_consent(here, evil, capsys):
     """The usual case: a run of one's own, with one's own plugin."""
     (here / "evil.py").write_text(evil)

@@ -22,8 +22,11 @@ def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = ""
             line = f"{key}: unknown key{nearest(str(e['loc'][-1]), table.model_fields)}"
         elif e["type"] == "model_type" and len(e["loc"]) == 2 and e["loc"][0] in ("encoders", "losses"):
             kind, label = e["loc"]
-            label = e["input"] if label == "name" and isinstance(e["input"], str) else "LABEL"
-            line = f"{key} = {e['input']!r}: expected a table per part; write [{kind}.{label}], with its options below"
+            such = e["input"] if label == "name" and isinstance(e["input"], str) else label
+            line = (
+                f"{key} = {e['input']!r}: expected one table per {'loss' if kind == 'losses' else 'encoder'}; write "
+                f"[{kind}.LABEL], such as [{kind}.{such}], and its options below"
+            )
         elif e["type"] == "missing":
             line = f"{key}: missing; expected {'a table with a name' if table_of(annotation) else expected}"
         elif e["type"] == "literal_error":

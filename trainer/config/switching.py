@@ -43,7 +43,7 @@ def drop_old_options(
         kept = [key for key in left if key not in dropped]
         if dropped and not int(os.environ.get("RANK", "0")):
             logger.warning(
-                f"{place}.name = '{table.name}' replaces '{name}': dropped its options {', '.join(dropped)}"
+                f"{place}.name = '{table.name}' replaces '{name}': dropped its {', '.join(dropped)}"
                 + (f"; kept {', '.join(kept)}" if kept else "")
             )
 
