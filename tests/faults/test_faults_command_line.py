@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from components import registry
 from tests.support import ROOT, toys
 from trainer import config
 from trainer.__main__ import main
@@ -119,7 +120,8 @@ def test_options_in_a_file_are_never_dropped(tmp_path):
         (["path=x", "flip=2"], "dataset image_folder option flip = 2: input should be a valid boolean"),
     ],
 )
-def test_conform_with_wrong_options(capsys, options, says):
+def test_conform_with_wrong_options(capsys, monkeypatch, options, says):
+    monkeypatch.setattr(registry.datasets, "_plugins", dict(registry.datasets._plugins))  # the file registers again
     words = [word for option in options for word in ("--option", option)]
     assert main(["conform", str(ROOT / "plugins/datasets/image_folder.py"), *words]) == 2
     assert capsys.readouterr().err == f"error: {says}\n"
