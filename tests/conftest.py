@@ -31,10 +31,12 @@ def plugins_imported():
     registry.discover("plugins")
 
 
-@pytest.fixture(autouse=True)
-def no_plugins_remembered(tmp_path_factory, monkeypatch):
-    """Let no test trust a plugin file because another, or the user, has run it; and leave the user's list alone."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+@pytest.fixture(scope="session", autouse=True)
+def trusted_plugins_apart(tmp_path_factory):
+    """Keep the plugin files that tests trust apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 @pytest.fixture(autouse=True)
