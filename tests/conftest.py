@@ -31,6 +31,14 @@ def plugins_imported():
     registry.discover("plugins")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def trusted_plugins_apart(tmp_path_factory):
+    """Keep the plugin files that tests trust apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def signal_handlers_restored():
     """Restore signal handlers: a stopped run keeps ignoring signals, and later child processes would inherit that."""

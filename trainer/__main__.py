@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 from components.version import versions
+from trainer.config import trust
+from trainer.pipes import ends_with_its_reader
 
 COMMANDS = (
     "train",
@@ -23,8 +25,10 @@ COMMANDS = (
     "conform",
     "benchmark",
 )
+WITHOUT_CONFIG = ("plugins", "new", "conform")
 
 
+@ends_with_its_reader
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status; a user error prints one message, no traceback, and returns 2."""
     parser = argparse.ArgumentParser(
@@ -44,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
             allow_abbrev=False,
         )
         module.add_arguments(sub)
+        if name not in WITHOUT_CONFIG:
+            sub.add_argument(trust.OPTION, action="store_true", help=trust.HELP)
         sub.set_defaults(run=module.run)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command is None:
@@ -52,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     try:
-        return arguments.run(arguments, rest)
+        with trust.trusting(vars(arguments).get("trust_plugins", False)):
+            return arguments.run(arguments, rest)
     except user_errors() as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from components.checkpoint import state_tree
 from components.checkpoint.folder import CheckpointError, CheckpointFolder
+from components.checkpoint.reader import Reader, foreign
 from components.checkpoint.tensors import Writer, call_dcp, disk_bytes, reason, share, stage
 from components.distributed.ranks import Ranks, background_group
 from components.files import manifest
@@ -193,7 +194,12 @@ class CheckpointManager:
             CheckpointError: the checkpoint is missing or damaged.
         """
         path, meta, ranks = self._open(step_or_path)
-        parts = {name: found for name in paths if (found := state_tree.part(meta, name)) is not None}
+        try:
+            parts = {name: found for name in paths if (found := state_tree.part(meta, name)) is not None}
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"checkpoint {path} is refused: {META} does not describe tensors ({error})"
+            ) from error
         self._fill(path, {key: t for _, tensors in parts.values() for key, t in tensors.items()}, ranks)
         return {name: value for name, (value, _) in parts.items()}
 
@@ -213,9 +219,15 @@ class CheckpointManager:
         if not tensors:
             return
         try:
-            call_dcp(dcp.load, tensors, ranks, storage_reader=dcp.FileSystemReader(path))
+            reader = ranks.each(lambda: Reader(path))
+            call_dcp(dcp.load, tensors, ranks, storage_reader=reader)
         except (Exception, CheckpointException) as error:
             written = ranks.first(lambda: manifest.read(path)["torch"])
+            if code := foreign(error):
+                raise CheckpointError(
+                    f"checkpoint {path} is refused: {code}, and reading that could run code. No supported torch writes "
+                    f"that (it states torch {written}); get the checkpoint again from a source that you trust."
+                ) from None
             raise CheckpointError(
                 f"checkpoint {path}, written by torch {written}, cannot be read by torch {torch.__version__}: "
                 f"{reason(error)}. Reading it requires the torch version that wrote it, or a newer one."

@@ -102,6 +102,9 @@ def part(saved: dict[str, Any], path: str) -> tuple[Any, dict[str, Tensor]] | No
 
     Returns:
         The state below ``path`` and its uninitialized tensors by their full paths; None if the path does not exist.
+
+    Raises:
+        ValueError: the encoded state names an unknown dtype.
     """
     for key in path.split("."):
         children = _saved_children(saved)
@@ -115,7 +118,7 @@ def part(saved: dict[str, Any], path: str) -> tuple[Any, dict[str, Tensor]] | No
             return _decode(saved)
         if TENSOR in saved:
             dtype, shape = saved[TENSOR]
-            tensors[path] = torch.empty(shape, dtype=getattr(torch, dtype))
+            tensors[path] = torch.empty(shape, dtype=_dtype(dtype))
             return tensors[path]
         result = {key: walk(child, _join(path, key)) for key, child in _saved_children(saved).items()}
         if isinstance(saved, list):
@@ -131,6 +134,13 @@ def _join(path: str, key: Any) -> str:
 
 def _facts(tensor: Tensor) -> list[Any]:
     return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, str(name), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name!r} is no dtype")
+    return found
 
 
 def _show(facts: list[Any]) -> str:

@@ -229,7 +229,7 @@ def _config(arguments: argparse.Namespace, settings: dict[str, Any], overrides: 
     for place in filter(None, places):
         there = Path(place).expanduser()
         if there.suffix == ".toml":
-            found = configs.load(place, overrides)
+            found = configs.load(place, overrides, named=bool(arguments.config))
         elif (there / "config.toml").is_file():
             found = configs.loads((there / "config.toml").read_text(), str(there / "config.toml"), overrides)
         if found is not None:

@@ -1,11 +1,11 @@
 """Config of a run: parses TOML and overrides into typed, validated tables."""
 
+from trainer.config.help import describe
 from trainer.config.load import (
     ConfigError,
     assign,
     changes,
     check_table,
-    describe,
     flatten,
     load,
     loads,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import sys
-import typing
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from components import registry
-from components.registry import nearest, type_name
+from components.registry import nearest
+from trainer.config import trust
+from trainer.config.problems import problems_of
 from trainer.config.schema import Config, OptimizerTable, PluginTable
+from trainer.config.switching import drop_old_options
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,44 +28,53 @@ class ConfigError(Exception):
     """Invalid configuration; the message names the key, its value and what is allowed."""
 
 
-def load(path: str, overrides: list[str] = ()) -> Config:
+def load(path: str, overrides: list[str] = (), *, named: bool = True) -> Config:
     """Read a TOML file, apply overrides, import the plugins it names, and validate the result.
 
     Args:
         path: TOML file. Files it names are searched for in the current folder, then in the folder of the TOML file.
         overrides: ``--section.key=value`` or ``--section.key``, ``value``; a value that is not TOML is a plain string.
+        named: whether the user named this file, so that its plugins may run unless it belongs to a run or model
+            folder; see :mod:`trainer.config.trust`.
 
     Raises:
         ConfigError: the file cannot be read or is invalid; names each key, its value, what is allowed, and the
-            nearest valid name.
+            nearest valid name. Or its plugins may not run.
     """
     data = read_toml(path)
     if isinstance(data.get("run", {}), dict):
         run = data.setdefault("run", {})
         run["dir"] = run.get("dir") or f"outputs/{Path(path).stem}"
-    return override(data, path, overrides)
+    return override(data, path, overrides, own=named and not _of_a_folder(Path(path)))
 
 
 def loads(text: str, source: str, overrides: list[str] = ()) -> Config:
-    """Like :func:`load`, for the text of a config that a run wrote.
+    """Like :func:`load`, for the text of a config that a run wrote; its plugins run only if the user trusts them.
 
     Args:
         text: TOML.
         source: path it was read from, for messages and for resolving the files it names.
     """
-    return override(tomllib.loads(text), source, overrides)
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source} is not valid TOML: {error}") from error
+    return override(data, source, overrides, own=False)
 
 
-def override(data: dict[str, Any], source: str, overrides: list[str]) -> Config:
-    for key, value in parse_overrides(overrides):
+def override(data: dict[str, Any], source: str, overrides: list[str], own: bool) -> Config:
+    """Apply overrides and validate. ``own``: the config is the user's, not that of a run or model folder."""
+    before, given = copy.deepcopy(data), parse_overrides(overrides)
+    for key, value in given:
         assign(data, key, value)
-    return validate(data, source)
+    keys = {key for key, _ in given}
+    return validate(data, source, before, keys, own=own or "plugins" in keys)
 
 
 def read_toml(path: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
-        there = sorted(file.parent.glob("*.toml")) or sorted(Path("train_configs").glob("*.toml"))
+        there = _configs(file.parent) or _configs(Path("train_configs"))
         listed = "".join(f"\n  {p}" for p in there)
         raise ConfigError(
             f"config file '{path}' does not exist" + (f"; available:{listed}" if listed else "; expected a .toml file")
@@ -72,9 +85,37 @@ def read_toml(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 
-def validate(data: dict[str, Any], source: str) -> Config:
-    """Validate parsed TOML against the tables of :class:`Config` and the signature of every plugin it names."""
+def _configs(folder: Path) -> list[Path]:
+    """The TOML files of a folder that are configs of runs, unlike pyproject.toml."""
+    return [p for p in sorted(folder.glob("*.toml")) if p.is_file() and b"[recipe]" in p.read_bytes()]
+
+
+def _of_a_folder(path: Path) -> bool:
+    """Whether a TOML file is the config of a run or model folder, which may come from someone else."""
+    beside = ("checkpoints", "manifest.json", "*.safetensors")
+    return path.name == "config.toml" and any(any(path.parent.glob(pattern)) for pattern in beside)
+
+
+def validate(
+    data: dict[str, Any],
+    source: str,
+    before: dict[str, Any] | None = None,
+    given: Collection[str] = (),
+    *,
+    own: bool = True,
+) -> Config:
+    """Validate parsed TOML against the tables of :class:`Config` and the signature of every plugin it names.
+
+    Args:
+        data: parsed TOML, after overrides.
+        source: path it was read from.
+        before: the same before overrides.
+        given: dotted keys of the overrides.
+        own: whether its plugins may run without further consent.
+    """
     data = dict(data)
+    if problems := [f"{source}: {key} = {x}: expected a finite number" for key, x in _not_finite(data)]:
+        raise ConfigError("\n".join(problems))
     for kind in ("encoders", "losses"):  # a missing name defaults to the label
         tables = data.get(kind, {})
         if isinstance(tables, dict):
@@ -82,17 +123,23 @@ def validate(data: dict[str, Any], source: str) -> Config:
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {p}" for p in _problems(error, Config))) from None
+        raise ConfigError("\n".join(f"{source}: {p}" for p in problems_of(error, Config))) from None
     folder = Path(source).parent
     config.plugins = [_find(p, folder) if p.endswith(".py") else p for p in config.plugins]
     config.latent_norm.statistics = _find(config.latent_norm.statistics, folder)
     config.latent_cache.path = _find(config.latent_cache.path, folder)
     config.evaluation.reference = _find(config.evaluation.reference, folder)
     config.evaluation.inception_weights = _find(config.evaluation.inception_weights, folder)
+    if not own and (foreign := trust.refused(config.plugins)):
+        raise ConfigError(
+            f"{source}: names {foreign} as a plugin, which would run its code; if you trust it, add {trust.OPTION}"
+        )
     try:
         registry.discover("plugins", config.plugins, lazy=True)
     except registry.PluginError as error:
         raise ConfigError(f"{source}: {error}") from error
+    trust.remember(config.plugins)
+    drop_old_options(plugin_tables(config), before or {}, given)
     problems = [p for place, kind, table in plugin_tables(config) for p in _check_plugin(place, kind, table, folder)]
     problems += _optimizer_problems(config)
     if not config.training.compile:
@@ -111,7 +158,16 @@ def check_table(model: type[BaseModel], values: dict[str, Any], prefix: str) -> 
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(prefix + p.replace("_", "-") for p in _problems(error, model))) from None
+        raise ConfigError("\n".join(prefix + p.replace("_", "-") for p in problems_of(error, model))) from None
+
+
+def _not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Dotted key and value of every infinity and NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield key, value
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, each in inner:
+        yield from _not_finite(each, f"{key}.{name}" if key else str(name))
 
 
 def _find(name: str, folder: Path) -> str:
@@ -137,32 +193,6 @@ def changes(old: str, new: str) -> list[str]:
     before, after = flatten(old), flatten(new)
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return [f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}" for key in keys]
-
-
-def describe() -> str:
-    """Help text on every config key: its type, default and meaning."""
-    lines = []
-    for name, field in Config.model_fields.items():
-        table = _table_of(field.annotation)
-        if table is None or table is PluginTable:
-            lines.append(f"[{name}]  {_PLUGIN_HELP.get(name, field.description)}")
-            continue
-        lines.append(f"[{name}]")
-        for key, inner in table.model_fields.items():
-            default = tomli_w.dumps({"x": inner.default})[4:].strip().replace("\n", "")
-            lines.append(f"  {key} = {default}  ({type_name(inner.annotation)})  {' '.join(inner.description.split())}")
-    return "\n".join(lines)
-
-
-_PLUGIN_HELP = {
-    "recipe": "name of a recipe and its options: python -m trainer plugins recipe",
-    "tokenizer": "name of a tokenizer and its options: python -m trainer plugins tokenizer",
-    "denoiser": "name of a denoiser and its options: python -m trainer plugins denoiser",
-    "encoders": "[encoders.LABEL] name (default: LABEL), weight (default: 1.0), options: python -m trainer plugins "
-    "encoder",
-    "losses": "[losses.LABEL] name (default: LABEL) and options: python -m trainer plugins loss",
-    "dataset": "name of a dataset and its options: python -m trainer plugins dataset",
-}
 
 
 def plugin_tables(config: Config) -> list[tuple[str, str, PluginTable]]:
@@ -230,7 +260,7 @@ def _check_plugin(place: str, kind: str, table: PluginTable, folder: Path) -> li
     try:
         schema.model_validate(table.options)
     except ValidationError as error:
-        return _problems(error, schema, place)
+        return problems_of(error, schema, place)
     return []
 
 
@@ -251,57 +281,5 @@ def _optimizer_problems(config: Config) -> list[str]:
             try:
                 OptimizerTable.model_validate(table)
             except ValidationError as error:
-                problems += _problems(error, OptimizerTable, f"optimizer.{name}")
+                problems += problems_of(error, OptimizerTable, f"optimizer.{name}")
     return problems
-
-
-def _problems(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
-    """One line per validation error: the key, its value, what is expected, and the nearest valid name."""
-    found: dict[str, str] = {}
-    for e in error.errors(include_url=False):
-        table, annotation = _locate(model, e["loc"])
-        key = ".".join(str(part) for part in (prefix, *e["loc"]) if part != "")
-        expected = type_name(annotation) if annotation is not None else ""
-        if e["type"] == "extra_forbidden":
-            line = f"{key}: unknown key{nearest(str(e['loc'][-1]), table.model_fields)}"
-        elif e["type"] == "missing":
-            line = f"{key}: missing; expected {'a table with a name' if _table_of(annotation) else expected}"
-        elif e["type"] == "literal_error":
-            allowed = [str(a) for a in typing.get_args(_without_none(annotation))]
-            line = f"{key} = {e['input']!r}: not allowed{nearest(str(e['input']), allowed)}"
-        elif e["type"].endswith("_type"):
-            line = f"{key} = {e['input']!r}: expected {expected or e['msg']}"
-        elif e["type"] == "value_error":
-            line = f"{key} = {e['input']!r}: {e['ctx']['error']}"
-        else:
-            line = f"{key} = {e['input']!r}: {e['msg'][0].lower()}{e['msg'][1:]}"
-        found.setdefault(key, line)
-    return list(found.values())
-
-
-def _locate(model: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[type[BaseModel], Any]:
-    """Return the table that holds a key, and the key's type (None for an unknown key)."""
-    table, annotation = model, model
-    for part in loc:
-        annotation = _without_none(annotation)
-        if inner := _table_of(annotation):
-            table = inner
-            field = table.model_fields.get(str(part))
-            annotation = field.annotation if field else None
-            if annotation is str and "file" in field.metadata:
-                annotation = registry.File  # pydantic has split it into annotation and metadata
-        else:  # a label of a dict, or an index of a list
-            args = typing.get_args(annotation)
-            annotation = args[-1] if args else None
-    return table, annotation
-
-
-def _table_of(annotation: Any) -> type[BaseModel] | None:
-    annotation = _without_none(annotation)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def _without_none(annotation: Any) -> Any:
-    args = [a for a in typing.get_args(annotation) if a is not type(None)]
-    is_optional = type(None) in typing.get_args(annotation)
-    return args[0] if is_optional and len(args) == 1 else annotation

@@ -17,7 +17,9 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class PluginTable(BaseModel):

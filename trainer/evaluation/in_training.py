@@ -97,7 +97,11 @@ class TrainingEvaluation:
         if self.reference.images is not None:
             self.reference.statistics, self.reference.about = read_statistics(kept)
         for m in self.networks:
-            pool = torch.from_numpy(np.load(kept.with_suffix(".pool.npy"))) if m.needs_neighbors else None
+            pool = (
+                torch.from_numpy(np.load(kept.with_suffix(".pool.npy"), allow_pickle=False))
+                if m.needs_neighbors
+                else None
+            )
             self.statistics.append(FeatureStatistics(self.reference.known(m), pool))
 
     @torch.no_grad()

@@ -86,7 +86,7 @@ class SampleFolder:
         """Read image i, uint8 (3, R, R)."""
         import PIL.Image
 
-        with PIL.Image.open(self.file(i)) as image:
+        with PIL.Image.open(self.file(i), formats=["PNG"]) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
     def write_grid(self, count: int) -> Path:

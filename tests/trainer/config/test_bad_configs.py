@@ -7,7 +7,7 @@ from components.distributed.parallel import World
 from tests.support import ROOT, toys
 from trainer import config
 from trainer.config import schema
-from trainer.config.load import _table_of
+from trainer.config.problems import table_of
 from trainer.run import assemble
 
 GOOD = toys.TOML
@@ -29,6 +29,15 @@ BAD = [
     ("--training.resolution=30", ["training.resolution = 30", "factor of 4", "28 and 32"]),
     ("--run.log_every=0", ["run.log_every = 0"]),
     ("--optimizer.lr=0", ["optimizer.lr = 0", "greater than 0"]),
+    ("--optimizer.lr=inf", ["optimizer.lr = inf: expected a finite number"]),
+    ("--optimizer.betas=[0.9, nan]", ["optimizer.betas.1 = nan", "finite"]),
+    ("--optimizer.tokenizer.lr=-inf", ["optimizer.tokenizer.lr = -inf", "finite"]),
+    ("--losses.kl.weight=inf", ["losses.kl.weight = inf", "finite"]),
+    ("--encoders.tiny_vit.weight=+inf", ["encoders.tiny_vit.weight = inf", "finite"]),
+    ("--flow.shift=inf", ["flow.shift = inf", "finite"]),
+    ("--encoders.name=tiny_vit", ["encoders.name = 'tiny_vit'", "write [encoders.LABEL], such as [encoders.tiny_vit]"]),
+    ("--losses.name=l1", ["losses.name = 'l1'", "write [losses.LABEL], such as [losses.l1]"]),
+    ("--losses.l1=2.0", ["losses.l1 = 2.0", "write [losses.LABEL], such as [losses.l1]"]),
     ("--optimizer.lr=fast", ["optimizer.lr = 'fast'", "expected float"]),
     ("--optimizer.betas=[0.9]", ["optimizer.betas", "2 items"]),
     ("--optimizer.betas=[0.9, 1.5]", ["optimizer.betas.1 = 1.5"]),
@@ -188,5 +197,5 @@ def test_overrides_and_resolved_file_round_trip(good, tmp_path):
 def test_every_field_is_documented():
     for table in (c for c in vars(schema).values() if isinstance(c, type) and issubclass(c, schema.Table)):
         for name, field in table.model_fields.items():
-            if _table_of(field.annotation) is None and "dict" not in str(field.annotation):
+            if table_of(field.annotation) is None and "dict" not in str(field.annotation):
                 assert field.description, f"{table.__name__}.{name} has no docstring"

@@ -121,9 +121,12 @@ def resolve(package: str, spec: str, options: Sequence[str] = (), parts: str | N
         found[0].schema().model_validate(case.options)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise PluginError(
-            f"{found[0].kind} {found[0].name}: option {key}: {first['msg']}; set it with --option {key}=VALUE"
-            f"{nearest(key, found[0].options)}"
-        ) from error
+        key, options = ".".join(map(str, first["loc"])), found[0].options
+        if first["type"] == "missing":
+            says = f"requires the option {key} ({options[key].type_name}); add --option {key}=VALUE"
+        elif first["type"] == "extra_forbidden":
+            says = f"has no option '{key}'{nearest(key, options)}"
+        else:
+            says = f"option {key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        raise PluginError(f"{found[0].kind} {found[0].name} {says}") from error
     return case
