@@ -10,6 +10,7 @@ NaN in both runs and skipped. Prints memory and open files of the processes over
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -108,7 +109,9 @@ class Run:
 
     def stop(self, number: int = signal.SIGKILL) -> None:
         """Send a signal to every process of the run, and wait until all are gone."""
-        for pid in (*self.ranks(), *([self.process.pid] if self.alive() else [])):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+        for pid in self.ranks():
             _signal(pid, number)
         self.wait(120)
 
@@ -122,14 +125,14 @@ class Run:
             _signal(pid, signal.SIGKILL)
 
     def ranks(self) -> list[int]:
-        """Processes that train, without their data workers."""
-        found = []
+        """Processes that train, without their launcher and their data workers."""
+        parents = {}
         for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                words = _read(entry / "cmdline").split("\0")
-                if "trainer" in words and "train" in words and any(str(self.out) in word for word in words):
-                    found.append(int(entry.name))
-        return sorted(found)
+            if entry.name.isdigit() and str(self.out) in _read(entry / "cmdline"):
+                if "\0RANK=" in _read(entry / "environ"):
+                    lines = _read(entry / "status").splitlines()
+                    parents[int(entry.name)] = next((int(x.split()[1]) for x in lines if x.startswith("PPid")), 0)
+        return sorted(pid for pid, parent in parents.items() if parent not in parents)
 
     def step(self) -> int:
         lines = _read(self.out / "metrics.jsonl").splitlines()
@@ -209,15 +212,8 @@ def main() -> int:
 
     # Slowed down so that the steps fill the time; restarts and lost steps take about half of it.
     delay = max(0.0, (arguments.minutes * 60 * 0.5 - took) / arguments.steps)
-    run, counts, usage, begin = (
-        Run(out / "faults", arguments.steps, delay),
-        dict.fromkeys(FAULTS, 0),
-        [],
-        time.monotonic(),
-    )
-    due = begin + arguments.every
-    while not run.complete():
-        now = time.monotonic()
+    run, counts, usage = Run(out / "faults", arguments.steps, delay), dict.fromkeys(FAULTS, 0), []
+    begin = time.monotonic()
         if now - begin > 3 * arguments.minutes * 60:
             print(f"not complete after {3 * arguments.minutes:.0f} minutes: at step {run.step()}")
             return 1
@@ -238,10 +234,9 @@ def main() -> int:
         print(f"{seconds:6.0f} s  step {at:5}  {shown}")
     expected, found = plain.losses(), run.losses()
     differ = [step for step in expected if str(found.get(step)) != str(expected[step])]
-    print(
-        f"{len(expected) - len(differ)} of {len(expected)} steps are equal bit for bit"
-        + f"; not: {differ[:20]}" * bool(differ)
-    )
+    print(f"{len(expected) - len(differ)} of {len(expected)} steps are equal bit for bit")
+    if differ:
+        print(f"not: {differ[:20]}")
     return int(bool(differ) or len(expected) != arguments.steps)
 
 
@@ -253,10 +248,8 @@ def _read(path: Path) -> str:
 
 
 def _signal(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 if __name__ == "__main__":
