@@ -128,10 +128,10 @@ class Run:
         """Processes that train, without their launcher and their data workers."""
         parents = {}
         for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and str(self.out) in _read(entry / "cmdline"):
-                if "\0RANK=" in _read(entry / "environ"):
-                    lines = _read(entry / "status").splitlines()
-                    parents[int(entry.name)] = next((int(x.split()[1]) for x in lines if x.startswith("PPid")), 0)
+            ours = entry.name.isdigit() and str(self.out) in _read(entry / "cmdline")
+            if ours and "\0RANK=" in _read(entry / "environ"):
+                lines = _read(entry / "status").splitlines()
+                parents[int(entry.name)] = next((int(x.split()[1]) for x in lines if x.startswith("PPid")), 0)
         return sorted(pid for pid, parent in parents.items() if parent not in parents)
 
     def step(self) -> int:
@@ -214,6 +214,9 @@ def main() -> int:
     delay = max(0.0, (arguments.minutes * 60 * 0.5 - took) / arguments.steps)
     run, counts, usage = Run(out / "faults", arguments.steps, delay), dict.fromkeys(FAULTS, 0), []
     begin = time.monotonic()
+    due = begin + arguments.every
+    while not run.complete():
+        now = time.monotonic()
         if now - begin > 3 * arguments.minutes * 60:
             print(f"not complete after {3 * arguments.minutes:.0f} minutes: at step {run.step()}")
             return 1
