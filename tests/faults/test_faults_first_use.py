@@ -1,4 +1,4 @@
-"""What a part returns is checked at its first use: the message names the plugin, what it returned and what is expected."""
+"""What a part returns is checked at its first use; the message names the plugin, what was found and expected."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ FAULTS = {
     "half the side": (
         "tokenizer.decode",
         lambda x: x[..., ::2],
-        r"returns float64 \(4, 3, 32, 16\); .*\(4, 3, 32, 32\)",
+        r"\(4, 3, 32, 16\); .*\(4, 3, 32, 32\)",
     ),
     "uint8": (
         "tokenizer.decode",
         lambda x: x.to(torch.uint8),
-        r"returns uint8 \(4, 3, 32, 32\); expected a float tensor",
+        r"uint8 \(4, 3, 32, 32\); expected a float",
     ),
     "velocity": (
         "denoiser.forward",
         lambda out: out.velocity,
-        r"forward returns float64 \(4, 4, 8, 8\); .*DenoiserOutput",
+        r"float64 \(4, 4, 8, 8\); .*DenoiserOutput",
     ),
     "twice the channels": (
         "denoiser.forward",
@@ -252,10 +252,10 @@ RUNS = {
     "--dataset.name=faults_small": r"dataset 'faults_small'\[0\]: image is torch.uint8 \(3, 24, 24\), .*\(3, 32, 32\)",
     "--dataset.name=faults_tuple": r"dataset 'faults_tuple'\[0\] is a tuple, expected",
     "--dataset.name=faults_empty": r"dataset 'faults_empty' is empty",
-    "--dataset.name=faults_unnamed": r"\[dataset\] dataset 'faults_unnamed' num_classes = None is a NoneType; expected int",
-    "--encoders.tiny_vit.name=faults_wide": r"\[encoders.tiny_vit\] encoder 'faults_wide': .*\(4, 16, 12\); .*\(4, 16, 24\)",
-    "--encoders.tiny_vit.name=faults_class_token": r"encoder 'faults_class_token': forward returns float32 \(4, 17, 12\)",
-    "--encoders.tiny_vit.name=faults_no_width": r"\[encoders.tiny_vit\] encoder 'faults_no_width' has no attribute embed_dim",
+    "--dataset.name=faults_unnamed": r"dataset 'faults_unnamed' num_classes = None is a NoneType; expected int",
+    "--encoders.tiny_vit.name=faults_wide": r"encoder 'faults_wide': .*\(4, 16, 12\); .*\(4, 16, 24\)",
+    "--encoders.tiny_vit.name=faults_class_token": r"\[encoders.tiny_vit\] encoder 'faults_class_token': .*\(4, 17, ",
+    "--encoders.tiny_vit.name=faults_no_width": r"encoder 'faults_no_width' has no attribute embed_dim: expected int",
 }  # fmt: skip
 
 
@@ -303,9 +303,8 @@ def _trains_on_two_ranks(rank: int, world: int, toml: str, folder: str, options:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
-def test_sharded_and_compiled_runs_are_checked_alike(toml, tmp_path, strategy):
-    common = [f"--parallel.strategy={strategy}", "--training.compile=true", "--training.steps=2"]
+def test_sharded_and_compiled_runs_are_checked_alike(toml, tmp_path):
+    common = ["--parallel.strategy=fsdp", "--training.compile=true", "--training.steps=2"]
     wrong = [*common, "--encoders.tiny_vit.name=faults_class_token"]
     found = run_ranks(_trains_on_two_ranks, 2, toml, str(tmp_path / "wrong"), wrong)
     assert all("encoder 'faults_class_token': forward returns float32 (2, 17, 12)" in text for text in found)
