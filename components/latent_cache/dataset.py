@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from components.contracts import Dataset, DatasetItem, Encoder
-from components.data.loader import DataError, check_item
+from components.data.loader import DataError
 from components.latent_cache.cache import LatentCache
 
 
@@ -38,7 +38,7 @@ class CachedDataset(Dataset):
         cached, label = self.cache.read(index, flipped, self.features)
         if self.images is None:
             return DatasetItem(None, label, None, cached)
-        sample = check_item(self.images[index], self.images, index)
+        sample = self.images[index]
         # An unreadable file was replaced by another image, perhaps of another class.
         if sample.label != label and sample.unreadable is None and index not in self.cache.replaced:
             raise DataError(

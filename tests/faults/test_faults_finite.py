@@ -143,6 +143,7 @@ def test_sample_refuses_and_names_the_weights(run, tmp_path, monkeypatch, capsys
     assert main(["sample", str(run), "--num-samples=6", "--batch-size=2", f"--out={out}"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: 2 of 6 samples are not finite (first: number 0), and none of these was written; ")
+    assert "; 4 were not sampled, after a batch without a finite image; " in error
     assert f"tensors of the {name} are not finite (first: " in error and "Choose another checkpoint" in error
     assert [path.name for path in out.iterdir()] == ["samples.json"]
 

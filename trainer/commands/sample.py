@@ -175,6 +175,8 @@ def unsound(faulty: list[int], count: int, folder: SampleFolder, source: LoadedM
     from components.finite import NotFiniteError, check_weights, count_of
 
     said = [count_of(faulty, count, "samples") + ", and none of these was written"]
+    if left := len(folder.missing(count)) - len(faulty):
+        said.append(f"{left} were not sampled, after a batch without a finite image")
     for loaded in filter(None, (source, guide)):
         try:
             named = loaded.parts.modules.named()

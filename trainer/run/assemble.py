@@ -63,7 +63,7 @@ def construct(config: Config, world: World, files: bool = True) -> Parts:
     except (DataError, OSError) as error:
         if cache is None or cached.needs_images(config, recipe, cache):
             missing.append(f"dataset: {error}")
-    if images is not None and cache is None:
+    if images is not None and (cache is None or cached.needs_images(config, recipe, cache)):
         check_first_item(images, config)
     if cache is not None and min(there for (there,) in gather_floats(float(images is not None))) == 0:
         images = None  # making images is collective: every rank needs the dataset
