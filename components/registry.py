@@ -199,6 +199,15 @@ datasets = Registry("dataset", "Dataset")
 KINDS: dict[str, Registry] = {r.kind: r for r in (recipes, tokenizers, denoisers, encoders, losses, datasets)}
 
 
+def title(part: object) -> str:
+    """Name of a plugin object in messages: "encoder 'dinov2'"; of other objects the class."""
+    for kind in KINDS.values():
+        for plugin in kind._plugins.values():
+            if plugin.cls is part.__class__:
+                return f"{plugin.kind} '{plugin.name}'"
+    return part.__class__.__name__
+
+
 @dataclass(frozen=True)
 class ImportFailure:
     """A plugin module that could not be imported."""

@@ -75,6 +75,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from components.distributed.parallel import ParallelError
     from components.evaluation import EvaluationError
     from components.files.weights import WeightsError
+    from components.finite import NotFiniteError
     from components.registry import PluginError
     from trainer.config import ConfigError
     from trainer.run.alarms import GuardStop
@@ -88,6 +89,7 @@ def user_errors() -> tuple[type[Exception], ...]:
         CheckpointError,
         ParallelError,
         GuardStop,
+        NotFiniteError,
     )
 
 

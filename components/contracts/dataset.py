@@ -41,8 +41,10 @@ class Dataset:
 
     def mirrored(self, index: int) -> DatasetItem:
         """The item of the image mirrored left-right. A dataset that stores mirrored copies (a cache) overrides it."""
-        item = DatasetItem(*self[index])
-        return item._replace(image=item.image.flip(-1)) if isinstance(item.image, Tensor) else item
+        item = self[index]
+        if not isinstance(item, DatasetItem) or not isinstance(item.image, Tensor):
+            return item  # without an image, or refused by the caller
+        return item._replace(image=item.image.flip(-1))
 
     def judge(self, images: Tensor) -> Tensor:
         """Images (B, 3, R, R) in [-1, 1] -> the class (B,) that each shows, to measure how well samples fit labels."""

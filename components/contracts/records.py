@@ -124,9 +124,10 @@ class Cached(NamedTuple):
 class DatasetItem(NamedTuple):
     """One item of a dataset: ``image`` uint8 (3, R, R) and its class ``label``.
 
-    ``unreadable`` is the path of the unreadable file that this item replaces, if any. A dataset of cached latents sets
-    ``cached``, and ``image`` only if a module needs images. ``condition`` holds further tensors that the denoiser is
-    conditioned on, by name: the entries of :attr:`Condition.more` without their batch dimension.
+    ``unreadable`` is the path of the unreadable file that this item replaces, if any, and ``reason`` says why it is. A
+    dataset of cached latents sets ``cached``, and ``image`` only if a module needs images. ``condition`` holds further
+    tensors that the denoiser is conditioned on, by name: the entries of :attr:`Condition.more` without their batch
+    dimension.
     """
 
     image: Tensor | None
@@ -134,6 +135,7 @@ class DatasetItem(NamedTuple):
     unreadable: str | None = None
     cached: Cached | None = None
     condition: dict[str, Tensor] = {}
+    reason: str = ""
 
 
 class Distribution(NamedTuple):

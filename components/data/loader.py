@@ -11,16 +11,18 @@ from __future__ import annotations
 import itertools
 import logging
 import multiprocessing
+import numbers
 import os
 import signal
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from components import registry
 from components.contracts import Cached, Condition, Dataset, DatasetItem
 from components.diffusion.random_numbers import generator
 
@@ -112,17 +114,49 @@ class MicroBatches:
             yield [self.order.at(p) for p in range(start, start + self.size)]
 
 
+def check_item(item: Any, dataset: Dataset, index: int, resolution: int | None = None) -> DatasetItem:
+    """Return an item of ``dataset`` if it is as the contract says; ``resolution`` None: images of any side.
+
+    Raises:
+        DataError: names the dataset, what was expected and what was found.
+    """
+    where = f"{registry.title(dataset)}[{index}]"
+    if not isinstance(item, DatasetItem):
+        raise DataError(f"{where} is a {type(item).__name__}, expected components.contracts.DatasetItem(image, label)")
+    image, side = item.image, resolution or "R"
+    right = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() == 3 and len(image) == 3
+    right = right and resolution in (None, image.shape[1]) and resolution in (None, image.shape[2])
+    if not right and (image is not None or item.cached is None):
+        got = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise DataError(
+            f"{where}: image is {got}, expected torch.uint8 (3, {side}, {side}), R = training.resolution; crop it to "
+            "the resolution that the dataset is constructed with"
+        )
+    if not isinstance(item.label, numbers.Integral):
+        raise DataError(f"{where}: label is a {type(item.label).__name__}, expected int")
+    if not 0 <= item.label < dataset.num_classes:
+        raise DataError(f"{where}: label {item.label} is outside [0, {dataset.num_classes}), its num_classes")
+    if lacking := [name for name in dataset.conditions if name not in item.condition]:
+        raise DataError(f"{where}: condition has no '{lacking[0]}', which the dataset's `conditions` lists")
+    return item
+
+
+def why_unreadable(item: DatasetItem) -> str:
+    """The unreadable file that an item replaces, and the reason if it is known."""
+    return f"{item.unreadable} ({item.reason})" if item.reason else str(item.unreadable)
+
+
 class TrainingView:
     """View of a dataset indexed by (epoch, index), with random horizontal flips determined by (seed, epoch, index).
 
     Args:
         dataset: see :class:`components.contracts.Dataset`.
         seed: seed of the run.
+        resolution: side of the images; None: any.
     """
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        self.dataset = dataset
-        self.seed = seed
+    def __init__(self, dataset: Dataset, seed: int, resolution: int | None = None) -> None:
+        self.dataset, self.seed, self.resolution = dataset, seed, resolution
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -131,25 +165,12 @@ class TrainingView:
         """The sample, flipped with probability 0.5; raises :class:`DataError` if it violates the dataset contract."""
         epoch, index = key
         flip = self.dataset.flip and bool(torch.rand((), generator=generator(self.seed, epoch, index, "flip")) < 0.5)
-        sample = DatasetItem(*(self.dataset.mirrored(index) if flip else self.dataset[index]))
-        self._check(sample, index)
-        return sample
-
-    def _check(self, sample: DatasetItem, index: int) -> None:
-        image = sample.image
-        right = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() == 3 and len(image) == 3
-        if not right and (image is not None or sample.cached is None):
-            got = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-            raise DataError(f"{type(self.dataset).__name__}[{index}]: image is {got}, expected torch.uint8 (3, R, R)")
-        if not 0 <= sample.label < self.dataset.num_classes:
-            raise DataError(
-                f"{type(self.dataset).__name__}[{index}]: label {sample.label} is outside "
-                f"[0, {self.dataset.num_classes})"
-            )
+        item = self.dataset.mirrored(index) if flip else self.dataset[index]
+        return check_item(item, self.dataset, index, self.resolution)
 
 
 class Loaded(NamedTuple):
-    """Micro-batch on the host: ``images`` uint8 (b, 3, R, R), their ``condition``, paths of ``unreadable`` files."""
+    """Micro-batch on the host: ``images`` uint8 (b, 3, R, R), their ``condition``, ``unreadable`` files and reasons."""
 
     images: Tensor | None
     condition: Condition
@@ -170,7 +191,7 @@ def collate(samples: Sequence[DatasetItem]) -> Loaded:
             torch.tensor([s.label for s in samples], dtype=torch.int64),
             {name: torch.stack([s.condition[name] for s in samples]) for name in first.condition},
         ),
-        [s.unreadable for s in samples if s.unreadable is not None],
+        [why_unreadable(s) for s in samples if s.unreadable is not None],
         cached,
     )
 
@@ -187,6 +208,7 @@ def make_loader(
     workers: int = 0,
     prefetch: int = 2,
     pin_memory: bool = False,
+    resolution: int | None = None,
 ) -> StatefulDataLoader:
     """Endless loader of one rank's :class:`Loaded` micro-batches; its ``batch_sampler`` is a :class:`MicroBatches`.
 
@@ -200,6 +222,7 @@ def make_loader(
         workers: number of worker processes; 0 loads in the calling thread.
         prefetch: micro-batches prefetched by each worker.
         pin_memory: use page-locked host memory, for asynchronous copies to a GPU.
+        resolution: side that images must have; None: any.
 
     Raises:
         DataError: the dataset is empty, or the batch cannot be divided equally.
@@ -215,7 +238,7 @@ def make_loader(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.15
         return StatefulDataLoader(
-            TrainingView(dataset, seed),
+            TrainingView(dataset, seed, resolution),
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=collate,

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape, Modules, Recipe, Sampler
+from components.data.pixels import bounded
 from components.diffusion.random_numbers import generator
 from components.diffusion.samplers import LEAST_STEPS, SAMPLERS, Guidance
+from components.finite import sound_rows
 from components.registry import nearest
 
 
@@ -87,7 +89,7 @@ class ImageSampler:
 
     @torch.no_grad()
     def __call__(self, ids: Sequence[int], condition: Condition) -> Tensor:
-        """Sample images (B, 3, R, R) in [-1, 1], float32.
+        """Sample images (B, 3, R, R) in [-1, 1], float32; one whose latent or pixels are not finite is NaN.
 
         The noise of image i is a function of (seed, i). The image may still differ in the last bits between batch
         sizes, because kernels sum in a different order.
@@ -113,7 +115,8 @@ class ImageSampler:
         if self.others:
             z = self.denoiser.split(z)[0]
         z = self.latent_norm.invert(z).to(self.dtype)
-        return self.tokenizer.decode(z).float().clamp(-1, 1)
+        sound = sound_rows(z).view(-1, 1, 1, 1)
+        return bounded(torch.where(sound, self.tokenizer.decode(z).float(), torch.nan))
 
 
 class Joint:

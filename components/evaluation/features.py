@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from components.data.images import printable
 from components.distributed.ranks import Ranks
 from components.evaluation import EvaluationError
 from components.evaluation.images import ImageFiles, ImageSet
@@ -138,7 +139,9 @@ def read_batches(images: ImageSet, units: Iterable[int], batch_size: int) -> Ite
     def read(index: int) -> Tensor:
         image = images[index]
         if tuple(image.shape) != size:
-            where = images.files[index] if isinstance(images, ImageFiles) else f"image {index} of {images.name}"
+            where = f"image {index} of {images.name}"
+            if isinstance(images, ImageFiles):
+                where = printable(images.files[index])
             raise EvaluationError(
                 f"{where} has {image.shape[2]} x {image.shape[1]} pixels, the first one {size[2]} x {size[1]}; all "
                 "must have the same size (for photographs use a dataset, which crops them: --reference dataset)"

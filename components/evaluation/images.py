@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from components.data.images import ImageError, Listing, extensions, printable, read_rgb, silence_pil
+from components.data.loader import check_item
 from components.evaluation import EvaluationError
-
-EXTENSIONS = (".png", ".jpg", ".jpeg")
 
 
 class ImageSet(Protocol):
@@ -35,50 +35,46 @@ class ImageSet(Protocol):
 
 
 class ImageFiles:
-    """All PNG and JPEG files in a folder, recursively, sorted by path; ignores hidden files and ``grid.png``.
+    """All image files in a folder and below, sorted by path, without ``grid.png``; see :mod:`components.data.images`.
 
     Args:
         path: the folder.
 
     Raises:
-        EvaluationError: the folder contains no images.
+        EvaluationError: the folder contains no images, or a folder or file cannot be opened.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.name = str(path)
-        self.files: list[Path] = []
+        self.name = printable(path)
         digest = hashlib.sha256()
-        for folder, inner, names in os.walk(path):
-            inner[:] = sorted(n for n in inner if not n.startswith("."))
-            for name in names:
-                if name.lower().endswith(EXTENSIONS) and not name.startswith(".") and name != "grid.png":
-                    self.files.append(Path(folder, name))
-        self.files.sort()
-        for file in self.files:
-            stat = file.stat()
-            digest.update(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        try:
+            listing = Listing(str(path))
+            names = [name for name in listing.all() if os.path.basename(name) != "grid.png"]
+            listing.say(self.name)
+            self.files = [Path(path, name) for name in names]
+            for name, file in zip(names, self.files):
+                stat = file.stat()
+                digest.update(os.fsencode(name) + f" {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        except OSError as error:
+            raise _unreadable(error.filename or path, error.strerror or str(error)) from error
         if not self.files:
-            raise EvaluationError(f"'{path}' contains no images ({', '.join(EXTENSIONS)})")
+            raise EvaluationError(f"'{self.name}' contains no images ({' '.join(extensions())})")
         self.identity = f"folder {digest.hexdigest()}"
+        silence_pil()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
-        import PIL.Image
-
-        file = self.files[index]
         try:
-            with PIL.Image.open(file) as image:
-                image.load()
-                if image.mode[0] in "IF":
-                    raise ValueError(f"{image.mode} pixels, expected 8 bits per channel")
-                array = np.array(image.convert("RGB"))
-        except Exception as error:  # decoders raise arbitrary exceptions for broken files
-            raise EvaluationError(
-                f"the image {file} cannot be read ({type(error).__name__}: {error}); replace or remove it"
-            ) from error
+            array = np.array(read_rgb(self.files[index]))
+        except ImageError as error:
+            raise _unreadable(self.files[index], str(error)) from error
         return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def _unreadable(path: str | Path, reason: str) -> EvaluationError:
+    return EvaluationError(f"the image {printable(path)} cannot be read ({reason}); replace or remove it")
 
 
 class NpzImages:
@@ -131,10 +127,13 @@ class DatasetImages:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Tensor:
-        sample = self.dataset[index]
-        if self.strict and sample.unreadable is not None:
-            raise EvaluationError(f"the image {sample.unreadable} of {self.name} cannot be read; repair or remove it")
-        return sample.image
+        item = check_item(self.dataset[index], self.dataset, index)
+        if self.strict and item.unreadable is not None:
+            reason = f" ({item.reason})" if item.reason else ""
+            raise EvaluationError(
+                f"the image {item.unreadable} of {self.name} cannot be read{reason}; repair or remove it"
+            )
+        return item.image
 
 
 class Subset:
@@ -167,7 +166,7 @@ def open_images(path: str) -> ImageSet:
         return NpzImages(there)
     if not there.is_dir():
         what = "does not exist" if not there.exists() else "is neither a folder nor an .npz"
-        raise EvaluationError(f"'{path}' {what}; expected a folder of PNG or JPEG images, or an .npz with arr_0")
+        raise EvaluationError(f"'{path}' {what}; expected a folder of images, or an .npz with arr_0")
     return ImageFiles(there)
 
 

@@ -15,6 +15,7 @@ from components.evaluation import EvaluationError
 from components.evaluation.features import FeatureCache, extract
 from components.evaluation.images import ImageSet
 from components.evaluation.inception_score import InceptionScore
+from components.finite import count_of, faulty_rows
 
 # Features that each Frechet distance is computed on, and their suffixes in ADM's statistics files.
 FRECHET = {"fid": "pool", "sfid": "spatial", "fd": "embedding"}
@@ -107,18 +108,8 @@ class Moments:
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     def update(self, features: Tensor) -> None:
-        """Add a batch (B, D), B >= 1, of any floating dtype.
-
-        Raises:
-            EvaluationError: a feature is not finite; the message gives the image's index in the stream.
-        """
+        """Add a batch (B, D), B >= 1, of finite features of any floating dtype."""
         x = features.to(self.mean)
-        bad = (~torch.isfinite(x).all(1)).nonzero()
-        if len(bad):
-            raise EvaluationError(
-                f"the features of image {self.count + int(bad[0])} (counted from 0) are not finite; the image or the "
-                "network's weights are invalid"
-            )
         mean = x.mean(0)
         centered = x - mean
         self._merge(len(x), mean, centered.T @ centered)
@@ -180,9 +171,21 @@ class StatisticsBuilder:
         self._moments = {name: Moments(m.network.dims[name], world.device) for name in features}
         self._score = InceptionScore() if world.is_main and generated and "is" in m.metrics else None
         self._pool: list[Tensor] | None = [] if m.needs_neighbors else None
+        self._count = 0
 
     def add(self, features: dict[str, Tensor]) -> None:
-        """Add the features (B, D), by name, of the next images."""
+        """Add the features (B, D), by name, of the next images.
+
+        Raises:
+            EvaluationError: the features of an image are not finite; says how many and which image is the first.
+        """
+        for name, values in features.items():
+            if faulty := faulty_rows(values, self._count):
+                raise EvaluationError(
+                    f"'{name}' of {count_of(faulty, len(values), 'images of a batch')}, counted from 0; the weights of "
+                    "the network or the images are invalid"
+                )
+        self._count += len(next(iter(features.values())))
         for name, moments in self._moments.items():
             moments.update(features[name].to(self.device))
         if self._score is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from components.files.atomic import atomic_write
 from components.files.weights import WeightsError
+from components.finite import check_weights
 from components.version import version
 
 FORMAT = "titanrepa-1"
@@ -34,7 +35,11 @@ def write_model(
         config_toml: the resolved config.
         step: optimizer steps taken.
         weights: "ema" or "online".
+
+    Raises:
+        NotFiniteError: a tensor holds NaN or infinity; nothing is written.
     """
+    check_weights(states, "nothing was written: choose another checkpoint (--step) or file")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
     for part in PARTS:

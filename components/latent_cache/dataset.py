@@ -38,7 +38,7 @@ class CachedDataset(Dataset):
         cached, label = self.cache.read(index, flipped, self.features)
         if self.images is None:
             return DatasetItem(None, label, None, cached)
-        sample = DatasetItem(*self.images[index])
+        sample = self.images[index]
         # An unreadable file was replaced by another image, perhaps of another class.
         if sample.label != label and sample.unreadable is None and index not in self.cache.replaced:
             raise DataError(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import logging
 import os
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 
 from components import registry
 from components.contracts import Dataset, DatasetItem
+from components.data.images import Listing, extensions, printable, read_rgb, silence_pil
 from components.data.loader import DataError
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 PATIENCE = 100
 """Number of consecutive unreadable files after which reading stops: the folder, not a file, is then the problem."""
@@ -37,13 +35,12 @@ of the same name, or use the dataset ILSVRC/imagenet-1k on Hugging Face."""
 class ImageFolder(Dataset):
     """Center-cropped image files in one sub-folder per class (ImageNet layout).
 
-    Classes are the sub-folders in sorted order; files may be nested inside them. JPEG, PNG, WebP, BMP and GIF (first
-    frame) files of any mode are converted to 8-bit RGB: gray is repeated, palettes are looked up, CMYK is converted,
-    16 bits are scaled to 8, and alpha is dropped as in ADM (the stored color shows). EXIF rotation is applied. The crop
-    is ADM's (arXiv 2105.05233): halve with a box filter while the shorter side is at least 2R, resize it to R with a
-    bicubic filter, crop the center.
+    Classes are the sub-folders in sorted order; files may be nested inside them. Files are listed and converted to
+    8-bit RGB by :mod:`components.data.images`, as in evaluation. The crop is ADM's (arXiv 2105.05233): halve with a
+    box filter while the shorter side is at least 2R, resize it to R with a bicubic filter, crop the center.
 
-    An unreadable file is replaced by the next readable one, and the sample's ``unreadable`` field names it.
+    An unreadable file is replaced by the next readable one; the item's fields ``unreadable`` and ``reason`` say which
+    and why.
 
     Args:
         path: folder with one sub-folder per class.
@@ -57,15 +54,16 @@ class ImageFolder(Dataset):
         self.resolution = resolution
         self.path = os.path.abspath(os.path.expanduser(path))
         self.flip = flip
-        self.class_names = _class_folders(path, self.path)
+        listing = _open(path, self.path)
+        self.class_names = [printable(folder) for folder in listing.folders]
         self.num_classes = len(self.class_names)
         # One bytes object and two arrays: a list of a million strings would be copied into every worker, because
         # updating reference counts triggers copy-on-write.
         names: list[bytes] = []
         lengths: list[int] = []
         counts: list[int] = []
-        for folder in self.class_names:
-            found = [os.fsencode(name) for name in _images(self.path, folder)]
+        for folder in listing.folders:
+            found = [os.fsencode(name) for name in sorted(_below(listing, folder))]
             names.append(b"".join(found))
             lengths += map(len, found)
             counts.append(len(found))
@@ -75,9 +73,12 @@ class ImageFolder(Dataset):
         if not len(self):
             raise DataError(
                 f"dataset image_folder: '{path}' has {self.num_classes} sub-folders ({', '.join(self.class_names[:3])}"
-                f"{', ...' if self.num_classes > 3 else ''}) but no images ({' '.join(EXTENSIONS)})"
+                f"{', ...' if self.num_classes > 3 else ''}) but no images ({' '.join(extensions())})"
                 f"{_contents(self.path)}.\n{HELP}"
             )
+        if listing.files:
+            listing.left_out["images beside the class folders"] = len(listing.files)
+        listing.say(f"dataset image_folder: {printable(path)}")
         empty = [folder for folder, count in zip(self.class_names, counts) if not count]
         if empty:
             more = ", ..." if len(empty) > 5 else ""
@@ -85,11 +86,11 @@ class ImageFolder(Dataset):
                 "dataset image_folder: %d of %d classes in %s have no images; they keep their labels: %s%s",
                 *(len(empty), self.num_classes, path, ", ".join(empty[:5]), more),
             )
-        _silence_pil()
+        silence_pil()
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        _silence_pil()
+        silence_pil()
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -108,17 +109,16 @@ class ImageFolder(Dataset):
         """
         if not 0 <= index < len(self):
             raise IndexError(f"dataset image_folder: index {index} is outside its {len(self)} images")
-        unreadable = None
+        unreadable, why = None, ""
         for other in range(index, index + min(PATIENCE, len(self))):
             other %= len(self)
             try:
                 image = _read(self.file(other), self.resolution)
-            except Exception as error:
-                # Decoders raise many types of exceptions for broken files; one file must not end a run.
-                unreadable = unreadable or self.file(index)
-                reason = f"{self.file(other)}: {type(error).__name__}: {error}"
+            except Exception as error:  # one file must not end a run
+                unreadable, why = unreadable or printable(self.file(index)), why or str(error)
+                reason = f"{printable(self.file(other))}: {error}"
                 continue
-            return DatasetItem(image, int(self._labels[other]), unreadable)
+            return DatasetItem(image, int(self._labels[other]), unreadable, reason=why)
         raise DataError(
             f"dataset image_folder: {min(PATIENCE, len(self))} images in a row cannot be read, starting with "
             f"{unreadable}; the last: {reason}. Check that {self.path} still exists and is readable."
@@ -145,70 +145,50 @@ def adm_crop(image: Image, resolution: int) -> Image:
 
 
 def _read(file: str, resolution: int) -> torch.Tensor:
-    """Read and crop an image: uint8 (3, R, R). Raises any exception of the decoder."""
-    import PIL.Image
-    from PIL.ImageOps import exif_transpose
-
-    with PIL.Image.open(file) as image:
-        image.load()
-        with contextlib.suppress(Exception):  # the pixels are valid even if EXIF is broken
-            exif_transpose(image, in_place=True)
-        square = adm_crop(_to_rgb(image), resolution)
+    """Read and crop an image: uint8 (3, R, R); raises :class:`components.data.images.ImageError`."""
+    square = adm_crop(read_rgb(file), resolution)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
-def _to_rgb(image: Image) -> Image:
-    import PIL.Image
-
-    if image.mode.startswith("I"):
-        # 16-bit gray: convert() would clip at 255. Keep the high byte, as PIL does for 16-bit RGB.
-        gray = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-        image = PIL.Image.fromarray(gray.astype(np.uint8))
-    return image.convert("RGB")
-
-
-def _silence_pil() -> None:
-    # PIL warns about palettes, EXIF and large files in every worker; unreadable files are reported by the sample.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def _class_folders(path: str, root: str) -> list[str]:
-    """List the sub-folders of ``root``, sorted; messages show ``path`` as the user wrote it."""
+def _open(path: str, root: str) -> Listing:
+    """Open the folder of the class folders; messages show ``path`` as the user wrote it."""
     if not path or not os.path.isdir(root):
         raise DataError(f"dataset image_folder: '{path}' is not a folder (looked at {root}).\n{HELP}")
-    folders = _subfolders(root)
+    try:
+        listing = Listing(root)
+        folders = listing.folders
+        splits = folders if SPLITS.issuperset(name.lower() for name in folders) else []
+        inner = [name for name in splits if Listing(os.path.join(root, name)).folders]
+    except OSError as error:
+        raise _unlisted(error) from error
+    if not folders and listing.files:
+        raise DataError(
+            f"dataset image_folder: '{path}' has no sub-folders, one per class{_contents(root)}. For one class, put "
+            f"them into one sub-folder, such as '{os.path.join(path, 'all')}', and keep [dataset] path = '{path}'"
+        )
     if not folders:
         raise DataError(f"dataset image_folder: '{path}' has no sub-folders, one per class{_contents(root)}.\n{HELP}")
-    if SPLITS.issuperset(name.lower() for name in folders):
-        inner = [name for name in folders if _subfolders(os.path.join(root, name))]
-        if inner:
-            best = min(inner, key=lambda name: (not name.lower().startswith("train"), name))
-            raise DataError(
-                f"dataset image_folder: the sub-folders of '{path}' ({', '.join(folders)}) are splits, not classes; "
-                f"set [dataset] path to '{os.path.join(path, best)}'"
-            )
-    return folders
+    if inner:
+        best = min(inner, key=lambda name: (not name.lower().startswith("train"), name))
+        raise DataError(
+            f"dataset image_folder: the sub-folders of '{path}' ({', '.join(folders)}) are splits, not classes; "
+            f"set [dataset] path to '{os.path.join(path, best)}'"
+        )
+    return listing
 
 
-def _subfolders(folder: str) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+def _below(listing: Listing, folder: str) -> list[str]:
+    try:
+        return listing.below(folder)
+    except OSError as error:
+        raise _unlisted(error) from error
 
 
-def _images(root: str, folder: str) -> list[str]:
-    """List image files in ``root``/``folder`` and below, relative to ``root``, sorted. Needs no stat per file."""
-    found, pending = [], [folder]
-    while pending:
-        here = pending.pop()
-        with os.scandir(os.path.join(root, here)) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.name.lower().endswith(EXTENSIONS):
-                    found.append(f"{here}/{entry.name}")
-                elif entry.is_dir():
-                    pending.append(f"{here}/{entry.name}")
-    return sorted(found)
+def _unlisted(error: OSError) -> DataError:
+    where = printable(error.filename or "a folder")
+    return DataError(
+        f"dataset image_folder: {where} cannot be listed ({error.strerror}); make it readable, or move it away"
+    )
 
 
 def _contents(root: str) -> str:

@@ -72,7 +72,7 @@ MAY_ASK = {  # uses of getattr and hasattr on objects that are no plugins
     "trainer/estimate/measured_peak.py": "libc",
     "trainer/launch/settings.py": "os, on macOS",
     "trainer/models/importing.py": "options of a published checkpoint; a config table",
-    "trainer/plugin_kit/conformance/contract.py": "reads every attribute that a base class declares, to check it",
+    "trainer/run/first_use.py": "reads every attribute that a base class declares, to check it; stands for a part",
 }
 
 

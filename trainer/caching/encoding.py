@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from components.contracts import Dataset, DatasetItem
-from components.data.loader import DataError, UnreadableCounter, start_worker
+from components.data.loader import DataError, UnreadableCounter, check_item, start_worker, why_unreadable
 from components.diffusion.random_numbers import generator
 from components.distributed.parallel import World
 from components.distributed.ranks import Ranks
@@ -52,7 +52,7 @@ class Encoding:
     def __init__(self, out: Path, source: LoadedModel, choices: Choices, world: World) -> None:
         self.out, self.choices, self.world = out, choices, world
         self.dataset: Dataset = source.parts.dataset
-        self.loader = source.config.loader
+        self.loader, self.resolution = source.config.loader, source.config.training.resolution
         self.networks = Networks(source, choices, world)
         self.settings = settings(source, choices, self.networks)
         self.shards = -(-len(self.dataset) // choices.shard_size)
@@ -104,7 +104,7 @@ class Encoding:
                     shard.write(name, piece[0] - rows[0], tensor)
                 sums += batch_sums
                 unreadable += batch.unreadable
-                self.counter.update(len(piece), [path for _, path in batch.unreadable])
+                self.counter.update(len(piece), batch.reasons)
                 progress(len(piece))
             written = shard.commit()
         write_json(self._record(number), written | {"sums": sums.tolist(), "unreadable": unreadable})
@@ -112,7 +112,7 @@ class Encoding:
     def _load(self, pieces: list[list[int]]) -> DataLoader:
         workers = self.loader.workers if pieces else 0
         return DataLoader(
-            _NumberedImages(self.dataset),
+            _NumberedImages(self.dataset, self.resolution),
             batch_sampler=pieces,
             num_workers=workers,
             collate_fn=_collate,
@@ -211,21 +211,22 @@ class Encoding:
 
 
 class Numbered(NamedTuple):
-    """A batch: uint8 ``images`` (b, 3, R, R), ``labels`` (b,), and [index, path] of each unreadable image."""
+    """A batch: uint8 ``images`` (b, 3, R, R), ``labels`` (b,), [index, path] of each unreadable image, and why."""
 
     images: Tensor
     labels: Tensor
     unreadable: list[list]
+    reasons: list[str]
 
 
 class _NumberedImages:
     """Dataset that returns each item with its index."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset, resolution: int) -> None:
+        self.dataset, self.resolution = dataset, resolution
 
     def __getitem__(self, index: int) -> tuple[int, DatasetItem]:
-        return index, DatasetItem(*self.dataset[index])
+        return index, check_item(self.dataset[index], self.dataset, index, self.resolution)
 
 
 def _collate(items: Sequence[tuple[int, DatasetItem]]) -> Numbered:
@@ -233,6 +234,7 @@ def _collate(items: Sequence[tuple[int, DatasetItem]]) -> Numbered:
         torch.stack([sample.image for _, sample in items]),
         torch.tensor([sample.label for _, sample in items], dtype=torch.int64),
         [[index, sample.unreadable] for index, sample in items if sample.unreadable is not None],
+        [why_unreadable(sample) for _, sample in items if sample.unreadable is not None],
     )
 
 

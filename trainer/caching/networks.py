@@ -14,9 +14,11 @@ from components.data.loader import DataError
 from components.data.pixels import to_float
 from components.distributed.parallel import World
 from components.files.fingerprint import fingerprint
+from components.finite import count_of, faulty_rows
 from components.latent_cache.cache import DTYPES, FLIPPED, FORMAT
 from trainer.caching import cached
 from trainer.models.source import LoadedModel
+from trainer.run.first_use import checked
 from trainer.run.prepare import autocast_dtype
 
 
@@ -50,7 +52,7 @@ class Networks:
 
     def __init__(self, source: LoadedModel, choices: Choices, world: World) -> None:
         self.choices, self.device = choices, world.device
-        m, training = source.parts.modules, source.config.training
+        m, training = checked(source.parts.modules, source.parts.places), source.config.training
         self.tokenizer = m.tokenizer
         self.encoders: dict[str, Callable] = m.encoders if choices.features else {}
         self.layout = torch.channels_last if training.channels_last else torch.contiguous_format
@@ -92,13 +94,13 @@ class Networks:
 
     def _stored(self, name: str, value: Tensor) -> Tensor:
         stored = value.to(DTYPES[self.choices.dtype])
-        if not torch.isfinite(stored).all():
+        if faulty := faulty_rows(stored):
             why = (
                 f"does not fit {self.choices.dtype}; encode with --dtype bf16 or fp32"
                 if torch.isfinite(value).all()
                 else "is not finite: the weights are broken, or --training.precision=fp32 is needed"
             )
-            raise DataError(f"'{name}' {why}")
+            raise DataError(f"'{name}' {why} ({count_of(faulty, len(stored), 'images of the batch')})")
         return stored.cpu()
 
     def _suffixes(self) -> tuple[str, ...]:

@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     cost = dry_run(config, size, local_size, bf16)
     print(report(config, cost, size, local_size, bf16))
+    print("\n" + check_dataset(config))
     if arguments.gpu:
         print("\n" + verdict(config, cost, arguments.gpu))
         print(gpu_hours(config, cost, size, arguments.gpu, arguments.utilization))
@@ -79,6 +80,24 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         error = cost.total / measured - 1
         print(f"\nmeasured peak on this machine: {measured / GIB:.3f} GiB; estimation error {error:+.1%}")
     return 0
+
+
+def check_dataset(config: configs.Config) -> str:
+    """Read one item of the dataset, if its files are there; returns what was found.
+
+    Raises:
+        DataError: the item is not as the contract says.
+    """
+    from components.data.loader import DataError
+    from trainer.run.construct import check_first_item, make_plugin
+
+    try:
+        dataset = make_plugin("dataset", "dataset", config.dataset, config.training.resolution)
+    except (DataError, OSError) as error:
+        reason = str(error).split("\n", 1)[0]
+        return f"dataset not checked: {reason}"
+    check_first_item(dataset, config)
+    return f"dataset: {len(dataset):,} items, {dataset.num_classes:,} classes; read one, as its contract says"
 
 
 def report(config: configs.Config, cost, size: int, local_size: int, bf16: bool) -> str:

@@ -174,6 +174,7 @@ def _foreign(
 ) -> tuple[list[Path], str]:
     """Write a format that the plugin of ``role`` declares."""
     from components.files.adapter import Exported
+    from components.finite import check_weights
     from trainer.models.source import read_source
     from trainer.run.construct import construct_parts
 
@@ -188,6 +189,8 @@ def _foreign(
         online = None
         if path.is_dir():
             online = read_source(str(path), weights="online", overrides=overrides, needs=make.exports).states
+    for states in (stored.states, online or {}):
+        check_weights(states, "nothing was written: choose another checkpoint (--step)")
     config = stored.config
     uses = frozenset(make.exports) - {"heads"}  # heads need encoders
     m = construct_parts(config, on_meta=True, uses=uses).modules

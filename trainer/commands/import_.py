@@ -41,12 +41,15 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return 0  # one process writes
     config = configs.load(arguments.config, overrides)
     from components.files.model_file import write_model
+    from components.finite import check_weights
     from trainer.models.importing import import_model
 
     found = import_model(
         config, arguments.file, tokenizer=arguments.tokenizer, stats=arguments.stats, weights=arguments.weights
     )
     out, toml = Path(arguments.out).expanduser(), config.to_toml()
+    for states in (found.states, found.online):
+        check_weights(states, "nothing was written: choose another file")
     with writing_to(out):
         written = write_model(out, found.states, toml, found.step, found.weights)
         if found.online:

@@ -78,6 +78,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def sample(arguments: argparse.Namespace, overrides: list[str], world: World) -> int:
     from components.distributed.ranks import Ranks
+    from components.finite import NotFiniteError
     from trainer.commands.train import set_backends
     from trainer.models.sample_folder import SampleFolder, parse_labels
     from trainer.models.source import open_source
@@ -101,8 +102,10 @@ def sample(arguments: argparse.Namespace, overrides: list[str], world: World) ->
     about = {"num_samples": arguments.num_samples, "batch_size": batch_size}
     ranks.first(lambda: folder.begin(describe(arguments, source, guide, plan, kind) | about))
     missing = ranks.first(lambda: folder.missing(arguments.num_samples))
-    draw(arguments, folder, sampler, missing, batch_size, kind, source.parts, world)
-    ranks.first(lambda: None)  # barrier: all ranks have written their files
+    faulty = draw(arguments, folder, sampler, missing, batch_size, kind, source.parts, world)
+    faulty = sorted(i for rank in ranks.gather(faulty) for i in rank)  # a barrier: all ranks have written their files
+    if faulty:
+        raise NotFiniteError(unsound(faulty, arguments.num_samples, folder, source, guide))
 
     if world.is_main:
         written = [folder.write_grid(arguments.num_samples)]
@@ -126,8 +129,11 @@ def draw(
     kind: list[int] | str,
     parts: Parts,
     world: World,
-) -> None:
-    """Sample the missing images. Batch boundaries do not depend on the rank count, so neither do the images."""
+) -> list[int]:
+    """Sample the missing images; returns the numbers of those that are not finite, which are not written.
+
+    Batch boundaries do not depend on the rank count, so neither do the images. Ends at a batch without finite images.
+    """
     from collections import Counter
     from concurrent.futures import ThreadPoolExecutor
 
@@ -135,32 +141,59 @@ def draw(
     from tqdm import tqdm
 
     from components.data.pixels import to_uint8
+    from components.finite import sound_rows
     from trainer.models.sample_folder import labels_of
 
     counts = Counter(i // batch_size for i in missing)
     batches = sorted(counts)
     bar = tqdm(total=len(missing), unit="image", disable=None if world.is_main else True, dynamic_ncols=True)
     with bar, ThreadPoolExecutor(4) as pool:
-        writes = []
+        writes, faulty = [], []
         for turn, first in enumerate(batches[world.rank :: world.size]):
             ids = range(first * batch_size, (first + 1) * batch_size)
             labels = torch.tensor(labels_of(ids, kind, parts.num_classes, arguments.seed), device=world.device)
             condition = parts.sampling_condition(torch.tensor(ids), labels)
             with autocast(arguments.precision, world.device):
-                images = to_uint8(sampler(ids, condition)).cpu()
+                images = sampler(ids, condition)
+                sound = sound_rows(images)
+                good = dict(zip(torch.tensor(ids)[sound.cpu()].tolist(), to_uint8(images[sound]).cpu()))
+            faulty += sorted(missing.intersection(ids) - good.keys())
             for write in writes:  # of the previous batch: raises its errors, and bounds the queue
                 write.result()
-            writes = [pool.submit(folder.write, i, image) for i, image in zip(ids, images) if i in missing]
+            writes = [pool.submit(folder.write, i, image) for i, image in good.items() if i in missing]
+            if not good:
+                break
             # Assume that the other ranks are equally far.
             bar.update(sum(counts[batch] for batch in batches[turn * world.size : (turn + 1) * world.size]))
         for write in writes:
             write.result()
+    return faulty
+
+
+def unsound(faulty: list[int], count: int, folder: SampleFolder, source: LoadedModel, guide: LoadedModel | None) -> str:
+    """Message about samples that are not finite: how many, why if the weights show it, and what to do."""
+    from components.finite import NotFiniteError, check_weights, count_of
+
+    said = [count_of(faulty, count, "samples") + ", and none of these was written"]
+    if left := len(folder.missing(count)) - len(faulty):
+        said.append(f"{left} were not sampled, after a batch without a finite image")
+    for loaded in filter(None, (source, guide)):
+        try:
+            named = loaded.parts.modules.named()
+            check_weights({name: module.state_dict() for name, module in named.items()}, f"all of {loaded.label}")
+        except NotFiniteError as error:
+            said.append(str(error))
+    return "; ".join(said) + (
+        f". Choose another checkpoint (--step), --weights=online or --precision=fp32. {folder.path}/ keeps the "
+        "finite ones; grid.png and samples.npz were not written"
+    )
 
 
 def make_sampler(source: LoadedModel, guide: LoadedModel | None, plan: SamplingPlan, precision: str) -> ImageSampler:
     from components.diffusion.image_sampler import ImageSampler
+    from trainer.run.first_use import checked
 
-    m = source.parts.modules
+    m = checked(source.parts.modules, source.parts.places)
     if precision == "fp64":
         for opened in filter(None, (source, guide)):
             for module in opened.parts.modules.named().values():

@@ -95,7 +95,7 @@ def log_to(config: configs.Config, world: World) -> None:
     handlers: list[logging.Handler] = [Terminal()]
     if world.is_main:
         Path(config.run.dir).mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(Path(config.run.dir) / "log.txt"))
+        handlers.append(logging.FileHandler(Path(config.run.dir) / "log.txt", errors="backslashreplace"))
     line = "%(asctime)s %(message)s" if world.size == 1 else f"%(asctime)s [rank {world.rank}] %(message)s"
     logging.basicConfig(level=logging.WARNING, format=line, datefmt="%H:%M:%S", handlers=handlers, force=True)
     logging.getLogger("titanrepa").setLevel(logging.INFO)

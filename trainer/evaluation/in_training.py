@@ -26,6 +26,7 @@ from components.evaluation.statistics import (
 )
 from components.files.atomic import atomic_write
 from components.files.weights import WeightsError
+from components.finite import count_of, sound_rows
 from components.optim.ema import Ema
 from trainer.config import Config, ConfigError
 from trainer.evaluation.metric_selection import make_networks
@@ -121,9 +122,12 @@ class TrainingEvaluation:
                 for first in range(0, e.images, world.size * e.batch_size):
                     ids = range(first + world.rank * e.batch_size, first + (world.rank + 1) * e.batch_size)
                     condition = parts.sampling_condition(torch.tensor(ids, device=world.device))
-                    images = to_uint8(sampler(ids, condition))
+                    images = sampler(ids, condition)
+                    sound = gather_rows(sound_rows(images).float())[: e.images - first].tolist()
+                    if faulty := [first + place for place, value in enumerate(sound) if not value]:
+                        return self._without_values(faulty, first + len(sound))
                     for m, builder in zip(self.networks, builders):
-                        self._add(m, builder, images, e.images - first)
+                        self._add(m, builder, to_uint8(images), e.images - first)
                     bar.update(min(world.size * e.batch_size, e.images - first))
             statistics = [builder.build() for builder in builders]
             values, warnings = compare(
@@ -132,6 +136,10 @@ class TrainingEvaluation:
         finally:
             self._to(torch.device("cpu"))
         return values, self.reference.warnings(self.networks) + warnings
+
+    def _without_values(self, faulty: list[int], sampled: int) -> tuple[dict[str, float | None], list[str]]:
+        names = [m.name(metric) for m in self.networks for metric in m.metrics]
+        return dict.fromkeys(names), [f"no evaluation, as {count_of(faulty, sampled, 'samples')}"]
 
     def _add(self, m: NetworkMetrics, builder: StatisticsBuilder, images: torch.Tensor, left: int) -> None:
         """Add the features of all ranks in image order and in batches, as a single rank would."""

@@ -16,8 +16,9 @@ from components.evaluation.images import DatasetImages, ImageFiles, ImageSet, Np
 from components.evaluation.precision_recall import NEIGHBORS
 from components.evaluation.statistics import FRECHET, SUFFIXES, FeatureStatistics, Gaussian, NetworkMetrics, few_images
 from components.files.atomic import atomic_write
+from components.finite import count_of, faulty_rows
 from trainer.config import Config, ConfigError
-from trainer.run.construct import make_plugin
+from trainer.run.construct import make_dataset
 
 
 @dataclass
@@ -143,7 +144,7 @@ def dataset_images(config: Config, dataset: Any = None) -> DatasetImages:
     """
     strict = dataset is None
     if dataset is None:
-        dataset = make_plugin("dataset", "dataset", config.dataset, config.training.resolution)
+        dataset = make_dataset(config)
     identity = f"{config.dataset.model_dump()} {config.training.resolution}"
     return DatasetImages(dataset, f"dataset {config.dataset.name}", identity, strict)
 
@@ -201,4 +202,9 @@ def read_statistics(path: str | Path) -> tuple[dict[str, Gaussian], dict[str, An
                 f"'{path}': mu{ending} is {tuple(g.mean.shape)}, but sigma{ending} is {tuple(g.covariance.shape)}; "
                 "expected (D,) and (D, D)"
             )
+        for name, values in ((f"mu{ending}", g.mean), (f"sigma{ending}", g.covariance)):
+            if faulty := faulty_rows(values):
+                raise EvaluationError(
+                    f"'{path}': {count_of(faulty, len(values), f'rows of {name}')}; compute the statistics again"
+                )
     return found, about

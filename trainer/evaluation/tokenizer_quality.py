@@ -11,7 +11,7 @@ from torch import Tensor
 
 from components import registry
 from components.contracts import ReconstructionLoss
-from components.data.pixels import to_float, to_uint8
+from components.data.pixels import bounded, to_float, to_uint8
 from components.distributed.parallel import World
 from components.distributed.ranks import Ranks
 from components.evaluation.comparison import compare
@@ -132,4 +132,4 @@ def evaluate_reconstruction(
 def reconstruct(tokenizer: Any, images: Tensor) -> Tensor:
     """Reconstruct uint8 images (B, 3, R, R) from their posterior means; returns the same shape and dtype."""
     x = to_float(images).to(parameter_dtype(tokenizer))
-    return to_uint8(tokenizer.decode(tokenizer.encode(x).mean).float().clamp(-1, 1))
+    return to_uint8(bounded(tokenizer.decode(tokenizer.encode(x).mean).float()))

@@ -16,7 +16,7 @@ from components.distributed.parallel import World, compile_units
 from components.files.fingerprint import fingerprint
 from components.files.weights import load_strict
 from trainer.config import Config, ConfigError, load, loads, named_files, weights_key
-from trainer.run.construct import construct_parts, make_plugin
+from trainer.run.construct import construct_parts, make_dataset
 from trainer.run.parts import Parts
 from trainer.run.prepare import seeded
 
@@ -141,7 +141,7 @@ def open_source(
 
     data = None
     if dataset or registry.datasets.get(config.dataset.name).cls.conditions:
-        data = make_plugin("dataset", "dataset", config.dataset, config.training.resolution)
+        data = make_dataset(config)
     parts = construct_parts(config, data, uses=frozenset(needs), loaded=stored.states.keys())
     for role, module in parts.modules.named().items():
         module.eval().requires_grad_(False)

@@ -11,7 +11,7 @@ from components.optim.ema import Ema
 from components.optim.optimizer import ParameterGroup, Schedule
 from trainer.caching import cached
 from trainer.config import Config, ConfigError
-from trainer.run.construct import construct_parts, make_plugin, trained_modules
+from trainer.run.construct import check_first_item, construct_parts, make_plugin, trained_modules
 from trainer.run.parts import Parts
 from trainer.run.prepare import Preparation, averaged, mesh_shape
 
@@ -63,6 +63,8 @@ def construct(config: Config, world: World, files: bool = True) -> Parts:
     except (DataError, OSError) as error:
         if cache is None or cached.needs_images(config, recipe, cache):
             missing.append(f"dataset: {error}")
+    if images is not None and (cache is None or cached.needs_images(config, recipe, cache)):
+        check_first_item(images, config)
     if cache is not None and min(there for (there,) in gather_floats(float(images is not None))) == 0:
         images = None  # making images is collective: every rank needs the dataset
     statistics = config.latent_norm.statistics

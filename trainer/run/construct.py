@@ -15,12 +15,13 @@ from torch import nn
 
 from components import registry
 from components.contracts import Dataset, Denoiser, LatentShape, Modules, Network, Recipe
-from components.data.loader import DataError
+from components.data.loader import DataError, check_item
 from components.diffusion.flow import Flow, dimension_shift
 from components.distributed.materialize import NoRandom
 from components.nn.latent_norm import LatentNorm
 from components.optim.ema import frozen_copy
 from trainer.config import Config, ConfigError, PluginTable
+from trainer.run.first_use import attribute_fault
 from trainer.run.parts import Parts
 from trainer.run.prepare import seeded
 
@@ -87,12 +88,37 @@ def construct_parts(
 
 
 def make_plugin(place: str, kind: str, table: PluginTable, *given: Any) -> Any:
-    """Construct a plugin from its config table; a ValueError becomes a ConfigError that names the table."""
+    """Construct a plugin from its config table.
+
+    Raises:
+        ConfigError: its constructor raises ValueError, or it lacks an attribute of its contract; names the table.
+    """
     try:
-        return registry.KINDS[kind].get(table.name).cls(*given, **table.options)
+        part = registry.KINDS[kind].get(table.name).cls(*given, **table.options)
     except ValueError as error:
         message = str(error)
         raise ConfigError(message if place.split(".")[0] in message else f"[{place}] {message}") from error
+    if fault := attribute_fault(part):
+        raise ConfigError(f"[{place}] {registry.title(part)} {fault}")
+    return part
+
+
+def make_dataset(config: Config) -> Dataset:
+    """Construct the config's dataset, and read one item to check it.
+
+    Raises:
+        DataError: there are no images, or the item is not as the contract says.
+    """
+    dataset = make_plugin("dataset", "dataset", config.dataset, config.training.resolution)
+    check_first_item(dataset, config)
+    return dataset
+
+
+def check_first_item(dataset: Dataset, config: Config) -> None:
+    """Raise DataError if the dataset is empty, or its first item is not as the contract says."""
+    if not len(dataset):
+        raise DataError(f"{registry.title(dataset)} is empty: its length is 0")
+    check_item(dataset[0], dataset, 0, config.training.resolution)
 
 
 def trained_modules(recipe: Recipe | type[Recipe]) -> set[str]:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from components.contracts import Distribution, Modules
+from components.contracts import Distribution
 from components.data.loader import make_loader
 from components.data.pixels import to_float
 from components.diffusion.random_numbers import draw
@@ -19,6 +19,7 @@ from components.files.weights_file import stated_statistics
 from components.latent_cache.dataset import CachedDataset
 from components.nn.precision import parameter_dtype
 from trainer.config import Config, ConfigError
+from trainer.run.first_use import checked
 from trainer.run.parts import Parts
 
 
@@ -75,23 +76,24 @@ def measure_statistics(config: Config, parts: Parts, world: World) -> tuple[Tens
 
     The result is the same for every world size. Cost: encodes ``latent_norm.images`` images, divided among the ranks.
     """
-    m: Modules = parts.modules
+    tokenizer = checked(parts.modules, parts.places).tokenizer
     batch_size, declared = config.training.batch_size, {"posterior": Distribution("normal", parts.latent)}
     loader = make_loader(
-        parts.dataset, seed=config.training.seed, batch_size=batch_size, rank=world.rank, world=world.size
-    )
+        parts.dataset, seed=config.training.seed, batch_size=batch_size, rank=world.rank, world=world.size,
+        resolution=config.training.resolution,
+    )  # fmt: skip
     positions = loader.batch_sampler.positions()
     total = torch.zeros(3, parts.latent.channels, dtype=torch.float64, device=world.device)
     for loaded, position in zip(loader, positions):
         if position >= max(config.latent_norm.images, batch_size):
             break
         x = to_float(loaded.images.to(world.device))
-        x = x.to(parameter_dtype(m.tokenizer))
+        x = x.to(parameter_dtype(tokenizer))
         step, first = divmod(position, batch_size)
         here = range(first, first + len(x))
         # Negative step: training must not reuse these random numbers.
         noise = draw(config.training.seed, -1 - step, here, batch_size, declared)["posterior"]
-        z = m.tokenizer.encode(x).sample(noise.to(world.device)).double()
+        z = tokenizer.encode(x).sample(noise.to(world.device)).double()
         total += torch.stack([torch.ones_like(z), z, z.square()]).sum(dim=(1, 3, 4))
     if world.size > 1:
         dist.all_reduce(total)

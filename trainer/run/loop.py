@@ -268,6 +268,7 @@ class Trainer:
             workers=c.loader.workers,
             prefetch=c.loader.prefetch,
             pin_memory=self.device.type == "cuda",
+            resolution=c.training.resolution,
         )
         self._order = loader.batch_sampler.order
         first_step, first_position = self.step, self.consumed

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from components.contracts import Modules
-from components.data.pixels import to_float
+from components.data.pixels import bounded, to_float
 from components.diffusion.image_sampler import ImageSampler, SamplingPlan
 from components.diffusion.samplers import Guidance
 from components.distributed.parallel import World, gather_rows
@@ -19,6 +19,7 @@ from components.monitor.latent_statistics import principal_components
 from components.nn.precision import parameter_dtype
 from components.optim.ema import Ema
 from trainer.config import Config, check_table
+from trainer.run.first_use import checked
 from trainer.run.parts import Parts
 
 COLUMNS = 10
@@ -54,7 +55,8 @@ def image_sampler(config: Config, parts: Parts, ema: Ema | None) -> ImageSampler
     """Sampler with the settings of [sampling] and the averaged weights."""
     plan = sampling_plan(config, config.training.seed)
     networks = {name: averaged(parts, ema, name) for name in ("denoiser", "latent_norm", "tokenizer")}
-    return ImageSampler(plan, parts.recipe, Modules(**networks, flow=parts.modules.flow), parts.latent)
+    m = checked(Modules(**networks, flow=parts.modules.flow), parts.places)
+    return ImageSampler(plan, parts.recipe, m, parts.latent)
 
 
 def sample_images(config: Config, parts: Parts, ema: Ema | None, world: World, count: int) -> tuple[Tensor, Tensor]:
@@ -74,10 +76,10 @@ def sample_images(config: Config, parts: Parts, ema: Ema | None, world: World, c
 
 @torch.no_grad()
 def reconstruct(parts: Parts, ema: Ema | None, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Posterior means (B, C, h, w) of images (B, 3, R, R) in [-1, 1], and the images decoded from them."""
-    tokenizer = averaged(parts, ema, "tokenizer")
+    """Posterior means (B, C, h, w) of images (B, 3, R, R) in [-1, 1], and the images decoded from them (or NaN)."""
+    tokenizer = checked(Modules(tokenizer=averaged(parts, ema, "tokenizer")), parts.places).tokenizer
     means = tokenizer.encode(images.to(parameter_dtype(tokenizer))).mean
-    return means, tokenizer.decode(means).float().clamp(-1, 1)
+    return means, bounded(tokenizer.decode(means).float())
 
 
 def fixed_images(parts: Parts, device: torch.device) -> Tensor:

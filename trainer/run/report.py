@@ -6,10 +6,12 @@ import json
 import logging
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
 from components import registry
 from components.distributed.parallel import World, gather_floats
+from components.finite import count_of, faulty_rows
 from components.optim.ema import Ema
 from trainer.config import Config, flatten
 from trainer.run import pictures
@@ -151,15 +153,17 @@ class Reporter:
         if parts.images is not None:  # may be absent with cached latents
             originals = pictures.fixed_images(parts, self.world.device)
             latents, rebuilt = pictures.reconstruct(parts, ema, originals)
-            colors = pictures.in_colors(latents, originals.shape[-1])
-            panels["reconstructions"] = pictures.in_rows(originals, rebuilt, colors)
+            if self._finite(step, "reconstructions", rebuilt) and self._finite(step, "latents", latents):
+                colors = pictures.in_colors(latents, originals.shape[-1])
+                panels["reconstructions"] = pictures.in_rows(originals, rebuilt, colors)
         images = labels = None
         if parts.modules.denoiser is not None:
             images, labels = pictures.sample_images(self.config, parts, ema, self.world, self.config.sampling.images)
-            panels["samples"] = pictures.grid(images)
+            if self._finite(step, "samples", images):
+                panels["samples"] = pictures.grid(images)
         if self.writer is None:
             return
-        if images is not None and parts.images is not None and parts.images.has_judge:
+        if "samples" in panels and parts.images is not None and parts.images.has_judge:
             right = (parts.images.judge(images.cpu()) == labels.cpu()).float().mean().item()
             self._write(step, {"samples/judged_right": right}, json_too=False)
             logger.info(f"step {step}: the judge recognizes {right:.0%} of {len(images)} samples")
@@ -169,6 +173,12 @@ class Reporter:
         for name, picture in panels.items():
             self.writer.picture(name, picture, step)
             pictures.save_png(picture, self.folder / "images" / f"{name}_{step:08d}.png")
+
+    def _finite(self, step: int, name: str, values: Tensor) -> bool:
+        """Whether all rows of ``values`` (B, ...) are finite; otherwise logs why there is no picture of them."""
+        if (faulty := faulty_rows(values)) and self.world.is_main:
+            logger.warning(f"step {step}: no picture, as {count_of(faulty, len(values), name)}")
+        return not faulty
 
     def evaluated(self, step: int, values: dict[str, float | None], warnings: list[str]) -> None:
         """Report metrics of samples; None marks a value that could not be computed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from components.optim.ema import Ema
 from components.optim.optimizer import ParameterGroup
 from trainer.config import Config
 from trainer.run import assemble, prepare
+from trainer.run.first_use import check_terms, checked
 from trainer.run.parts import Parts
 
 
@@ -49,6 +50,7 @@ def make_step(
         autocast_dtype=dtype,
         device=device,
         clock=clock,
+        places=parts.places,
         **prepare.image_format(config),
     )
 
@@ -70,6 +72,7 @@ class Step:
         memory_format: of the images; convolutions propagate it.
         clock: measures the phases of each step: "data", one per group that the recipe updates, those that modules
             define ("encoders", a frozen "tokenizer"), and "optimizer" for the rest.
+        places: tables of the config by module name, for messages about what a part returns.
     """
 
     def __init__(
@@ -85,7 +88,10 @@ class Step:
         image_dtype: torch.dtype | None = None,
         memory_format: torch.memory_format = torch.preserve_format,
         clock: PhaseClock | None = None,
+        places: Mapping[str, str] | None = None,
     ) -> None:
+        # Of the first step alone: its modules check what they return.
+        self._checked: Modules | None = checked(modules, places or {})
         self.recipe, self.modules, self.groups, self.ema = recipe, modules, groups, ema
         self.accumulation, self.autocast_dtype, self.device = accumulation, autocast_dtype, device
         self.image_dtype, self.memory_format, self.clock = image_dtype, memory_format, clock
@@ -134,10 +140,11 @@ class Step:
                 images = batch.images.to(dtype=self.image_dtype, memory_format=self.memory_format)
                 batch = batch._replace(images=images)
             with self._autocast(), segments(), observed() as latents:
-                self.recipe.step(self.modules, batch, random, self._update, step)
+                self.recipe.step(self._checked or self.modules, batch, random, self._update, step)
             for z in latents:
                 for name, value in statistics(z).items():
                     self._terms[f"latent/{name}"].append(value.to(self.device, torch.float64))
+        self._checked = None
         measured = self._means(stop)
 
         layers = {name: (group.names, group.norms()) for name, group in self.groups.items() if group.has_gradients()}
@@ -176,6 +183,8 @@ class Step:
     def _update(self, group: str, terms: dict[str, LossTerm], **logged: Tensor) -> None:
         if group not in self.groups:
             raise KeyError(f"the recipe updates '{group}', but its `trains` declares only {sorted(self.groups)}")
+        if self._checked is not None:
+            check_terms(self.recipe, group, terms)
         total = torch.stack([weight * value for weight, value in terms.values()]).sum()
         values = {name: value for name, (_, value) in terms.items()} | logged | {"loss": total}
         for name, value in values.items():

@@ -1,13 +1,16 @@
 """Moments do not depend on the division into batches; the Frechet distance equals torch-fidelity's."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from components.diffusion.random_numbers import generator
+from components.distributed.parallel import World
 from components.evaluation import EvaluationError
 from components.evaluation.comparison import frechet_distance
-from components.evaluation.statistics import Gaussian, Moments
+from components.evaluation.statistics import Gaussian, Moments, NetworkMetrics, StatisticsBuilder
 from trainer.evaluation.references import read_statistics, save_statistics
 
 
@@ -38,8 +41,11 @@ def test_moments_are_those_of_numpy_for_every_batch_size(batch, offset):
 def test_a_feature_that_is_not_finite_is_named_by_its_image():
     x = features(10)
     x[7, 3] = float("nan")
-    with pytest.raises(EvaluationError, match=r"image 7 .* not finite"):
-        moments(x, 4)
+    network = SimpleNamespace(dims={"embedding": x.shape[1]})
+    builder = StatisticsBuilder(NetworkMetrics("x", network, ("fd",)), World(), generated=True)
+    builder.add({"embedding": x[:4]})
+    with pytest.raises(EvaluationError, match=r"'embedding' of 1 of 4 images .* not finite \(first: number 7\)"):
+        builder.add({"embedding": x[4:8]})
 
 
 def test_statistics_files_keep_the_bits(tmp_path):

@@ -192,7 +192,7 @@ def test_replacement_goes_round_the_end_and_gives_up(tmp_path):
     dataset = ImageFolder(16, path=path)
     assert torch.equal(dataset[1].image, dataset[0].image)
     os.remove(tmp_path / "a" / "1.png")
-    with pytest.raises(DataError, match=r"(?s)2 images in a row .*2\.png; the last: .*1\.png: FileNotFound"):
+    with pytest.raises(DataError, match=r"(?s)2 images in a row .*2\.png; the last: .*1\.png: No such file"):
         dataset[1]
 
 

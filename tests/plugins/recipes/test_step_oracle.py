@@ -39,6 +39,8 @@ LR, EMA_DECAY, DROP = 1e-4, 0.9999, 0.1
 class FixedEncoder(Encoder):
     """Stand-in for a frozen encoder: returns the targets of the current batch."""
 
+    embed_dim = EMBED
+
     def forward(self, images):
         return self.targets
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import typing
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema
 
-from components.registry import type_name
 from trainer.plugin_kit.conformance.case import Case, Failure
-
-STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
+from trainer.run.first_use import attribute_fault
 
 
 class Unaccepted:
@@ -63,20 +60,8 @@ def overrides_every_method(case: Case) -> None:
 
 def sets_every_attribute(case: Case) -> None:
     """The plugin sets every attribute that its base class only annotates, and each has the annotated type."""
-    part = case.make()
-    for base in _contracts(case.plugin.cls):
-        for name, annotation in inspect.get_annotations(base, eval_str=True).items():
-            if typing.get_origin(annotation) is typing.ClassVar:
-                annotation = typing.get_args(annotation)[0]
-            where = f"expected {type_name(annotation)}, see components.contracts.{base.__name__}"
-            try:
-                value = getattr(part, name)
-            except AttributeError as error:
-                raise Failure(f"has no attribute {name}: {where}") from error
-            try:
-                TypeAdapter(annotation, config=STRICT).validate_python(value)
-            except ValidationError as error:
-                raise Failure(f"{name} = {value!r} is a {type(value).__name__}; {where}") from error
+    if fault := attribute_fault(case.make()):
+        raise Failure(fault)
 
 
 def _is_abstract(value: Any) -> bool:
