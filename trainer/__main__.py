@@ -67,6 +67,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from components.data.loader import DataError
     from components.distributed.parallel import ParallelError
     from components.evaluation import EvaluationError
+    from components.files.lock import LockError
     from components.files.weights import WeightsError
     from components.registry import PluginError
     from trainer.config import ConfigError
@@ -81,6 +82,7 @@ def user_errors() -> tuple[type[Exception], ...]:
         CheckpointError,
         ParallelError,
         GuardStop,
+        LockError,
     )
 
 
