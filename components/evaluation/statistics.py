@@ -14,12 +14,13 @@ from components.distributed.parallel import World
 from components.evaluation import EvaluationError
 from components.evaluation.features import FeatureCache, extract
 from components.evaluation.images import ImageSet
-from components.evaluation.inception_score import InceptionScore
+from components.evaluation.inception_score import InceptionScore, content_keys
 
 # Features that each Frechet distance is computed on, and their suffixes in ADM's statistics files.
 FRECHET = {"fid": "pool", "sfid": "spatial", "fd": "embedding"}
 SUFFIXES = {"pool": "", "spatial": "_s"}
 INCEPTION = ("fid", "sfid", "is", "precision", "recall")
+KEYS = "content_keys"
 
 
 class FeatureNetwork(Protocol):
@@ -64,6 +65,10 @@ class NetworkMetrics:
     def needs_neighbors(self) -> bool:
         """Whether the metrics need the features of every image, not only their moments."""
         return "precision" in self.metrics or "recall" in self.metrics
+
+    def with_keys(self, images: Tensor) -> dict[str, Tensor]:
+        """Features of images uint8 (B, 3, H, W), by name, and the keys that order images for the Inception Score."""
+        return self.network(images) | {KEYS: content_keys(images)}
 
     def name(self, metric: str) -> str:
         """Name in reports: "fid", "fd_dinov2"."""
@@ -182,11 +187,11 @@ class StatisticsBuilder:
         self._pool: list[Tensor] | None = [] if m.needs_neighbors else None
 
     def add(self, features: dict[str, Tensor]) -> None:
-        """Add the features (B, D), by name, of the next images."""
+        """Add the features (B, D), by name, of the next images; for the Inception Score also :data:`KEYS`, (B,)."""
         for name, moments in self._moments.items():
             moments.update(features[name].to(self.device))
         if self._score is not None:
-            self._score.update(self.network.logits(features["pool"].to(self.device)))
+            self._score.update(self.network.logits(features["pool"].to(self.device)), features[KEYS])
         if self._pool is not None:
             self._pool.append(features["pool"].float().cpu())
 
@@ -232,9 +237,11 @@ def compute_statistics(
         statistics = FeatureStatistics()
         if metrics:
             builder = StatisticsBuilder(replace(m, metrics=metrics), world, generated=generated)
-            cache = FeatureCache(folder, {"images": images.identity, "network": m.identity, "batch_size": batch_size})
+            compute = m.with_keys if "is" in metrics else m.network
+            about = {"images": images.identity, "network": m.identity, "batch_size": batch_size, KEYS: "is" in metrics}
+            cache = FeatureCache(folder, about)
             title = f"{'samples' if generated else 'reference'}, {m.label or 'inception'}"
-            for values in extract(images, m.network, cache, batch_size=batch_size, device=world.device, title=title):
+            for values in extract(images, compute, cache, batch_size=batch_size, device=world.device, title=title):
                 builder.add(values)
                 if not world.is_main and not m.needs_neighbors:
                     break
