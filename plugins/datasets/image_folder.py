@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import logging
 import os
 import warnings
 from typing import TYPE_CHECKING
@@ -18,8 +17,6 @@ from components.data.loader import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
@@ -37,11 +34,13 @@ of the same name, or use the dataset ILSVRC/imagenet-1k on Hugging Face."""
 class ImageFolder(Dataset):
     """Center-cropped image files in one sub-folder per class (ImageNet layout).
 
-    Classes are the sub-folders in sorted order; files may be nested inside them. JPEG, PNG, WebP, BMP and GIF (first
-    frame) files of any mode are converted to 8-bit RGB: gray is repeated, palettes are looked up, CMYK is converted,
-    16 bits are scaled to 8, and alpha is dropped as in ADM (the stored color shows). EXIF rotation is applied. The crop
-    is ADM's (arXiv 2105.05233): halve with a box filter while the shorter side is at least 2R, resize it to R with a
-    bicubic filter, crop the center.
+    Classes are the sub-folders, sorted as text ("10" before "2"); files may be nested inside them. A class without
+    images keeps its label, but is left out of samples.
+
+    JPEG, PNG, WebP, BMP and GIF (first frame) files of any mode are converted to 8-bit RGB: gray is repeated, palettes
+    are looked up, CMYK is converted, 16 bits are scaled to 8, and alpha is dropped as in ADM (the stored color shows).
+    EXIF rotation is applied. The crop is ADM's (arXiv 2105.05233): halve with a box filter while the shorter side is at
+    least 2R, resize it to R with a bicubic filter, crop the center.
 
     An unreadable file is replaced by the next readable one, and the sample's ``unreadable`` field names it.
 
@@ -78,13 +77,6 @@ class ImageFolder(Dataset):
                 f"{', ...' if self.num_classes > 3 else ''}) but no images ({' '.join(EXTENSIONS)})"
                 f"{_contents(self.path)}.\n{HELP}"
             )
-        empty = [folder for folder, count in zip(self.class_names, counts) if not count]
-        if empty:
-            more = ", ..." if len(empty) > 5 else ""
-            logger.warning(
-                "dataset image_folder: %d of %d classes in %s have no images; they keep their labels: %s%s",
-                *(len(empty), self.num_classes, path, ", ".join(empty[:5]), more),
-            )
         _silence_pil()
 
     def __setstate__(self, state: dict) -> None:
@@ -93,6 +85,9 @@ class ImageFolder(Dataset):
 
     def __len__(self) -> int:
         return len(self._ends)
+
+    def class_counts(self) -> list[int]:
+        return np.bincount(self._labels, minlength=self.num_classes).tolist()
 
     def file(self, index: int) -> str:
         """Return the path of image ``index`` in [0, len)."""

@@ -53,8 +53,12 @@ def loads(text: str, source: str, overrides: list[str] = ()) -> Config:
 
 
 def override(data: dict[str, Any], source: str, overrides: list[str]) -> Config:
+    run = data.get("run")
+    folder = run.get("dir") if isinstance(run, dict) else None
     for key, value in parse_overrides(overrides):
         assign(data, key, value)
+    if folder and isinstance(data["run"], dict) and not data["run"].get("dir"):
+        data["run"]["dir"] = folder  # --run.dir= asks for the default
     return validate(data, source)
 
 
