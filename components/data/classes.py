@@ -91,17 +91,14 @@ class Classes(NamedTuple):
                 f"{len(empty)} of {counted(len(self.counts))} have no images; they keep their labels, but samples and "
                 f"evaluation leave them out: {_listed(empty)}"
             )
-        if self.numeric_order() and list(self.names) != sorted(self.names, key=int):
+        numbers = all(name.isascii() and name.isdecimal() for name in self.names)
+        if numbers and list(self.names) != sorted(self.names, key=int):
             i, name = next((i, name) for i, name in enumerate(self.names) if name != str(i))
             found.append(
                 f"class names are numbers in the order of text, not of numbers: index {i} is class '{name}' "
                 "(sample --labels takes name:N or index:N)"
             )
         return found
-
-    def numeric_order(self) -> bool:
-        """Whether all names are numbers."""
-        return bool(self.names) and all(name.isascii() and name.isdecimal() for name in self.names)
 
     def shown(self, label: int) -> str:
         """A class in messages: index and name."""

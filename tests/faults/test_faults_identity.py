@@ -276,12 +276,13 @@ def test_a_skewed_dataset_is_said_by_an_evaluation_with_balanced_labels(trained,
         assert not (out / ".evaluation").exists()
 
 
-def test_a_class_without_images_is_said_once_and_never_sampled(tmp_path):
+def test_a_class_without_images_is_said_once_and_never_sampled(tmp_path, capsys):
     data = image_folder(tmp_path / "data", {"a": 4, "b": 0, "c": 4})
     assert train(tmp_path, data) == 0
     assert (tmp_path / "run" / "log.txt").read_text().count("have no images") == 1
     out = tmp_path / "out"
     assert main(["sample", str(tmp_path / "run"), "--num-samples=3", f"--out={out}"]) == 0
+    assert capsys.readouterr().err.count("classes without images are left out: 1 'b'") == 1
     assert json.loads((out / "samples.json").read_text())["classes_left_out"] == [1]
     parts = open_source(str(tmp_path / "run"), World()).parts
     assert parts.sampling_condition(torch.arange(4)).label.tolist() == [0, 2, 0, 2]

@@ -102,9 +102,8 @@ def sample(arguments: argparse.Namespace, overrides: list[str], world: World) ->
     classes = ranks.first(lambda: classes_for(arguments.labels, source))
     kind = parse_labels(arguments.labels, source.parts.num_classes, classes)
     source.parts.classes = classes
-    if world.is_main:
-        for note in classes.notes():
-            print(f"note: {note}", file=sys.stderr)
+    if world.is_main and (left_out := left_out_of(kind, source.parts)):
+        print(f"note: classes without images are left out: {', '.join(map(classes.shown, left_out))}", file=sys.stderr)
     sampler = make_sampler(source, guide, plan, arguments.precision)
 
     default = (source.run or Path(arguments.source).expanduser()) / "samples" / folder_name(arguments, source, plan)
@@ -192,6 +191,13 @@ def classes_for(labels: str, source: LoadedModel) -> Classes:
     return found
 
 
+def left_out_of(kind: list[int] | str, parts: Parts) -> list[int]:
+    """Classes without images, where ``kind`` takes all others in turn or at random."""
+    if kind not in ("balanced", "random"):
+        return []
+    return sorted(set(range(parts.num_classes)) - set(parts.classes.with_images(parts.num_classes)))
+
+
 def draw(
     arguments: argparse.Namespace,
     folder: SampleFolder,
@@ -263,13 +269,13 @@ def describe(
     kind: list[int] | str,
 ) -> dict[str, Any]:
     """Settings that determine the images, their source, and index and name of the classes, for samples.json."""
-    classes, num_classes = source.parts.classes, source.parts.num_classes
-    with_images, named = classes.with_images(num_classes), {str(i): name for i, name in enumerate(classes.names)}
+    classes = source.parts.classes
+    named = {str(i): name for i, name in enumerate(classes.names)}
     more: dict[str, Any] = {"classes": named} if named else {}
     if kind == "dataset":
         more["class_counts"] = list(classes.counts)
-    elif isinstance(kind, str) and len(with_images) < num_classes:
-        more["classes_left_out"] = sorted(set(range(num_classes)) - set(with_images))
+    elif left_out := left_out_of(kind, source.parts):
+        more["classes_left_out"] = left_out
     return more | {
         "source": source.path,
         "run": str(source.run.absolute()) if source.run else None,
