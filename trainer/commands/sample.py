@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -305,7 +306,7 @@ def folder_name(arguments: argparse.Namespace, source: LoadedModel, plan: Sampli
     if (shift := plan.shift or source.parts.modules.flow.shift) != 1:
         words.append(f"shift{shift:g}")
     if arguments.labels != "balanced":
-        words.append(f"labels-{arguments.labels}"[:40])
+        words.append("labels-" + re.sub(r"[^\w.,+-]", "_", arguments.labels)[:33])
     if arguments.precision != "fp32":
         words.append(arguments.precision)
     return "-".join([*words, f"seed{plan.seed}"])
