@@ -73,7 +73,7 @@ class SampleFolder:
                 raise ConfigError(
                     f"'{self.path}' holds samples with other settings:{listed}\nRemove it, or choose another --out"
                 )
-        self._check_images(settings["num_samples"], known=before is not None)
+        self._check_images(settings.get("num_samples", 0), known=before is not None)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             record = settings | {"titanrepa_version": version()}
