@@ -74,6 +74,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from components.data.loader import DataError
     from components.distributed.parallel import ParallelError
     from components.evaluation import EvaluationError
+    from components.files.lock import LockError
     from components.files.weights import WeightsError
     from components.finite import NotFiniteError
     from components.registry import PluginError
@@ -90,6 +91,7 @@ def user_errors() -> tuple[type[Exception], ...]:
         ParallelError,
         GuardStop,
         NotFiniteError,
+        LockError,
     )
 
 

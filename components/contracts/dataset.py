@@ -39,6 +39,10 @@ class Dataset:
     def __getitem__(self, index: int) -> DatasetItem:
         raise NotImplementedError
 
+    def class_counts(self) -> Sequence[int] | None:
+        """Images per class, if known without reading items; otherwise None. Recorded with the run."""
+        return None
+
     def mirrored(self, index: int) -> DatasetItem:
         """The item of the image mirrored left-right. A dataset that stores mirrored copies (a cache) overrides it."""
         item = self[index]

@@ -14,13 +14,14 @@ from components.distributed.parallel import World
 from components.evaluation import EvaluationError
 from components.evaluation.features import FeatureCache, extract
 from components.evaluation.images import ImageSet
-from components.evaluation.inception_score import InceptionScore
+from components.evaluation.inception_score import InceptionScore, content_keys
 from components.finite import count_of, faulty_rows
 
 # Features that each Frechet distance is computed on, and their suffixes in ADM's statistics files.
 FRECHET = {"fid": "pool", "sfid": "spatial", "fd": "embedding"}
 SUFFIXES = {"pool": "", "spatial": "_s"}
 INCEPTION = ("fid", "sfid", "is", "precision", "recall")
+KEYS = "content_keys"
 
 
 class FeatureNetwork(Protocol):
@@ -65,6 +66,10 @@ class NetworkMetrics:
     def needs_neighbors(self) -> bool:
         """Whether the metrics need the features of every image, not only their moments."""
         return "precision" in self.metrics or "recall" in self.metrics
+
+    def with_keys(self, images: Tensor) -> dict[str, Tensor]:
+        """Features of images uint8 (B, 3, H, W), by name, and the keys that order images for the Inception Score."""
+        return self.network(images) | {KEYS: content_keys(images)}
 
     def name(self, metric: str) -> str:
         """Name in reports: "fid", "fd_dinov2"."""
@@ -174,13 +179,13 @@ class StatisticsBuilder:
         self._count = 0
 
     def add(self, features: dict[str, Tensor]) -> None:
-        """Add the features (B, D), by name, of the next images.
+        """Add the features (B, D), by name, of the next images; for the Inception Score also :data:`KEYS`, (B,).
 
         Raises:
             EvaluationError: the features of an image are not finite; says how many and which image is the first.
         """
         for name, values in features.items():
-            if faulty := faulty_rows(values, self._count):
+            if name != KEYS and (faulty := faulty_rows(values, self._count)):
                 raise EvaluationError(
                     f"'{name}' of {count_of(faulty, len(values), 'images of a batch')}, counted from 0; the weights of "
                     "the network or the images are invalid"
@@ -189,7 +194,7 @@ class StatisticsBuilder:
         for name, moments in self._moments.items():
             moments.update(features[name].to(self.device))
         if self._score is not None:
-            self._score.update(self.network.logits(features["pool"].to(self.device)))
+            self._score.update(self.network.logits(features["pool"].to(self.device)), features[KEYS])
         if self._pool is not None:
             self._pool.append(features["pool"].float().cpu())
 
@@ -235,9 +240,11 @@ def compute_statistics(
         statistics = FeatureStatistics()
         if metrics:
             builder = StatisticsBuilder(replace(m, metrics=metrics), world, generated=generated)
-            cache = FeatureCache(folder, {"images": images.identity, "network": m.identity, "batch_size": batch_size})
+            compute = m.with_keys if "is" in metrics else m.network
+            about = {"images": images.identity, "network": m.identity, "batch_size": batch_size, KEYS: "is" in metrics}
+            cache = FeatureCache(folder, about)
             title = f"{'samples' if generated else 'reference'}, {m.label or 'inception'}"
-            for values in extract(images, m.network, cache, batch_size=batch_size, device=world.device, title=title):
+            for values in extract(images, compute, cache, batch_size=batch_size, device=world.device, title=title):
                 builder.add(values)
                 if not world.is_main and not m.needs_neighbors:
                     break

@@ -7,6 +7,7 @@ modules' state dicts. Each file is self-contained: its metadata include the conf
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,12 @@ PARTS = ("tokenizer", "denoiser", "latent_norm", "heads", "discriminator")
 
 
 def write_model(
-    folder: Path, states: Mapping[str, dict[str, Tensor]], config_toml: str, step: int, weights: str
+    folder: Path,
+    states: Mapping[str, dict[str, Tensor]],
+    config_toml: str,
+    step: int,
+    weights: str,
+    classes: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write a model folder and return its files; ``config.toml`` comes last, so a partial folder has none.
 
@@ -35,6 +41,7 @@ def write_model(
         config_toml: the resolved config.
         step: optimizer steps taken.
         weights: "ema" or "online".
+        classes: record of the classes that the labels stand for; None: unknown.
 
     Raises:
         NotFiniteError: a tensor holds NaN or infinity; nothing is written.
@@ -47,13 +54,21 @@ def write_model(
             (folder / f"{part}.safetensors").unlink(missing_ok=True)
     files = [folder / f"{part}.safetensors" for part in states]
     for file, (part, state) in zip(files, states.items()):
-        write_part(file, part, state, config_toml, step, weights)
+        write_part(file, part, state, config_toml, step, weights, classes)
     with atomic_write(folder / CONFIG) as partial:
         partial.write_text(config_toml, encoding="utf-8")
     return [*files, folder / CONFIG]
 
 
-def write_part(path: Path, part: str, state: dict[str, Tensor], config_toml: str, step: int, weights: str) -> None:
+def write_part(
+    path: Path,
+    part: str,
+    state: dict[str, Tensor],
+    config_toml: str,
+    step: int,
+    weights: str,
+    classes: Mapping[str, Any] | None = None,
+) -> None:
     """Atomically write one module's state dict.
 
     Args:
@@ -63,8 +78,11 @@ def write_part(path: Path, part: str, state: dict[str, Tensor], config_toml: str
         config_toml: the resolved config.
         step: optimizer steps taken.
         weights: "ema" or "online".
+        classes: record of the classes that the labels stand for; None: unknown.
     """
     about = {"format": FORMAT, "part": part, "config": config_toml, "step": str(step), "weights": weights}
+    if classes is not None:
+        about["classes"] = json.dumps(classes)
     save_tensors(path, state, about)
 
 
@@ -102,7 +120,7 @@ def _alone(tensor: Tensor, seen: set[int]) -> Tensor:
 
 
 def read_part(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the state dict and metadata ("part", "config", "step", "weights") of a model folder's file.
+    """Read the state dict and metadata ("part", "config", "step", "weights", "classes") of a model folder's file.
 
     Raises:
         WeightsError: the file is missing, damaged, or not from a model folder.

@@ -23,8 +23,9 @@ labels                    (m,)          class, int64
 
 - ``format`` 1, ``count`` n, ``shard_size`` s, ``latent`` [C, h, w], ``dtype``, ``flipped``, and the networks'
   ``precision`` ("bf16": autocast);
-- ``num_classes``, ``class_names``, ``dataset``: name, options, resolution, flip (whether it allows mirroring), and
-  ``probes``, small copies of some images that identify the dataset;
+- ``num_classes``, ``class_names``, ``class_counts`` (images per class, or null);
+- ``dataset``: name, options, resolution, flip (whether it allows mirroring), and ``probes``, small copies of some
+  images that identify the dataset;
 - ``tokenizer``: ``fingerprint`` (:func:`components.files.fingerprint.fingerprint`) and a human-readable ``origin``;
 - ``features`` by label: ``fingerprint``, ``origin``, ``name`` and ``options`` of the encoder, ``shape`` [N, D];
 - ``statistics``: ``mean`` and ``std`` of z per channel, in float64, before rounding to ``dtype``, over all images and
@@ -102,6 +103,19 @@ class LatentCache:
     @property
     def num_classes(self) -> int:
         return self.index["num_classes"]
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.index["class_names"]
+
+    def class_counts(self) -> list[int]:
+        """Images per class; caches of older versions do not record it, so their labels are read."""
+        if self.index.get("class_counts") is None:
+            counts = torch.zeros(self.num_classes, dtype=torch.int64)
+            for number in range(len(self.index["shards"])):
+                counts += self._shard(number).get_tensor("labels").bincount(minlength=self.num_classes)
+            self.index["class_counts"] = counts.tolist()
+        return self.index["class_counts"]
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor]:

@@ -22,10 +22,13 @@ class CachedDataset(Dataset):
     def __init__(self, cache: LatentCache, images: Dataset | None, *, flip: bool, features: Sequence[str]) -> None:
         self.cache, self.images, self.flip, self.features = cache, images, flip, tuple(features)
         self.num_classes = cache.num_classes
-        self.class_names: Sequence[str] = cache.index["class_names"]
+        self.class_names: Sequence[str] = cache.class_names
 
     def __len__(self) -> int:
         return len(self.cache)
+
+    def class_counts(self) -> Sequence[int]:
+        return self.cache.class_counts()
 
     def __getitem__(self, index: int) -> DatasetItem:
         return self._sample(index, flipped=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -17,8 +16,6 @@ from components.data.loader import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-logger = logging.getLogger(__name__)
 
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 PATIENCE = 100
@@ -35,9 +32,10 @@ of the same name, or use the dataset ILSVRC/imagenet-1k on Hugging Face."""
 class ImageFolder(Dataset):
     """Center-cropped image files in one sub-folder per class (ImageNet layout).
 
-    Classes are the sub-folders in sorted order; files may be nested inside them. Files are listed and converted to
-    8-bit RGB by :mod:`components.data.images`, as in evaluation. The crop is ADM's (arXiv 2105.05233): halve with a
-    box filter while the shorter side is at least 2R, resize it to R with a bicubic filter, crop the center.
+    Classes are the sub-folders, sorted as text ("10" before "2"); files may be nested inside them. A class without
+    images keeps its label, but is left out of samples. Files are listed and converted to 8-bit RGB by
+    :mod:`components.data.images`, as in evaluation. The crop is ADM's (arXiv 2105.05233): halve with a box filter while
+    the shorter side is at least 2R, resize it to R with a bicubic filter, crop the center.
 
     An unreadable file is replaced by the next readable one; the item's fields ``unreadable`` and ``reason`` say which
     and why.
@@ -79,13 +77,6 @@ class ImageFolder(Dataset):
         if listing.files:
             listing.left_out["images beside the class folders"] = len(listing.files)
         listing.say(f"dataset image_folder: {printable(path)}")
-        empty = [folder for folder, count in zip(self.class_names, counts) if not count]
-        if empty:
-            more = ", ..." if len(empty) > 5 else ""
-            logger.warning(
-                "dataset image_folder: %d of %d classes in %s have no images; they keep their labels: %s%s",
-                *(len(empty), self.num_classes, path, ", ".join(empty[:5]), more),
-            )
         silence_pil()
 
     def __setstate__(self, state: dict) -> None:
@@ -94,6 +85,9 @@ class ImageFolder(Dataset):
 
     def __len__(self) -> int:
         return len(self._ends)
+
+    def class_counts(self) -> list[int]:
+        return np.bincount(self._labels, minlength=self.num_classes).tolist()
 
     def file(self, index: int) -> str:
         """Return the path of image ``index`` in [0, len)."""

@@ -87,6 +87,9 @@ class Shapes(Dataset):
     def __len__(self) -> int:
         return self.size
 
+    def class_counts(self) -> list[int]:
+        return [len(range(label, self.size, self.num_classes)) for label in range(self.num_classes)]
+
     def __getitem__(self, index: int) -> DatasetItem:
         """Return the image (uint8, (3, R, R)) and its class.
 

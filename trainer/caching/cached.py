@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from components import registry
 from components.contracts import Dataset, Recipe
+from components.data.classes import Classes
 from components.files.fingerprint import fingerprint
 from components.latent_cache.cache import LatentCache
 from components.latent_cache.dataset import CachedDataset, CachedEncoder
@@ -144,10 +145,10 @@ def _dataset_problems(config: Config, index: dict[str, Any], images: Dataset | N
     ]
     if images is None or problems:
         return problems
-    if len(images) != index["count"]:
+    if changed := Classes(tuple(index["class_names"])).difference(Classes.of(images)):
+        problems.append(f"its classes differ from those of the dataset (cache -> this run): {changed}")
+    elif len(images) != index["count"]:
         problems.append(f"it holds {index['count']} images, the dataset has {len(images)}")
-    elif list(images.class_names) != index["class_names"]:
-        problems.append("its class names differ from those of the dataset")
     elif not _recognized(there["probes"], images):
         problems.append("its images differ from those of the dataset (a sample was compared)")
     return problems

@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from components.contracts import Dataset, DatasetItem
+from components.data.classes import Classes
 from components.data.loader import DataError, UnreadableCounter, check_item, start_worker, why_unreadable
 from components.diffusion.random_numbers import generator
 from components.distributed.parallel import World
 from components.distributed.ranks import Ranks
 from components.files import manifest
+from components.files.lock import NAME as LOCK
 from components.latent_cache.cache import (
     INDEX,
     PROGRESS,
@@ -131,13 +133,18 @@ class Encoding:
         elif begun.is_file():
             old = read_json(begun)
         else:
-            others = sorted(path.name for path in self.out.iterdir() if path.name != PROGRESS)
+            others = sorted(path.name for path in self.out.iterdir() if path.name not in (PROGRESS, LOCK))
             if others:
                 listed = ", ".join(others[:3])
                 raise ConfigError(f"--out {self.out}: the folder holds other files ({listed}); choose a new one")
             begun.parent.mkdir(exist_ok=True)
             write_json(begun, self.settings)
             return
+        if changed := Classes(tuple(old["class_names"])).difference(Classes(tuple(self.settings["class_names"]))):
+            raise ConfigError(
+                f"--out {self.out}: the folder holds a cache of other classes (cache -> now): {changed}. Restore the "
+                "dataset, choose another folder, or remove this one"
+            )
         found = cached.differences(_compared(old), _compared(self.settings))
         # The path of the weights may differ if the weights are the same.
         if any(".origin" not in line for line in found):
@@ -243,7 +250,8 @@ def _pieces(rows: range, size: int) -> list[list[int]]:
 
 
 def _compared(fields: dict[str, Any]) -> dict[str, Any]:
-    """Settings without the probes, which may differ in the last bit between image decoders."""
+    """Settings without probes, which may differ in the last bit between image decoders, and what older caches lack."""
+    fields = {key: value for key, value in fields.items() if key != "class_counts"}
     return fields | {"dataset": {key: value for key, value in fields["dataset"].items() if key != "probes"}}
 
 

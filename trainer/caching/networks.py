@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from components.data.classes import Classes
 from components.data.loader import DataError
 from components.data.pixels import to_float
 from components.distributed.parallel import World
@@ -135,6 +136,7 @@ def settings(source: LoadedModel, choices: Choices, networks: Networks) -> dict[
         "precision": "bf16" if networks.autocast else "fp32",
         "num_classes": dataset.num_classes,
         "class_names": list(dataset.class_names),
+        "class_counts": list(Classes.of(dataset).counts) or None,
         "dataset": cached.describe("dataset", config.dataset) | about,
         "tokenizer": {"fingerprint": fingerprint(source.parts.modules.tokenizer), "origin": source.label},
         "features": named,

@@ -11,6 +11,8 @@ from trainer import config as configs
 
 if TYPE_CHECKING:
     from components.distributed.parallel import World
+    from trainer.caching.networks import Choices
+    from trainer.models.source import LoadedModel
 
 SUMMARY = "encode a dataset into a latent cache, to train a denoiser on it"
 
@@ -59,10 +61,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def encode(arguments: argparse.Namespace, overrides: list[str], world: World) -> None:
-    from tqdm import tqdm
-
-    from components.latent_cache.cache import LatentCache
-    from trainer.caching.encoding import Encoding
+    from components.distributed.ranks import Ranks
+    from components.files.lock import owned
     from trainer.caching.networks import Choices
     from trainer.commands.train import set_backends
     from trainer.models.source import open_source
@@ -78,6 +78,34 @@ def encode(arguments: argparse.Namespace, overrides: list[str], world: World) ->
     names = ("dtype", "flip", "features", "batch_size", "shard_size")
     choices = Choices(**{name: vars(arguments)[name] for name in names})
     out = Path(arguments.out) if arguments.out else default_folder(source)
+    check_classes(source, overrides)
+    with owned(out, "--out", Ranks(None).first):
+        fill(out, source, choices, world)
+
+
+def check_classes(source: LoadedModel, overrides: list[str]) -> None:
+    """Raise ConfigError if the source's dataset, unless named on the command line, lacks the classes it trained on."""
+    from components.data.classes import Classes
+
+    changed = source.classes.difference(Classes.of(source.parts.dataset))
+    if changed and not any(word.startswith("--dataset") for word in overrides):
+        raise configs.ConfigError(
+            f"the dataset's classes differ from those that {source.path} was trained on (source -> now): {changed}. "
+            "Restore the dataset, or name the one to encode: --dataset.KEY=VALUE"
+        )
+
+
+def fill(out: Path, source: LoadedModel, choices: Choices, world: World) -> None:
+    """Encode what the folder lacks. Collective; rank 0 owns the folder."""
+    from tqdm import tqdm
+
+    from components.data.classes import Classes
+    from components.latent_cache.cache import LatentCache
+    from trainer.caching.encoding import Encoding
+
+    if world.is_main:
+        for note in Classes.of(source.parts.dataset).notes():
+            print(f"note: {note}", file=sys.stderr)
     encoding = Encoding(out, source, choices, world)
     complete = not any(encoding.ranks.gather(encoding.missing()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,10 +90,32 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def evaluate(arguments: argparse.Namespace, overrides: list[str], world: World) -> None:
     """Run the command on one rank."""
     named = None if arguments.metrics is None else [w.strip() for w in arguments.metrics.split(",") if w.strip()]
-    (_reconstruction if arguments.reconstruction else _samples)(arguments, named, overrides, world)
+    with contextlib.ExitStack() as stack:
+        (_reconstruction if arguments.reconstruction else _samples)(arguments, named, overrides, world, stack)
 
 
-def _samples(arguments: argparse.Namespace, named: list[str] | None, overrides: list[str], world: World) -> None:
+def _own_cache(stack: contextlib.ExitStack, output: Path) -> None:
+    """Own the folder of the feature caches until the stack is closed, and then remove it if it is empty. Collective."""
+    from components.distributed.ranks import Ranks
+    from components.evaluation.features import FOLDER
+    from components.files.lock import owned
+
+    stack.callback(_remove_empty, output.parent / FOLDER)
+    stack.enter_context(owned(output.parent / FOLDER, "--output", Ranks(None).first))
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _samples(
+    arguments: argparse.Namespace,
+    named: list[str] | None,
+    overrides: list[str],
+    world: World,
+    stack: contextlib.ExitStack,
+) -> None:
     from components.evaluation import EvaluationError
     from components.evaluation.comparison import compare
     from components.evaluation.images import first_images, open_images
@@ -100,6 +123,7 @@ def _samples(arguments: argparse.Namespace, named: list[str] | None, overrides: 
     from trainer.evaluation import results
     from trainer.evaluation.metric_selection import choose_metrics, make_networks
     from trainer.evaluation.references import open_reference, save_reference
+    from trainer.models.sample_folder import SampleFolder
 
     settings = _sample_settings(arguments.samples)
     config = _config(arguments, settings, overrides)
@@ -109,16 +133,23 @@ def _samples(arguments: argparse.Namespace, named: list[str] | None, overrides: 
             f"'{arguments.samples}' holds {len(images)} of {wanted} images: sampling was interrupted; repeat the "
             "sample command to resume"
         )
+    if there.is_dir() and settings and len(images) > wanted and not arguments.max_images:
+        raise EvaluationError(
+            f"'{arguments.samples}' holds {len(images)} images, but samples.json lists {wanted}; remove the others, or "
+            f"use the first ones: --max-images={wanted}"
+        )
     images = first_images(images, arguments.max_images)
     metrics = choose_metrics(named, arguments.encoder, INCEPTION)
     resolution = images[0].shape[-1]
     networks = make_networks(metrics, arguments.encoder, arguments.inception_weights, resolution, world.device)
-    reference = open_reference(arguments.reference, config, arguments.reference_images)
+    classes = SampleFolder(there.parent if there.is_file() else there).classes()
+    reference = open_reference(arguments.reference, config, arguments.reference_images, classes)
     reference.check(networks, len(images), arguments.allow_singular)
 
     default = there / "evaluation.json" if there.is_dir() else there.with_suffix(".evaluation.json")
     output = Path(arguments.output or default)
     common = {"batch_size": arguments.batch_size, "world": world}
+    _own_cache(stack, output)
     ours, caches = compute_statistics(images, networks, output.parent, generated=True, **common)
     common |= {"generated": False, "known": [reference.known(m) for m in networks]}
     theirs, others = compute_statistics(reference.images, networks, output.parent, **common)
@@ -128,6 +159,8 @@ def _samples(arguments: argparse.Namespace, named: list[str] | None, overrides: 
     warnings = reference.warnings(networks) + warnings
     if reference.images is not None and (size := reference.images[0].shape[-1]) != resolution:
         warnings.append(f"the reference images have {size} pixels per side, the samples {resolution}")
+    if warning := reference.class_warning(settings.get("labels")):
+        warnings.append(warning)
     about = {
         "samples": {"path": arguments.samples, "images": len(images), "settings": settings or None},
         "reference": {
@@ -144,7 +177,13 @@ def _samples(arguments: argparse.Namespace, named: list[str] | None, overrides: 
     results.publish(title, output, values, warnings, about, caches + others, run_folder, there.name, step)
 
 
-def _reconstruction(arguments: argparse.Namespace, named: list[str] | None, overrides: list[str], world: World) -> None:
+def _reconstruction(
+    arguments: argparse.Namespace,
+    named: list[str] | None,
+    overrides: list[str],
+    world: World,
+    stack: contextlib.ExitStack,
+) -> None:
     from components.evaluation.images import first_images
     from trainer.evaluation import results
     from trainer.evaluation.metric_selection import choose_metrics, make_networks
@@ -178,6 +217,7 @@ def _reconstruction(arguments: argparse.Namespace, named: list[str] | None, over
     there = Path(arguments.samples).expanduser()
     folder = source.run or (there if there.is_dir() else Path(source.config.run.dir))
     output = Path(arguments.output or folder / "reconstruction.json")
+    _own_cache(stack, output)
     values, warnings, caches = evaluate_reconstruction(
         source.parts.modules.tokenizer,
         images,

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from components.files.lock import owned
 from trainer.config import ConfigError, named_files, weights_key
 
 if TYPE_CHECKING:
@@ -89,9 +90,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 @contextlib.contextmanager
 def writing_to(out: Path) -> Iterator[None]:
-    """Context manager that turns an OSError (folder not writable, disk full) into a ConfigError about --out."""
+    """Context manager that owns the folder, and turns an OSError (disk full) into a ConfigError about --out."""
     try:
-        yield
+        with owned(out, "--out"):
+            yield
     except OSError as error:
         raise ConfigError(f"--out={out}: cannot be written: {error.strerror or error}") from error
 
@@ -137,7 +139,8 @@ def _safetensors(stored: ModelWeights, out: Path, needs: Sequence[str], explicit
     lacking = [name for name in needs if name not in states]
     if lacking and explicit:
         raise ConfigError(f"--parts: '{stored.path}' holds no {lacking[0]}")
-    files = write_model(out, states, stored.config.to_toml(), stored.step, stored.weights)
+    classes = stored.classes.record() if stored.classes.names else None
+    files = write_model(out, states, stored.config.to_toml(), stored.step, stored.weights, classes)
     takers = ["sample", "evaluate", "encode"] if {"tokenizer", "denoiser", "latent_norm"} <= states.keys() else []
     uses = [f"Use it: python -m trainer {'|'.join(takers)} {out}"] if takers else []
     if "tokenizer" in states:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from trainer import config as configs
 if TYPE_CHECKING:
     import torch
 
+    from components.data.classes import Classes
     from components.diffusion.image_sampler import ImageSampler, SamplingPlan
     from components.distributed.parallel import World
     from trainer.models.sample_folder import SampleFolder
@@ -35,14 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shift", type=float, help="timestep shift; 1: none (default: as in the run)")
     parser.add_argument("--guide", metavar="SOURCE", help="autoguidance: weaker model to guide away from")
     parser.add_argument(
-        "--labels", default="balanced", help="balanced (cycle through all classes), random, or e.g. 0,3,7"
+        "--labels",
+        default="balanced",
+        help="balanced (cycle through all classes that have images), random, dataset (as often as in the training "
+        "data), or classes by index or name, e.g. 0,3,cat; index:2 and name:2 where names are numbers",
     )
     parser.add_argument("--seed", type=int, default=0, help="noise seed; image i depends only on it and i (default: 0)")
     parser.add_argument("--batch-size", type=int, help="images per batch and rank (default: 64)")
     parser.add_argument("--no-npz", action="store_true", help="do not write samples.npz (ADM evaluation format)")
     parser.epilog = (
         "Writes PNG files, grid.png, samples.npz (arr_0: uint8, N x R x R x 3) and samples.json. Repeat the command\n"
-        "to resume after an interruption; a larger --num-samples adds images to the same folder.\n"
+        "to resume after an interruption; a larger --num-samples adds images to the same folder. A smaller one is\n"
+        "refused, since the folder would hold more images than asked for.\n"
         "Several GPUs: torchrun --nproc-per-node=8 -m trainer sample ...\n"
         "Any config key of the run can be overridden: --section.key=value"
     )
@@ -78,7 +84,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def sample(arguments: argparse.Namespace, overrides: list[str], world: World) -> int:
     from components.distributed.ranks import Ranks
-    from components.finite import NotFiniteError
+    from components.files.lock import owned
     from trainer.commands.train import set_backends
     from trainer.models.sample_folder import SampleFolder, parse_labels
     from trainer.models.source import open_source
@@ -91,16 +97,42 @@ def sample(arguments: argparse.Namespace, overrides: list[str], world: World) ->
         guide = open_source(arguments.guide, world, **options)
     set_backends(source.config)
     plan = sampling_plan(source.config, arguments.seed, vars(arguments))
-    kind = parse_labels(arguments.labels, source.parts.num_classes)
+    if guide is not None:
+        check_guide(source, guide)
+    ranks = Ranks(None)
+    classes = ranks.first(lambda: classes_for(arguments.labels, source))
+    kind = parse_labels(arguments.labels, source.parts.num_classes, classes)
+    source.parts.classes = classes
+    if world.is_main and (left_out := left_out_of(kind, source.parts)):
+        print(f"note: classes without images are left out: {', '.join(map(classes.shown, left_out))}", file=sys.stderr)
     sampler = make_sampler(source, guide, plan, arguments.precision)
 
     default = (source.run or Path(arguments.source).expanduser()) / "samples" / folder_name(arguments, source, plan)
     folder = SampleFolder(arguments.out or default)
+    with owned(folder.path, "--out", ranks.first):
+        fill(arguments, folder, sampler, source, guide, describe(arguments, source, guide, plan, kind), kind, world)
+    return 0
+
+
+def fill(
+    arguments: argparse.Namespace,
+    folder: SampleFolder,
+    sampler: ImageSampler,
+    source: LoadedModel,
+    guide: LoadedModel | None,
+    settings: dict[str, Any],
+    kind: list[int] | str,
+    world: World,
+) -> None:
+    """Draw what the folder lacks, then write grid and archive. Collective; rank 0 owns the folder."""
+    from components.distributed.ranks import Ranks
+    from components.finite import NotFiniteError
+
     ranks = Ranks(None)
     before = ranks.first(folder.settings)
     batch_size = arguments.batch_size or (before or {}).get("batch_size") or min(64, arguments.num_samples)
     about = {"num_samples": arguments.num_samples, "batch_size": batch_size}
-    ranks.first(lambda: folder.begin(describe(arguments, source, guide, plan, kind) | about))
+    ranks.first(lambda: folder.begin(settings | about))
     missing = ranks.first(lambda: folder.missing(arguments.num_samples))
     faulty = draw(arguments, folder, sampler, missing, batch_size, kind, source.parts, world)
     faulty = sorted(i for rank in ranks.gather(faulty) for i in rank)  # a barrier: all ranks have written their files
@@ -117,7 +149,58 @@ def sample(arguments: argparse.Namespace, overrides: list[str], world: World) ->
             f"Evaluate them: python -m trainer evaluate {folder.path} --reference=FOLDER_OR_NPZ"
         )
     ranks.first(lambda: None)
-    return 0
+
+
+def check_guide(source: LoadedModel, guide: LoadedModel) -> None:
+    """Raise ConfigError if the labels of two models mean different classes."""
+    changed = source.classes.difference(guide.classes)
+    ours, theirs = source.parts.num_classes, guide.parts.num_classes
+    if not changed and ours != theirs:
+        changed = f"{ours} classes -> {theirs}"
+    if changed:
+        raise configs.ConfigError(
+            f"--guide={guide.path}: its classes differ from those of {source.path} (source -> guide): {changed}; "
+            "choose a guide trained on the same classes"
+        )
+
+
+def classes_for(labels: str, source: LoadedModel) -> Classes:
+    """Classes of a model, as far as ``labels`` needs them: from its checkpoint, else from the dataset of its config.
+
+    Raises:
+        ConfigError: they are needed and neither is available, or the dataset's differ from the checkpoint's.
+    """
+    from components.data.classes import Classes
+    from components.data.loader import DataError
+    from trainer.run.construct import make_plugin
+
+    classes, words = source.classes, labels.split(",")
+    by_name = labels not in ("balanced", "random", "dataset") and not all(w.strip().isdecimal() for w in words)
+    if (labels != "dataset" or classes.counts) and (not by_name or classes.names):
+        return classes
+    config = source.config
+    try:
+        dataset = source.parts.dataset or make_plugin("dataset", "dataset", config.dataset, config.training.resolution)
+    except (DataError, OSError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise configs.ConfigError(
+            f"--labels={labels}: '{source.path}' does not record its classes, and its dataset is not available "
+            f"({reason}); name the dataset (--dataset.KEY=VALUE), or use class indices"
+        ) from error
+    found = Classes.of(dataset, count=labels == "dataset")
+    if changed := classes.difference(found):
+        raise configs.ConfigError(
+            f"--labels={labels}: the dataset's classes differ from those of '{source.path}' (source -> dataset): "
+            f"{changed}; name the dataset that it was trained on (--dataset.KEY=VALUE)"
+        )
+    return found
+
+
+def left_out_of(kind: list[int] | str, parts: Parts) -> list[int]:
+    """Classes without images, where ``kind`` takes all others in turn or at random."""
+    if kind not in ("balanced", "random"):
+        return []
+    return sorted(set(range(parts.num_classes)) - set(parts.classes.with_images(parts.num_classes)))
 
 
 def draw(
@@ -144,6 +227,7 @@ def draw(
     from components.finite import sound_rows
     from trainer.models.sample_folder import labels_of
 
+    with_images = parts.classes.with_images(parts.num_classes)
     counts = Counter(i // batch_size for i in missing)
     batches = sorted(counts)
     bar = tqdm(total=len(missing), unit="image", disable=None if world.is_main else True, dynamic_ncols=True)
@@ -151,7 +235,8 @@ def draw(
         writes, faulty = [], []
         for turn, first in enumerate(batches[world.rank :: world.size]):
             ids = range(first * batch_size, (first + 1) * batch_size)
-            labels = torch.tensor(labels_of(ids, kind, parts.num_classes, arguments.seed), device=world.device)
+            chosen = labels_of(ids, kind, with_images, arguments.seed, parts.classes.counts)
+            labels = torch.tensor(chosen, device=world.device)
             condition = parts.sampling_condition(torch.tensor(ids), labels)
             with autocast(arguments.precision, world.device):
                 images = sampler(ids, condition)
@@ -218,8 +303,15 @@ def describe(
     plan: SamplingPlan,
     kind: list[int] | str,
 ) -> dict[str, Any]:
-    """Settings that determine the images, and their source, for samples.json."""
-    return {
+    """Settings that determine the images, their source, and index and name of the classes, for samples.json."""
+    classes = source.parts.classes
+    named = {str(i): name for i, name in enumerate(classes.names)}
+    more: dict[str, Any] = {"classes": named} if named else {}
+    if kind == "dataset":
+        more["class_counts"] = list(classes.counts)
+    elif left_out := left_out_of(kind, source.parts):
+        more["classes_left_out"] = left_out
+    return more | {
         "source": source.path,
         "run": str(source.run.absolute()) if source.run else None,
         "model": source.fingerprint,
@@ -248,7 +340,7 @@ def folder_name(arguments: argparse.Namespace, source: LoadedModel, plan: Sampli
     if (shift := plan.shift or source.parts.modules.flow.shift) != 1:
         words.append(f"shift{shift:g}")
     if arguments.labels != "balanced":
-        words.append(f"labels-{arguments.labels}"[:40])
+        words.append("labels-" + re.sub(r"[^\w.,+-]", "_", arguments.labels)[:33])
     if arguments.precision != "fp32":
         words.append(arguments.precision)
     return "-".join([*words, f"seed{plan.seed}"])

@@ -29,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"record STEPS steps (default: {PROFILED}) with PyTorch's profiler, into profile/ of the run folder; "
         "[profile] in the config sets when, and whether to record GPU memory",
     )
+    parser.add_argument(
+        "--accept-classes",
+        action="store_true",
+        help="resume although the names or the order of the dataset's classes differ from those of the checkpoint",
+    )
     parser.epilog = "Any config key can be overridden: --section.key=value\n\n" + configs.describe()
 
 
@@ -40,23 +45,34 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     world = parallel.join_world(config.parallel.timeout_s)
     try:
+        from components.distributed.ranks import Ranks
+        from components.files.lock import owned
+
         set_backends(config)
         log_to(config, world)
-        if world.is_main:
-            logging.getLogger("titanrepa").info(versions())
-        from trainer.run.loop import Trainer
-
-        trainer = Trainer(config, world)
-        if world.is_main:
-            for place in trainer.parts.unused:
-                logging.getLogger("titanrepa").info(f"recipe '{config.recipe.name}' does not use [{place}]")
-        with parallel.lost_rank_named(lambda: f"at step {trainer.step}"):
-            complete = trainer.run()
-        if world.is_main:
-            print(closing(config, trainer.step, complete, arguments.config), flush=True)
-        return 0
+        with owned(config.run.dir, "run.dir", Ranks(None).first):
+            return train(arguments, config, world)
     finally:
         parallel.leave_world()
+
+
+def train(arguments: argparse.Namespace, config: configs.Config, world: World) -> int:
+    """Train on one rank, in a run folder that rank 0 owns."""
+    from components.distributed import parallel
+
+    if world.is_main:
+        logging.getLogger("titanrepa").info(versions())
+    from trainer.run.loop import Trainer
+
+    trainer = Trainer(config, world, accept_classes=arguments.accept_classes)
+    if world.is_main:
+        for place in trainer.parts.unused:
+            logging.getLogger("titanrepa").info(f"recipe '{config.recipe.name}' does not use [{place}]")
+    with parallel.lost_rank_named(lambda: f"at step {trainer.step}"):
+        complete = trainer.run()
+    if world.is_main:
+        print(closing(config, trainer.step, complete, arguments.config), flush=True)
+    return 0
 
 
 def profiled_steps(text: str | int) -> int:
@@ -87,6 +103,8 @@ def log_to(config: configs.Config, world: World) -> None:
     """Send log lines to the terminal, without breaking the progress bar, and to log.txt in the run folder."""
     from tqdm import tqdm
 
+    from trainer.run.run_log import RunLog
+
     class Terminal(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if not getattr(record, "on_bar", False):  # already on the progress bar
@@ -94,8 +112,7 @@ def log_to(config: configs.Config, world: World) -> None:
 
     handlers: list[logging.Handler] = [Terminal()]
     if world.is_main:
-        Path(config.run.dir).mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(Path(config.run.dir) / "log.txt", errors="backslashreplace"))
+        handlers.append(RunLog(Path(config.run.dir) / "log.txt"))
     line = "%(asctime)s %(message)s" if world.size == 1 else f"%(asctime)s [rank {world.rank}] %(message)s"
     logging.basicConfig(level=logging.WARNING, format=line, datefmt="%H:%M:%S", handlers=handlers, force=True)
     logging.getLogger("titanrepa").setLevel(logging.INFO)

@@ -65,8 +65,12 @@ def loads(text: str, source: str, overrides: list[str] = ()) -> Config:
 def override(data: dict[str, Any], source: str, overrides: list[str], own: bool) -> Config:
     """Apply overrides and validate. ``own``: the config is the user's, not that of a run or model folder."""
     before, given = copy.deepcopy(data), parse_overrides(overrides)
+    run = data.get("run")
+    folder = run.get("dir") if isinstance(run, dict) else None
     for key, value in given:
         assign(data, key, value)
+    if folder and isinstance(data["run"], dict) and not data["run"].get("dir"):
+        data["run"]["dir"] = folder  # --run.dir= asks for the default
     keys = {key for key, _ in given}
     return validate(data, source, before, keys, own=own or "plugins" in keys)
 

@@ -69,6 +69,8 @@ class Training(Table):
     """Height and width of the images in pixels."""
     num_classes: NotNegative = 0
     """Number of classes; 0: taken from the dataset."""
+    allow_fewer_classes: bool = False
+    """Allow `num_classes` above the dataset's number of classes. The labels without images are never sampled."""
     seed: NotNegative = 0
     """Seed of the initial weights, the data order and all random numbers of training."""
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"

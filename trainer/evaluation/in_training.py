@@ -143,7 +143,8 @@ class TrainingEvaluation:
 
     def _add(self, m: NetworkMetrics, builder: StatisticsBuilder, images: torch.Tensor, left: int) -> None:
         """Add the features of all ranks in image order and in batches, as a single rank would."""
-        gathered = {name: gather_rows(feature)[:left] for name, feature in m.network(images).items()}
+        features = m.with_keys(images) if "is" in m.metrics else m.network(images)
+        gathered = {name: gather_rows(feature)[:left] for name, feature in features.items()}
         size = self.settings.batch_size
         for start in range(0, len(next(iter(gathered.values()))), size):
             builder.add({name: feature[start : start + size] for name, feature in gathered.items()})

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from components.data.classes import Classes
 from components.evaluation import EvaluationError
 from components.evaluation.images import DatasetImages, ImageFiles, ImageSet, NpzImages, first_images
 from components.evaluation.precision_recall import NEIGHBORS
@@ -30,12 +31,14 @@ class Reference:
         images: reference images, or None if there are only statistics.
         statistics: precomputed moments by key suffix; they take precedence over images.
         about: networks that the statistics were computed with, by label; None: unknown (ADM's files).
+        classes: of the dataset, if the reference is one.
     """
 
     name: str
     images: ImageSet | None = None
     statistics: dict[str, Gaussian] = field(default_factory=dict)
     about: dict[str, Any] | None = None
+    classes: Classes = field(default_factory=Classes)
 
     def known(self, m: NetworkMetrics) -> dict[str, Gaussian]:
         """Precomputed moments by feature name, of those that a network's metrics need.
@@ -86,6 +89,17 @@ class Reference:
                 "a value with a warning: --allow-singular, or evaluation.allow_singular = true in a config"
             )
 
+    def class_warning(self, labels: Any) -> str:
+        """Warning if samples have each class equally often, but the reference does not; otherwise ""."""
+        counts = [count for count in self.classes.counts if count]
+        if labels not in ("balanced", "random") or not counts or max(counts) < 2 * min(counts):
+            return ""
+        return (
+            f"the samples have each class equally often ({labels} labels), but some classes of the reference have "
+            f"{max(counts) / min(counts):.1f} times as many images as others, which raises FID for no fault of the "
+            "model; sample with --labels=dataset"
+        )
+
     def warnings(self, networks: Sequence[NetworkMetrics]) -> list[str]:
         """Warnings to show with the values: weights that are not the published ones, or statistics of unknown ones."""
         ours = [m.network.about for m in networks if m.network.about.get("published") is False]
@@ -101,22 +115,30 @@ class Reference:
         return found
 
 
-def open_reference(path: str, config: Config | None, count: int) -> Reference:
+def open_reference(path: str, config: Config | None, count: int, classes: Classes = Classes()) -> Reference:
     """Open the reference: an image folder, the word "dataset", an ADM reference batch or a statistics file.
 
     Args:
         path: as the user wrote it.
         config: defines the dataset, for "dataset".
         count: use at most this many images; 0: all.
+        classes: of the samples, which those of "dataset" must equal.
 
     Raises:
         EvaluationError: the path holds no reference; states what is allowed.
-        ConfigError: "dataset" without a config.
+        ConfigError: "dataset" without a config, or with other classes.
     """
     if path == "dataset":
         if config is None:
             raise ConfigError("--reference=dataset: the samples name no run; add --config=TOML_OR_RUN")
-        return Reference(path, first_images(dataset_images(config), count))
+        images = dataset_images(config)
+        found = Classes.of(images.dataset)
+        if changed := classes.difference(found):
+            raise ConfigError(
+                f"--reference=dataset: its classes differ from those of the samples (samples -> dataset): {changed}; "
+                "name the dataset that the model was trained on (--config, --dataset.KEY=VALUE), or a folder of images"
+            )
+        return Reference(path, first_images(images, count), classes=found)
     there = Path(path).expanduser()
     if there.suffix == ".npz" and there.is_file():
         statistics, about = read_statistics(there)

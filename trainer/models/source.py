@@ -11,6 +11,7 @@ from torch import Tensor
 
 from components import registry
 from components.checkpoint import CheckpointError, CheckpointManager
+from components.data.classes import Classes
 from components.distributed.materialize import allocate, filled_by_loading, materialize
 from components.distributed.parallel import World, compile_units
 from components.files.fingerprint import fingerprint
@@ -34,6 +35,7 @@ class ModelWeights:
         path: as the user wrote it.
         run: the run folder, if there is one.
         weights: "ema" if averages were requested; modules without an average have their raw weights.
+        classes: of the data that it was trained on; empty if unknown.
     """
 
     config: Config
@@ -42,6 +44,7 @@ class ModelWeights:
     path: str
     run: Path | None
     weights: str
+    classes: Classes
 
     @property
     def label(self) -> str:
@@ -90,7 +93,7 @@ def read_source(
     if step is not None and not (there / "checkpoints").is_dir():
         raise ConfigError(f"--step={step} selects a checkpoint of a run folder, but '{path}' is not a run folder")
     if there.suffix == ".toml":
-        return ModelWeights(load(path, list(overrides)), {}, 0, path, None, weights)
+        return ModelWeights(load(path, list(overrides)), {}, 0, path, None, weights, Classes())
     if (there / "manifest.json").is_file():
         return _from_checkpoint(path, there, weights, overrides, needs)
     if (there / "checkpoints").is_dir():
@@ -103,7 +106,8 @@ def read_source(
             if (there / f"{name}.safetensors").is_file():
                 states[name], about = model_file.read_part(there / f"{name}.safetensors")
         config = loads((there / "config.toml").read_text(), str(there / "config.toml"), list(overrides))
-        return ModelWeights(config, states, int(about.get("step", 0)), path, None, about.get("weights", weights))
+        step, classes = int(about.get("step", 0)), Classes.from_json(about.get("classes", ""))
+        return ModelWeights(config, states, step, path, None, about.get("weights", weights), classes)
     if (there / "config.toml").is_file():
         raise ConfigError(f"'{path}' is a run folder without a checkpoint; train it first, or choose another")
     raise ConfigError(
@@ -168,7 +172,7 @@ def open_source(
             module.load_weights()
         if compiled and any(True for _ in module.parameters()):
             compile_units(module)
-    parts.dataset = data
+    parts.dataset, parts.classes = data, stored.classes
     return LoadedModel(**vars(stored), parts=parts)
 
 
@@ -177,15 +181,16 @@ def _from_checkpoint(
 ) -> ModelWeights:
     manager = CheckpointManager(checkpoint.parent)
     wanted = [f"{where}.{name}" for name in needs for where in ("modules", "ema")]
-    found = manager.read(checkpoint, ["config", "progress.step", *wanted])
+    found = manager.read(checkpoint, ["config", "progress.step", "classes", *wanted])
     places = ("ema", "modules") if weights == "ema" else ("modules",)
     states = {}
     for name in needs:
         held = [found[f"{place}.{name}"] for place in places if f"{place}.{name}" in found]
         states |= {name: held[0]} if held else {}
+    classes = Classes.from_record(found.get("classes"))
     run = Path(path) if (Path(path) / "checkpoints").is_dir() else checkpoint.absolute().parent.parent
     config = loads(found["config"], str(run / "config.toml"), list(overrides))
-    return ModelWeights(config, states, found["progress.step"], path, run, weights)
+    return ModelWeights(config, states, found["progress.step"], path, run, weights, classes)
 
 
 def _choose(run: Path, step: int | None) -> Path:

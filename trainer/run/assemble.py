@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from components.data.classes import Classes, counted
 from components.data.loader import DataError
 from components.diffusion.image_sampler import sampler_of
 from components.distributed.parallel import World, gather_floats
@@ -73,8 +74,12 @@ def construct(config: Config, world: World, files: bool = True) -> Parts:
             f"latent_norm.statistics = '{statistics}' does not exist; download the statistics of this tokenizer, or "
             'set it to "" to measure them before the first step'
         )
-    parts = construct_parts(config, cache if images is None else images, recipe=recipe)
+    source = cache if images is None else images
+    parts = construct_parts(config, source, recipe=recipe)
     _check_parts(config, parts)
+    if source is not None:
+        parts.classes = Classes.of(source)
+        _check_classes(config, parts.classes)
     parts.images, parts.cache, parts.missing = images, cache, missing
     return parts
 
@@ -140,6 +145,17 @@ def _check_ranks(config: Config, world_size: int, local_size: int) -> None:
             f"training.accumulation = {config.training.accumulation}; expected a multiple of {share}"
         )
     mesh_shape(config, world_size, local_size)
+
+
+def _check_classes(config: Config, classes: Classes) -> None:
+    """Raise ConfigError if the config expects more classes than the dataset has, without saying that this is meant."""
+    wanted, found = config.training.num_classes, len(classes.names)
+    if wanted > found and not config.training.allow_fewer_classes:
+        raise ConfigError(
+            f"training.num_classes = {wanted}, but the dataset has fewer: {counted(found)} found "
+            f"({classes.listing(3)}), {wanted} expected. Check the dataset's options (is dataset.path one level too "
+            f"high?), set training.num_classes = {found}, or allow it: training.allow_fewer_classes = true"
+        )
 
 
 def _check_parts(config: Config, parts: Parts) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from components.checkpoint import CheckpointError, CheckpointManager
+from components.data.classes import Classes
 from components.distributed.parallel import World
-from trainer.config import Config
+from trainer.config import Config, ConfigError
 
 logger = logging.getLogger("titanrepa")
 
@@ -38,9 +39,33 @@ class Checkpoints:
     def load(self, path: Path) -> dict[str, Any]:
         """Load a checkpoint into the tensors of the run's state; returns the state with "version", "" if unknown."""
         template = self.state()
-        del template["version"]  # older checkpoints have none
+        del template["version"], template["classes"]  # older checkpoints have none
         wrote = self.manager.read(path, ["version"]).get("version", "")
         return self.manager.load(path, template) | {"version": wrote}
+
+    def check_classes(self, path: Path, now: Classes, accept: bool) -> None:
+        """Compare the classes that a checkpoint was trained on, if it records them, with those of the dataset.
+
+        Args:
+            path: of the checkpoint.
+            now: classes of the dataset.
+            accept: only log a difference.
+
+        Raises:
+            ConfigError: they differ.
+        """
+        before = Classes.from_record(self.manager.read(path, ["classes"]).get("classes"))
+        if changed := before.difference(now):
+            if not accept:
+                raise ConfigError(
+                    f"the dataset's classes differ from those of {path} (checkpoint -> now): {changed}. Restore the "
+                    "dataset, choose another run.dir, or, if the labels still mean the same, accept the change once: "
+                    "--accept-classes"
+                )
+            self._log(f"classes changed since that checkpoint: {changed}")
+        elif before.counts and now.counts and before.counts != now.counts:
+            images = f"{sum(before.counts)} -> {sum(now.counts)} images"
+            self._log(f"images per class changed since that checkpoint, and with them the data order: {images}")
 
     def discard(self, beyond: int) -> None:
         """Delete the checkpoints of later steps than ``beyond``."""

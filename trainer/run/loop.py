@@ -19,6 +19,7 @@ from components.data.loader import UnreadableCounter, make_loader
 from components.data.prefetch import Prefetcher
 from components.diffusion.random_numbers import draw
 from components.distributed.parallel import World
+from components.files.atomic import atomic_write
 from components.monitor.guard import Alarm
 from components.monitor.metrics import Metrics, StepRecord, same_on_all_ranks
 from components.monitor.phases import PhaseClock
@@ -32,6 +33,7 @@ from trainer.run.monitor.flops import try_flops_per_image
 from trainer.run.monitor.profiling import Profiler
 from trainer.run.process import StopSignals, garbage_collected
 from trainer.run.report import Reporter
+from trainer.run.run_log import start_run_log
 from trainer.run.step import make_step
 
 logger = logging.getLogger("titanrepa")
@@ -43,13 +45,15 @@ class Trainer:
     Args:
         config: validated.
         world: this process.
+        accept_classes: resume although the dataset's classes differ from those of the checkpoint.
 
     Raises:
         ConfigError: the config cannot be run; raised before any large part is built.
     """
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, world: World, accept_classes: bool = False) -> None:
         self.config, self.world, self.device = config, world, world.device
+        self.accept_classes = accept_classes
         self.folder = Path(config.run.dir)
         self.parts = construct(config, world)
         self.evaluation = None
@@ -61,6 +65,8 @@ class Trainer:
         prepare(config, self.parts, world)
         # Recorded in the config, since the dataset may be unavailable when the run is sampled from.
         config.training.num_classes = self.parts.num_classes
+        for note in self.parts.classes.notes():
+            self._log(note)
         self.metrics = Metrics()
         self.clock = PhaseClock(self.device)
         self.train_step = make_step(config, self.parts, self.device, clock=self.clock)
@@ -95,6 +101,7 @@ class Trainer:
             },
             "config": self.config.to_toml(),
             "version": version(),
+            "classes": self.parts.classes.record(),
         }
         m = self.parts.modules
         if m.copies or m.state:
@@ -127,6 +134,7 @@ class Trainer:
         path = self.checkpoints.newest()
         if path is None:
             return False
+        self.checkpoints.check_classes(path, self.parts.classes, self.accept_classes)
         written_with, wrote = self.load(path)
         self._log(f"resumed from {path} at step {self.step}")
         for change in changes(written_with, self.config.to_toml()):
@@ -146,8 +154,9 @@ class Trainer:
         Raises:
             GuardStop: an alarm stopped the run, by policy.
         """
-        self._prepare_folder()
-        if not self.resume():
+        resumed = self.resume()
+        self._prepare_folder()  # after a resume that was refused, the folder is as it was
+        if not resumed:
             with self.train_step.evaluating():
                 prepare_latent_norm(self.config, self.parts, self.world)
             if self.ema is not None:
@@ -320,7 +329,9 @@ class Trainer:
         if not self.world.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.toml").write_text(self.config.to_toml())
+        with atomic_write(self.folder / "config.toml") as partial:
+            partial.write_text(self.config.to_toml(), encoding="utf-8")
+        start_run_log()
 
     def _log(self, message: str) -> None:
         if self.world.is_main:

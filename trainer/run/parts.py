@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from components.contracts import Condition, Dataset, Distribution, LatentShape, Modules, Recipe
+from components.data.classes import Classes
 from components.latent_cache.cache import LatentCache
 from components.optim.ema import copy_values
 
@@ -28,6 +29,7 @@ class Parts:
         averages: copies of modules for the EMA, by name; sharded like the modules.
         images: the image dataset; None if training reads cached latents and no images are available.
         cache: latent cache to train on, if any.
+        classes: names and image counts of the training data's classes; empty if unknown.
         missing: one message per file that the run needs and that does not exist, with how to get it.
     """
 
@@ -41,6 +43,7 @@ class Parts:
     averages: dict[str, nn.Module] = field(default_factory=dict)
     images: Dataset | None = None
     cache: LatentCache | None = None
+    classes: Classes = field(default_factory=Classes)
     missing: list[str] = field(default_factory=list)
 
     @property
@@ -48,9 +51,16 @@ class Parts:
         """Random numbers of a training step, by name."""
         return self.recipe.random_numbers(self.modules, self.latent)
 
+    def balanced_labels(self, ids: Tensor) -> Tensor:
+        """Labels (B,) of the samples with these numbers (B,): in turn the classes that have images."""
+        labels = self.classes.with_images(self.num_classes)
+        if len(labels) == self.num_classes:
+            return ids % self.num_classes
+        return torch.tensor(labels, device=ids.device)[ids % len(labels)]
+
     def sampling_condition(self, ids: Tensor, labels: Tensor | None = None) -> Condition:
         """Condition of the samples with these numbers (B,): their labels (by default the classes in turn) and more."""
-        labels = ids % self.num_classes if labels is None else labels
+        labels = self.balanced_labels(ids) if labels is None else labels
         dataset = self.dataset if self.images is None else self.images
         more = dataset.sampling_conditions(ids.tolist()) if dataset is not None else {}
         return Condition(labels, more).to(labels.device)

@@ -71,7 +71,7 @@ def sample_images(config: Config, parts: Parts, ema: Ema | None, world: World, c
     chunks = ids.split(AT_ONCE)
     images = torch.cat([sampler(chunk.tolist(), parts.sampling_condition(chunk)) for chunk in chunks])
     # Images beyond the count exist only so that all ranks make the same calls.
-    return gather_rows(images)[:count], torch.arange(count, device=world.device) % parts.num_classes
+    return gather_rows(images)[:count], parts.balanced_labels(torch.arange(count, device=world.device))
 
 
 @torch.no_grad()

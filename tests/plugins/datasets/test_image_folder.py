@@ -14,6 +14,7 @@ from PIL.Image import Resampling, Transpose
 
 from components import registry
 from components.contracts import Dataset
+from components.data.classes import Classes
 from components.data.loader import DataError
 from plugins.datasets.image_folder import ImageFolder, adm_crop
 
@@ -301,11 +302,15 @@ def test_workers_keep_quiet(tmp_path):
     assert not remarks
 
 
-def test_an_empty_class_keeps_its_label_and_is_reported(tmp_path, caplog):
+def test_an_empty_class_keeps_its_label_and_is_reported(tmp_path):
     folder(tmp_path, {}, "a")
     dataset = ImageFolder(8, path=folder(tmp_path, {"1.png": FILES["rgb.png"]}, "b"))
     assert dataset.num_classes == 2 and dataset[0].label == 1
-    assert "1 of 2 classes" in caplog.text and caplog.text.rstrip().endswith("labels: a")
+    assert dataset.class_counts() == [0, 1]
+    classes = Classes.of(dataset)
+    (note,) = classes.notes()
+    assert note.startswith("1 of 2 classes have no images") and note.endswith("0 'a'")
+    assert classes.with_images(2) == [1]
 
 
 def test_a_missing_folder_says_how_to_get_imagenet(tmp_path):

@@ -175,7 +175,7 @@ def test_the_options_change_the_images(run, tmp_path):
     ("words", "message"),
     [
         (["--labels=10"], "from 0 to 9"),
-        (["--labels=cat"], "balanced, random, or class indices"),
+        (["--labels=cat"], "no class 'cat'; expected balanced, random, dataset, or class indices from 0 to 9 or names"),
         (["--guidance=0.5"], "--guidance = 0.5"),
         (["--guidance-low=2"], "--guidance-low = 2"),
         (["--steps=0"], "--steps = 0"),

@@ -32,6 +32,7 @@ from trainer.run.monitor.flops import flops_per_image, try_flops_per_image
 from trainer.run.monitor.speed import Stopwatch, speeds
 from trainer.run.monitor.tags import describe, is_generic
 from trainer.run.report import Reporter
+from trainer.run.run_log import start_run_log
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +307,7 @@ def test_the_log_has_a_line_of_each_report_with_speed_and_eta(toml, tmp_path, mo
     before = list(root.handlers)
     try:
         log_to(loaded, World())
+        start_run_log()
         monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
         reporter = Reporter(loaded, World(), ["denoiser"], 0, flops_per_image=10**9)
         for step in (1, 2, 3):
