@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,9 +50,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         with parallel.lost_rank_named(lambda: "while encoding"):
             encode(arguments, overrides, world)
         return 0
-    except KeyboardInterrupt:
-        print("\ninterrupted; repeat the command to resume", file=sys.stderr)
-        return 130
     finally:
         parallel.leave_world()
 

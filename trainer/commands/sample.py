@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +68,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     try:
         with parallel.lost_rank_named(lambda: "while sampling"):
             return sample(arguments, overrides, world)
-    except KeyboardInterrupt:
-        print("\ninterrupted; repeat the command to resume", file=sys.stderr)
-        return 130
     finally:
         parallel.leave_world()
 

@@ -85,19 +85,24 @@ def measure_statistics(config: Config, parts: Parts, world: World) -> tuple[Tens
     for loaded, position in zip(loader, positions):
         if position >= max(config.latent_norm.images, batch_size):
             break
-        x = to_float(loaded.images.to(world.device))
-        x = x.to(parameter_dtype(m.tokenizer))
         step, first = divmod(position, batch_size)
-        here = range(first, first + len(x))
+        here = range(first, first + len(loaded.images))
         # Negative step: training must not reuse these random numbers.
         noise = draw(config.training.seed, -1 - step, here, batch_size, declared)["posterior"]
-        z = m.tokenizer.encode(x).sample(noise.to(world.device)).double()
+        # As many images at once as in a step, whose memory is known to suffice.
+        pieces = zip(loaded.images.chunk(config.training.accumulation), noise.chunk(config.training.accumulation))
+        z = torch.cat([_encode(m, images.to(world.device), part.to(world.device)) for images, part in pieces]).double()
         total += torch.stack([torch.ones_like(z), z, z.square()]).sum(dim=(1, 3, 4))
     if world.size > 1:
         dist.all_reduce(total)
     count, first_moment, second_moment = total
     mean = first_moment / count
     return mean, (second_moment / count - mean.square()).clamp_min(1e-12).sqrt()
+
+
+def _encode(m: Modules, images: Tensor, noise: Tensor) -> Tensor:
+    """Latents (b, C, h, w) of uint8 images (b, 3, R, R)."""
+    return m.tokenizer.encode(to_float(images).to(parameter_dtype(m.tokenizer))).sample(noise)
 
 
 def prepare_latent_norm(config: Config, parts: Parts, world: World) -> None:
