@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import errno
-import signal
 import sys
 
-from trainer.signals import Interruptions, report_interruption
+from trainer.signals import Interruptions
 
 COMMANDS = (
     "train",
@@ -33,20 +32,20 @@ def main(argv: list[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else argv
     hint = "repeat the command to resume" if words and words[0] in RESUMED else ""
-    with Interruptions() as interruptions:  # before further imports, of which torch's take seconds
+    with Interruptions(hint) as interruptions:  # before further imports, of which torch's take seconds
         try:
             return run(words)
         except Exception as error:
             # Whatever surfaces after a signal is its consequence: libraries translate KeyboardInterrupt, and ranks that
             # were interrupted first break the connection.
             if interruptions.number:
-                return report_interruption(interruptions.number, hint)
+                return interruptions.report()
             if (message := user_message(error)) is None:
                 raise
             print(f"error: {message}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            return report_interruption(interruptions.number or signal.SIGINT, hint)
+            return interruptions.report()
 
 
 def run(argv: list[str]) -> int:

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def sample(arguments: argparse.Namespace, overrides: list[str], world: World) -> int:
-    from components.distributed.ranks import Ranks
+    from components.distributed.ranks import patient_ranks
     from trainer.commands.train import set_backends
     from trainer.models.sample_folder import SampleFolder, parse_labels
     from trainer.models.source import open_source
@@ -91,14 +91,14 @@ def sample(arguments: argparse.Namespace, overrides: list[str], world: World) ->
 
     default = (source.run or Path(arguments.source).expanduser()) / "samples" / folder_name(arguments, source, plan)
     folder = SampleFolder(arguments.out or default)
-    ranks = Ranks(None)
+    ranks = patient_ranks()
     before = ranks.first(folder.settings)
     batch_size = arguments.batch_size or (before or {}).get("batch_size") or min(64, arguments.num_samples)
     about = {"num_samples": arguments.num_samples, "batch_size": batch_size}
     ranks.first(lambda: folder.begin(describe(arguments, source, guide, plan, kind) | about))
     missing = ranks.first(lambda: folder.missing(arguments.num_samples))
     draw(arguments, folder, sampler, missing, batch_size, kind, source.parts, world)
-    ranks.first(lambda: None)  # barrier: all ranks have written their files
+    ranks.gather(None)  # barrier: all ranks have written their files; nobody waits for what rank 0 writes then
 
     if world.is_main:
         written = [folder.write_grid(arguments.num_samples)]
@@ -109,7 +109,6 @@ def sample(arguments: argparse.Namespace, overrides: list[str], world: World) ->
             f"with {' and '.join(p.name for p in written)}.\n"
             f"Evaluate them: python -m trainer evaluate {folder.path} --reference=FOLDER_OR_NPZ"
         )
-    ranks.first(lambda: None)
     return 0
 
 

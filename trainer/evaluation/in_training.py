@@ -15,7 +15,7 @@ from tqdm import tqdm
 from components import registry
 from components.data.pixels import to_uint8
 from components.distributed.parallel import World, gather_rows
-from components.distributed.ranks import Ranks
+from components.distributed.ranks import Ranks, patient_ranks
 from components.evaluation import EvaluationError
 from components.evaluation.comparison import compare
 from components.evaluation.images import first_images
@@ -173,7 +173,7 @@ class TrainingEvaluation:
             for cache in caches:
                 cache.remove()
 
-        Ranks(None).first(write)
+        patient_ranks().first(write)
 
     def _to(self, device: torch.device) -> None:
         for m in self.networks:
