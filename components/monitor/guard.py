@@ -276,9 +276,13 @@ class Guard:
     def _watch_zero(self, step: int, name: str, value: float) -> Iterator[Alarm]:
         """Check for a loss that has become exactly 0 and stays so: nothing trains its group any more."""
         window = self._sorted.get(name, [])
-        # Before a scheduled loss starts, all values are 0, and that is no change.
-        changed = ("collapse", name) in self._incidents or (bool(window) and (window[0] != 0 or window[-1] != 0))
-        bad = value == 0 and changed
+        bad = value == 0
+        if bad and ("collapse", name) not in self._incidents:
+            # Before a scheduled loss starts, all values are 0, and that is no change. The discriminator's loss has a
+            # check of its own.
+            rows = [values for _, values in self.history if ADVERSARY in values] if self.discriminator else []
+            adversary = bool(rows) and all(values.get(name) == values[ADVERSARY] for values in rows)
+            bad = not adversary and bool(window) and (window[0] != 0 or window[-1] != 0)
         incident = self._see("collapse", name, step, bad, self.patience, name, value, median_of(window))
         if incident is not None:
             message = (

@@ -155,26 +155,37 @@ def test_a_second_ctrl_c_while_saving_is_one_line(toml, tmp_path):
     assert done.returncode == 0 and "resumed from" in done.stdout and "at step 2" in done.stdout, done
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Run folder of one step; read-only."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "toy.toml").write_text(toys.TOML)
+    options = [f"--run.dir={folder / 'run'}", "--recipe.name=ldm", "--training.steps=1"]
+    process = trainer(folder, "train", str(folder / "toy.toml"), *options)
+    assert process.process.wait(120) == 0, process.output
+    return folder / "run"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("command", ["sample", "encode", "evaluate"])
-def test_other_commands_end_with_one_line_and_go_on(toml, tmp_path, command, number):
-    run = tmp_path / "run"
-    if command == "sample":
-        done = trainer(tmp_path, "train", toml, f"--run.dir={run}", "--recipe.name=ldm", "--training.steps=1")
-        assert done.process.wait(120) == 0, done.output
-        words = [str(run), "--num-samples=3000", "--batch-size=4", "--steps=4", f"--out={tmp_path / 'out'}"]
-        begun = "000009.png"
-    elif command == "encode":
-        words = [toml, "--dataset.size=100000", f"--out={tmp_path / 'out'}", "--batch-size=4", "--shard-size=8"]
-        begun = "latents-00003.safetensors"
-    else:
-        words = [toml, "--reconstruction", "--metrics=psnr,ssim", "--dataset.size=100000", "--batch-size=4"]
-        words += [f"--output={tmp_path / 'out' / 'result.json'}"]
+def test_other_commands_end_with_one_line(trained, tmp_path, command, number):
+    words, begun = {
+        "sample": (["--num-samples=3000", "--batch-size=4", "--steps=4", f"--out={tmp_path / 'out'}"], "000009.png"),
+        "encode": (
+            ["--dataset.size=100000", f"--out={tmp_path / 'out'}", "--batch-size=4", "--shard-size=8"],
+            "00003.json",
+        ),
+        "evaluate": (
+            ["--reconstruction", "--metrics=psnr,ssim", "--dataset.size=100000", f"--output={tmp_path}/out/a.json"],
+            "*",
+        ),
+    }[command]
+    words.insert(0, str(trained))
+    if command == "evaluate":
         (tmp_path / "out").mkdir()
-        begun = ""
     process = trainer(tmp_path, command, *words)
     until = time.monotonic() + 120
-    while not any((tmp_path / "out").rglob(f"*{begun}" if begun else "*/*")):
+    while not any((tmp_path / "out").rglob(begun)):
         assert process.process.poll() is None and time.monotonic() < until, process.output
         time.sleep(0.02)
     assert process.ends(number, within=10) == 128 + number
