@@ -224,7 +224,7 @@ def test_a_signal_before_the_first_step_of_two_processes_is_one_line(toml, tmp_p
     assert len(lines) == 1 and "interrupted (SIGTERM); repeat the command to resume" in lines[0], process.output
 
 
-def test_two_processes_save_and_end_at_once_at_a_second_ctrl_c(toml, tmp_path):
+def test_two_processes_save_on_sighup(toml, tmp_path):
     process = launched(tmp_path, toml, *LONG)
     process.wait_for("step 3 of")
     assert process.ends(signal.SIGHUP, within=60) == 0

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Writes PNG files, grid.png, samples.npz (arr_0: uint8, N x R x R x 3) and samples.json. Repeat the command\n"
         "to resume after an interruption; a larger --num-samples adds images to the same folder.\n"
         "Several GPUs: torchrun --nproc-per-node=8 -m trainer sample ...\n"
+        "A signal ends it with status 128 + n, such as 130 for Ctrl-C.\n"
         "Any config key of the run can be overridden: --section.key=value"
     )
 
