@@ -12,6 +12,10 @@ with PyTorch's profiler. Installs what is missing into .venv first, then starts 
 a machine without GPU. Started again with the same CONFIG, a run goes on from its newest checkpoint. Ctrl-C, SIGTERM,
 SIGHUP or SIGUSR1 on any machine finishes the step, saves and ends everywhere; Ctrl-C a second time ends at once.
 
+Exit status: 0 complete, or stopped by a signal and saved; 1 an unexpected error; 2 an error that the message explains;
+3 complete, but with the problems that the last line names; 75 stopped, with STOP_FILE; 128 + n ended by signal n before
+the first step or at once. Linux and macOS; on Windows, WSL 2.
+
 Environment:
   PYTHON       the Python to use, if it has every package, or to make .venv with (default: python3)
   NGPU         processes on this machine (default: its GPUs, or 1); also works without GPUs, over gloo

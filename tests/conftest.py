@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from components import registry
-from trainer.run.process import CAUGHT
+from trainer.signals import CAUGHT
 
 
 def pytest_addoption(parser):

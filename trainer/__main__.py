@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import keyword
+import errno
 import sys
-from pathlib import Path
 
-from components.version import versions
-from trainer.config import trust
-from trainer.pipes import ends_with_its_reader
+from trainer.signals import Interruptions
 
 COMMANDS = (
     "train",
@@ -27,10 +22,45 @@ COMMANDS = (
 )
 WITHOUT_CONFIG = ("plugins", "new", "conform")
 
+# Commands that skip what an interrupted one has finished.
+RESUMED = ("train", "sample", "evaluate", "encode")
 
-@ends_with_its_reader
+
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit status; a user error prints one message, no traceback, and returns 2."""
+    """Run a command and return its exit status.
+
+    A user error prints one message, no traceback, and returns 2; a signal prints one line and returns 128 + number.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    hint = "repeat the command to resume" if words and words[0] in RESUMED else ""
+    with Interruptions(hint) as interruptions:  # before further imports, of which torch's take seconds
+        try:
+            from trainer.pipes import ends_with_its_reader
+
+            return ends_with_its_reader(run)(words)
+        except Exception as error:
+            # Whatever surfaces after a signal is its consequence: libraries translate KeyboardInterrupt, and ranks that
+            # were interrupted first break the connection.
+            if interruptions.number:
+                return interruptions.report()
+            if (message := user_message(error)) is None:
+                raise
+            print(f"error: {message}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return interruptions.report()
+
+
+def run(argv: list[str]) -> int:
+    """Parse the command line and run the command; returns its exit status. Raises its errors."""
+    import argparse
+    import importlib
+    import keyword
+    from pathlib import Path
+
+    from components.version import versions
+    from trainer.config import trust
+
     parser = argparse.ArgumentParser(
         prog="titanrepa" if Path(sys.argv[0]).stem == "titanrepa" else "python -m trainer",
         description="titanrepa: end-to-end training of latent diffusion models through representation alignment.",
@@ -57,15 +87,18 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"expected a COMMAND before {rest[0]}")
         parser.print_help(sys.stderr)
         return 2
-    try:
-        with trust.trusting(vars(arguments).get("trust_plugins", False)):
-            return arguments.run(arguments, rest)
-    except user_errors() as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    with trust.trusting(vars(arguments).get("trust_plugins", False)):
+        return arguments.run(arguments, rest)
+
+
+def user_message(error: Exception) -> str | None:
+    """Message of an error that is reported without a traceback; None for other errors."""
+    if isinstance(error, user_errors()):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" '{error.filename}'" if error.filename else ""
+        return f"cannot write{where}: {error.strerror}; free disk space or choose another folder, then repeat"
+    return None
 
 
 def user_errors() -> tuple[type[Exception], ...]:

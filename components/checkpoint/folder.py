@@ -27,7 +27,7 @@ class CheckpointFolder:
 
     Args:
         path: created with the first checkpoint.
-        keep: number of newest checkpoints that :meth:`retire` keeps; 0 keeps all.
+        keep: number of newest checkpoints to keep; 0 keeps all.
         keep_every: additionally keep checkpoints whose step is a multiple of this; 0 disables it.
     """
 
@@ -105,13 +105,11 @@ class CheckpointFolder:
         manifest.sync_folder(self.path)
         _remove(replaced)
 
-    def retire(self, newest: Path) -> None:
-        """Apply ``keep`` and ``keep_every``. Damaged checkpoints are neither counted nor removed."""
-        others = [(s, path) for s, path in self.list() if path != newest and manifest.problem(path) is None]
-        for step, path in others[self.keep - 1 :] if self.keep else ():
-            if self.keep_every and step % self.keep_every == 0:
-                continue
-            self._drop(path)
+    def retire(self, old: list[tuple[int, Path]]) -> None:
+        """Remove the checkpoints (step, path) that ``keep_every`` does not keep; damaged ones stay."""
+        for step, path in old:
+            if not (self.keep_every and step % self.keep_every == 0) and manifest.problem(path) is None:
+                self._drop(path)
 
     def discard(self, beyond: int) -> None:
         """Remove all checkpoints of steps later than ``beyond``, even damaged ones."""

@@ -54,7 +54,8 @@ class CheckpointManager:
     ) -> None:
         self._folder = CheckpointFolder(Path(folder), keep, keep_every)
         self.group = group
-        self._sound: set[Path] = set()  # checkpoints that this process has verified or written
+        # Checkpoints that this process has verified or written, with the state of their files at that time.
+        self._sound: dict[Path, list[tuple[str, int, int]]] = {}
         self._pending: Future[Path] | None = None
         self._background: Ranks | None = None
 
@@ -139,6 +140,11 @@ class CheckpointManager:
                 yield path
             elif ranks.rank == 0:
                 logger.warning("skipping checkpoint %s: %s", path, problem)
+
+    def count(self) -> int:
+        """Number of checkpoints, sound or not."""
+        self._join()
+        return Ranks(self.group).first(lambda: len(self._folder.list()))
 
     def discard(self, beyond: int) -> None:
         """Remove the checkpoints of steps later than ``beyond``, so that no run resumes from them."""
@@ -233,21 +239,18 @@ class CheckpointManager:
                 f"{reason(error)}. Reading it requires the torch version that wrote it, or a newer one."
             ) from error
 
-    def _verify(self, path: Path, ranks: Ranks) -> str | None:
+    def _verify(self, path: Path, ranks: Ranks, *, threads: bool = True) -> str | None:
         """Return what is wrong with a checkpoint, or None; the same on every rank."""
-        if path in self._sound:
-            # It may have been removed since, by `retire` or by a user.
-            return ranks.first(lambda: manifest.problem(path))
-        problem = ranks.first(lambda: manifest.problem(path))
-        if problem is not None:
+        problem, present = ranks.first(lambda: (manifest.problem(path), _file_times(path)))
+        if problem is not None or self._sound.get(path) == present:
             return problem
         files = ranks.first(lambda: manifest.read(path)["files"])
-        for name, actual in _checksums(path, sorted(files), ranks).items():
+        for name, actual in _checksums(path, sorted(files), ranks, threads=threads).items():
             if isinstance(actual, str):
                 return f"{name} cannot be read: {actual}"
             if actual != files[name]:
                 return f"{name} is damaged: CRC-32 {actual['crc32']}, expected {files[name]['crc32']}"
-        self._sound.add(path)
+        self._sound[path] = present
         return None
 
     def _join(self) -> None:
@@ -273,11 +276,32 @@ class CheckpointManager:
             writer = Writer(partial, **({"per_thread_copy_ahead": 0} if staged else {}))
             call_dcp(dcp.save, tensors, ranks, storage_writer=writer)
             ranks.first(lambda: (partial / META).write_text(json.dumps(meta)))
-            files = _checksums(partial, ranks.first(lambda: sorted(os.listdir(partial))), ranks, sync=True)
+            files = _checksums(
+                partial, ranks.first(lambda: sorted(os.listdir(partial))), ranks, sync=True, threads=False
+            )
             ranks.first(lambda: self._folder.commit(step, files))
-        self._sound.add(final)
-        ranks.first(lambda: self._folder.retire(final))
+        self._sound[final] = ranks.first(lambda: _file_times(final))
+        self._retire(final, ranks)
         return final
+
+    def _retire(self, newest: Path, ranks: Ranks) -> None:
+        """Apply ``keep`` and ``keep_every``. Damaged checkpoints are neither counted nor removed.
+
+        A checkpoint counts if it has been verified in full, here or before, and its files have not changed since.
+        """
+        keep = self._folder.keep
+        others = ranks.first(lambda: [entry for entry in self._folder.list() if entry[1] != newest])
+        if not keep or len(others) < keep:
+            return
+        kept, old = 1, []
+        for step, path in others:
+            if kept == keep:
+                old.append((step, path))
+            elif (problem := self._verify(path, ranks, threads=False)) is None:
+                kept += 1
+            elif ranks.rank == 0:
+                logger.warning("checkpoint %s does not count and stays: %s", path, problem)
+        ranks.first(lambda: self._folder.retire(old))
 
     @contextmanager
     def _failing(self, step: int, ranks: Ranks) -> Iterator[None]:
@@ -297,14 +321,27 @@ def _state_dicts(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state.items()}
 
 
-def _checksums(folder: Path, names: list[str], ranks: Ranks, sync: bool = False) -> dict[str, Any]:
-    """{"size": bytes, "crc32": hex} or an error message by file name. Collective: the ranks divide the files."""
+def _file_times(folder: Path) -> list[tuple[str, int, int]]:
+    """(name, size, time of the last change in ns) of each file; empty if the folder cannot be read."""
+    try:
+        return sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(folder))
+    except OSError:
+        return []
+
+
+def _checksums(
+    folder: Path, names: list[str], ranks: Ranks, *, sync: bool = False, threads: bool = True
+) -> dict[str, Any]:
+    """{"size": bytes, "crc32": hex} or an error message by file name. Collective: the ranks divide the files.
+
+    After a save, ``threads`` is off: each rank has few files then, and an exiting interpreter cannot start threads.
+    """
     mine = names[ranks.rank :: ranks.size]
 
     def checksum(name: str) -> dict[str, Any] | str:
         return manifest.checksum(folder / name, sync)
 
-    if sync:  # no pool: each rank has about one file after a save, and an exiting interpreter cannot start threads
+    if not threads:
         found = {name: checksum(name) for name in mine}
     else:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

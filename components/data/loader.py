@@ -252,10 +252,11 @@ def make_loader(
 
 def start_worker(_: int) -> None:
     """Set up signal handling in a worker process."""
-    # Ctrl-C, torchrun and Slurm signal every process of the job. Workers ignore that, so that the trainer can finish
-    # its step and save; they exit with their loader or with the trainer.
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    # Ctrl-C, a closed terminal, torchrun and Slurm signal every process of the job. Workers ignore that, so that the
+    # trainer can finish its step and save; they exit with their loader or with the trainer.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # it is the trainer's
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_trainer, daemon=True).start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -53,6 +54,16 @@ class Ranks:
             if reason is not None:
                 raise error or RuntimeError(f"rank {rank}: {reason}")
         return result
+
+
+def patient_ranks() -> Ranks:
+    """Ranks whose collectives wait as long as it takes, for work that is not divided equally, such as writing files.
+
+    A rank that ends is noticed at once all the same. Collective.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return Ranks(None)
+    return Ranks(dist.new_group(backend="gloo", timeout=timedelta(days=30)))
 
 
 def background_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from components.data.images import printable
-from components.distributed.ranks import Ranks
+from components.distributed.ranks import patient_ranks
 from components.evaluation import EvaluationError
 from components.evaluation.images import ImageFiles, ImageSet
 from components.files.atomic import atomic_write
@@ -111,7 +111,7 @@ def extract(
     Raises:
         EvaluationError: an image cannot be read.
     """
-    ranks = Ranks(None)
+    ranks = patient_ranks()
     units = -(-len(images) // batch_size)
     missing = ranks.first(lambda: [u for u in range(units) if not cache.has(u)])
     mine = missing[ranks.rank :: ranks.size]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from components.files.atomic import atomic_write
+from components.files.download import one_per_machine
 from components.files.weights import WeightsError, read_state
 from components.nn.precision import full_fp32, no_autocast
 
@@ -111,7 +112,9 @@ def find_weights(weights: str | Path = "") -> tuple[Path, str]:
     path = Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
     try:
         if not path.is_file():
-            _download(URL, path)
+            with one_per_machine(URL):
+                if not path.is_file():
+                    _download(URL, path)
         sha256 = file_sha256(path)
     except OSError as error:
         raise WeightsError(
@@ -139,7 +142,7 @@ def file_sha256(path: Path) -> str:
 def _download(url: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
-        atomic_write(path, fsync=False, concurrent=True) as temporary,  # ranks that start together all download it
+        atomic_write(path, fsync=False, concurrent=True) as temporary,  # other machines may share the folder
         urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as answer,
         open(temporary, "wb") as file,
     ):

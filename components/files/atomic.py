@@ -36,3 +36,19 @@ def atomic_write(path: Path, *, fsync: bool = True, concurrent: bool = False) ->
         raise
     if fsync:
         sync_folder(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a text file, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; a part of it has been removed again.
+    """
+    with open(path, "ab", buffering=0) as file:
+        size, rest = file.tell(), (line + "\n").encode()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(size)
+            raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from components.distributed.materialize import fill
+from components.files.download import one_per_machine
 
 HUB_TIMEOUT_S = 10
 HUB_PATH = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)/(?P<filename>[^@]+?)(?:@(?P<revision>.+))?")
@@ -159,9 +161,11 @@ def _from_hub(what: str, repo: str, filename: str, revision: str | None, instead
 
     where = {"repo_id": repo, "filename": filename, "revision": revision}
     try:
-        try:
+        with contextlib.suppress(LocalEntryNotFoundError):
             return Path(hf_hub_download(**where, local_files_only=True))
-        except LocalEntryNotFoundError:
+        with one_per_machine(f"{repo}/{filename}@{revision}"):
+            with contextlib.suppress(LocalEntryNotFoundError):  # another process may have downloaded it meanwhile
+                return Path(hf_hub_download(**where, local_files_only=True))
             # Probe first: without network access, hf_hub_download retries for 25 s before it fails.
             get_hf_file_metadata(hf_hub_url(**where), timeout=HUB_TIMEOUT_S)
             return Path(hf_hub_download(**where))

@@ -72,7 +72,8 @@ class Guard:
             are added to the window; otherwise a permanent new level would count as a spike forever.
         skipped: alarm after this many consecutive skipped steps. 10: a single bad batch skips one.
         collapse: alarm if a ``grad_norm/*`` is below this fraction of its reference for ``patience`` consecutive
-            applied steps, unless the group's loss is exactly 0. The reference is the highest level that the running
+            applied steps, unless the group's loss is exactly 0; also if a ``<group>/loss`` that was not 0 is exactly 0
+            for ``patience`` consecutive applied steps. The reference is the highest level that the running
             median sustained for a full window within the last 50 windows; values of the first window, when norms are
             large, are excluded. 1e-3: norms of healthy runs shrink tenfold. Losses are exempt: a loss near 0 is normal.
         latent_variance: alarm if ``latent/variance`` is below this fraction of its reference for ``patience // 10``
@@ -187,6 +188,10 @@ class Guard:
             for watch, key, *rest, value, usual in state["episodes"]
         }
 
+    def lasting(self) -> list[str]:
+        """Names of the alarms whose incident has not ended."""
+        return sorted({watch for (watch, _), e in self._incidents.items() if e.raised is not None and e.count})
+
     def first_anomaly(self) -> Anomaly | None:
         """First metric to become abnormal in the current incident, or None.
 
@@ -240,8 +245,11 @@ class Guard:
         else:
             if self.spike:
                 yield from self._watch_spike(step, name, value, value == values.get(ADVERSARY))
-            # A loss of exactly 0, as of a satisfied hinge, has no gradient: that is not a collapse.
+            # A loss of exactly 0, as of a satisfied hinge, has no gradient: that is not a collapse of the norm. If it
+            # stays 0, the loss itself raises the alarm.
             idle = values.get(f"{name.removeprefix(NORM)}/loss") == 0
+            if self.collapse and name.endswith("/loss"):
+                yield from self._watch_zero(step, name, value)
             if name.startswith(NORM):
                 least = 0.0 if idle else self.collapse * usual
                 yield from self._watch_low("collapse", step, name, value, least, self.patience, usual)
@@ -264,6 +272,24 @@ class Guard:
                 f"{len(window)} steps by {above / scale:.3g} times its scale of {scale:.4g} (threshold: {self.spike:g})"
             )
             yield Alarm("spike", name, step, incident.onset, message)
+
+    def _watch_zero(self, step: int, name: str, value: float) -> Iterator[Alarm]:
+        """Check for a loss that has become exactly 0 and stays so: nothing trains its group any more."""
+        window = self._sorted.get(name, [])
+        bad = value == 0
+        if bad and ("collapse", name) not in self._incidents:
+            # Before a scheduled loss starts, all values are 0, and that is no change. The discriminator's loss has a
+            # check of its own.
+            rows = [values for _, values in self.history if ADVERSARY in values] if self.discriminator else []
+            adversary = bool(rows) and all(values.get(name) == values[ADVERSARY] for values in rows)
+            bad = not adversary and bool(window) and (window[0] != 0 or window[-1] != 0)
+        incident = self._see("collapse", name, step, bad, self.patience, name, value, median_of(window))
+        if incident is not None:
+            message = (
+                f"{name} has been exactly 0 for {incident.count} consecutive steps, since step {incident.onset}: "
+                f"{incident.usual:.4g} was usual"
+            )
+            yield Alarm("collapse", name, step, incident.onset, message)
 
     def _watch_low(
         self, watch: str, step: int, name: str, value: float, least: float, patience: int, usual: float

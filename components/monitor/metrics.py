@@ -27,6 +27,7 @@ class StepRecord:
         host: further scalars that are already on the host.
         layers: by parameter group: names of its parameters, and the norms of their gradients (k,) on the device.
         times: phase times of this rank.
+        local: first scalars of ``values`` (k,), k <= n, as they are on this rank alone; None: unknown.
     """
 
     step: int
@@ -35,6 +36,7 @@ class StepRecord:
     host: Mapping[str, float] = field(default_factory=dict)
     layers: Mapping[str, tuple[Sequence[str], Tensor]] = field(default_factory=dict)
     times: PhaseTimes | None = None
+    local: Tensor | None = None
 
     def __post_init__(self) -> None:
         self._copied = None
@@ -57,6 +59,13 @@ class StepRecord:
 def same_on_all_ranks(values: Mapping[str, float]) -> dict[str, float]:
     """Values without ``time/*``, which differ between ranks and so must not influence control flow."""
     return {name: value for name, value in values.items() if not name.startswith(TIME)}
+
+
+def broken_here(record: StepRecord) -> list[str]:
+    """Names of a step's terms that are not finite on this rank. Waits for the device."""
+    if record.local is None:
+        return []
+    return [name for name, value in zip(record.names, record.local.tolist()) if not math.isfinite(value)]
 
 
 class Metrics:

@@ -3,7 +3,8 @@
 #
 # Submit from the repository. The repository, the data and outputs/ must be on a file system that all nodes share.
 # Before the time limit and at preemption, the run saves a checkpoint and the job is requeued to resume from it. The job
-# ends when training completes or fails. Adapt these lines to your cluster:
+# ends when training completes or fails. Preemption needs PreemptMode=REQUEUE: with CANCEL, Slurm ends the job for good
+# (scontrol show config | grep PreemptMode; sacctmgr show qos format=name,preemptmode). Adapt these lines:
 #SBATCH --job-name=titanrepa
 #SBATCH --nodes=4
 #SBATCH --gpus-per-node=8

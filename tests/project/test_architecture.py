@@ -68,9 +68,10 @@ MAY_ASK = {  # uses of getattr and hasattr on objects that are no plugins
     "components/data/prefetch.py": "torchdata's iterator; named tuples",
     "components/nn/timm_encoder.py": "timm's models",
     "components/registry.py": "annotations of options",
-    "trainer/commands/train.py": "a log record",
     "trainer/estimate/measured_peak.py": "libc",
     "trainer/launch/settings.py": "os, on macOS",
+    "trainer/run/pictures.py": "a wrapper passes on what it does not know",
+    "trainer/run/terminal.py": "a log record",
     "trainer/models/importing.py": "options of a published checkpoint; a config table",
     "trainer/run/first_use.py": "reads every attribute that a base class declares, to check it; stands for a part",
 }

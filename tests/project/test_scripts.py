@@ -32,7 +32,7 @@ def test_the_usage_names_every_variable(repo):
     usage = repo.run("run_train.sh", "--help").stdout
     theirs = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "OMP_NUM_THREADS", "TMPDIR", "PWD", "WORLD_SIZE", "RANK"}
     theirs |= {"LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"}
-    theirs |= {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"}
+    theirs |= {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TITANREPA_STATUS_FILE"}
     names = set(re.findall(r"[\"']([A-Z][A-Z_]+\d?)[\"']", code)) - theirs
     assert {"PYTHON", "NGPU", "MAX_RESTARTS", "STOP_FILE", "LOCAL_ADDR", "PET_NNODES"} <= names
     for name in names:

@@ -16,7 +16,7 @@ from components.data.classes import Classes
 from components.data.loader import DataError, UnreadableCounter, check_item, start_worker, why_unreadable
 from components.diffusion.random_numbers import generator
 from components.distributed.parallel import World
-from components.distributed.ranks import Ranks
+from components.distributed.ranks import patient_ranks
 from components.files import manifest
 from components.files.lock import NAME as LOCK
 from components.latent_cache.cache import (
@@ -59,7 +59,7 @@ class Encoding:
         self.settings = settings(source, choices, self.networks)
         self.shards = -(-len(self.dataset) // choices.shard_size)
         self.counter = UnreadableCounter(self.loader.max_unreadable)
-        self.ranks = Ranks(None)
+        self.ranks = patient_ranks()
         self.ranks.first(self._begin)
         damaged = [number for rank in self.ranks.gather(self.ranks.each(self._damaged)) for number in rank]
         self.ranks.first(lambda: self._reopen(damaged))

@@ -53,9 +53,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         with parallel.lost_rank_named(lambda: "while encoding"):
             encode(arguments, overrides, world)
         return 0
-    except KeyboardInterrupt:
-        print("\ninterrupted; repeat the command to resume", file=sys.stderr)
-        return 130
     finally:
         parallel.leave_world()
 

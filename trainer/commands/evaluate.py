@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,9 +79,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         with parallel.lost_rank_named(lambda: "while evaluating"):
             evaluate(arguments, overrides, world)
         return 0
-    except KeyboardInterrupt:
-        print("\ninterrupted; repeat the command to resume", file=sys.stderr)
-        return 130
     finally:
         parallel.leave_world()
 

@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "to resume after an interruption; a larger --num-samples adds images to the same folder. A smaller one is\n"
         "refused, since the folder would hold more images than asked for.\n"
         "Several GPUs: torchrun --nproc-per-node=8 -m trainer sample ...\n"
+        "A signal ends it with status 128 + n, such as 130 for Ctrl-C.\n"
         "Any config key of the run can be overridden: --section.key=value"
     )
 
@@ -75,15 +76,12 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     try:
         with parallel.lost_rank_named(lambda: "while sampling"):
             return sample(arguments, overrides, world)
-    except KeyboardInterrupt:
-        print("\ninterrupted; repeat the command to resume", file=sys.stderr)
-        return 130
     finally:
         parallel.leave_world()
 
 
 def sample(arguments: argparse.Namespace, overrides: list[str], world: World) -> int:
-    from components.distributed.ranks import Ranks
+    from components.distributed.ranks import patient_ranks
     from components.files.lock import owned
     from trainer.commands.train import set_backends
     from trainer.models.sample_folder import SampleFolder, parse_labels
@@ -99,7 +97,7 @@ def sample(arguments: argparse.Namespace, overrides: list[str], world: World) ->
     plan = sampling_plan(source.config, arguments.seed, vars(arguments))
     if guide is not None:
         check_guide(source, guide)
-    ranks = Ranks(None)
+    ranks = patient_ranks()
     classes = ranks.first(lambda: classes_for(arguments.labels, source))
     kind = parse_labels(arguments.labels, source.parts.num_classes, classes)
     source.parts.classes = classes
@@ -125,10 +123,10 @@ def fill(
     world: World,
 ) -> None:
     """Draw what the folder lacks, then write grid and archive. Collective; rank 0 owns the folder."""
-    from components.distributed.ranks import Ranks
+    from components.distributed.ranks import patient_ranks
     from components.finite import NotFiniteError
 
-    ranks = Ranks(None)
+    ranks = patient_ranks()
     before = ranks.first(folder.settings)
     batch_size = arguments.batch_size or (before or {}).get("batch_size") or min(64, arguments.num_samples)
     about = {"num_samples": arguments.num_samples, "batch_size": batch_size}
@@ -148,7 +146,6 @@ def fill(
             f"with {' and '.join(p.name for p in written)}.\n"
             f"Evaluate them: python -m trainer evaluate {folder.path} --reference=FOLDER_OR_NPZ"
         )
-    ranks.first(lambda: None)
 
 
 def check_guide(source: LoadedModel, guide: LoadedModel) -> None:

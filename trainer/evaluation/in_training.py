@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from components import registry
 from components.data.pixels import to_uint8
 from components.distributed.parallel import World, gather_rows
-from components.distributed.ranks import Ranks
+from components.distributed.ranks import Ranks, patient_ranks
 from components.evaluation import EvaluationError
 from components.evaluation.comparison import compare
 from components.evaluation.images import first_images
@@ -106,14 +107,18 @@ class TrainingEvaluation:
             self.statistics.append(FeatureStatistics(self.reference.known(m), pool))
 
     @torch.no_grad()
-    def __call__(self, parts: Parts, ema: Ema | None) -> tuple[dict[str, float | None], list[str]]:
+    def __call__(
+        self, parts: Parts, ema: Ema | None, check_stop: Callable[[], None] | None = None
+    ) -> tuple[dict[str, float | None], list[str]]:
         """Return values by name and warnings, the same on every rank. Collective.
+
+        ``check_stop`` may raise, on all ranks at once, before each evaluation of the denoiser.
 
         Every rank makes the same number of sampler calls with the same batch size, since all ranks gather sharded
         weights together; surplus images are dropped. Image i does not depend on the rank that samples it.
         """
         e, world = self.settings, self.world
-        sampler = pictures.image_sampler(self.config, parts, ema)
+        sampler = pictures.image_sampler(self.config, parts, ema, check_stop)
         builders = [StatisticsBuilder(m, world, generated=True) for m in self.networks]
         disable = None if world.is_main else True
         self._to(world.device)
@@ -181,7 +186,7 @@ class TrainingEvaluation:
             for cache in caches:
                 cache.remove()
 
-        Ranks(None).first(write)
+        patient_ranks().first(write)
 
     def _to(self, device: torch.device) -> None:
         for m in self.networks:

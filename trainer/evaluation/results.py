@@ -40,7 +40,7 @@ def publish(
     setting: str,
     step: int,
 ) -> None:
-    """Print and write the results, then delete the feature caches that serve to resume an evaluation. Collective.
+    """Print and write the results, then delete the feature caches that serve to resume an evaluation, on rank 0.
 
     Args:
         title: first line of the table.
@@ -58,12 +58,16 @@ def publish(
         write_json(output, values, warnings, about)
         lines = [title, table(values, warnings), f"written to {output}"]
         if run_folder is not None and run_folder.is_dir():
-            lines.append(f"and to {write_curves(run_folder, setting, step, values)}")
+            try:
+                lines.append(f"and to {write_curves(run_folder, setting, step, values)}")
+            except OSError as error:
+                lines.append(f"but not to TensorBoard: {error}")
         for cache in caches:
             cache.remove()
         print("\n".join(lines), flush=True)
 
-    Ranks(None).first(write)
+    if Ranks(None).rank == 0:  # nobody waits for it
+        write()
 
 
 def table(values: dict[str, float | None], warnings: list[str]) -> str:

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.launch.settings import (
+    EXPLAINED,
+    STATUS_FILE,
     Settings,
     UsageError,
     change_environment,
@@ -29,13 +31,19 @@ from trainer.launch.settings import (
 from trainer.launch.torchrun import Torchrun, count_stops, say
 
 STOPPED = 75  # status of a stopped run, if STOP_FILE tells it from a complete one
+MESSAGES = ("error: ", "interrupted")  # beginnings of what a trainer says at its end
 TAIL_BYTES, TAIL_LINES = 2000, 5  # shown of a process that failed
 
 
-def summarize(status: int, logs: Path) -> None:
-    """Says where the logs are and how failed processes ended; deletes the logs of a run without failures."""
+def summarize(status: int, logs: Path, shown: str = "0") -> None:
+    """Says where the logs are and how failed processes ended; deletes the logs of a run without failures.
+
+    ``shown``: local ranks whose output was shown.
+    """
     attempts = len(list(logs.glob("*/attempt_*"))) or 1  # counted from 0
-    if status == 0 and attempts == 1:
+    if status in EXPLAINED:
+        explain(logs, attempts, shown)
+    elif status == 0 and attempts == 1:
         shutil.rmtree(logs, ignore_errors=True)
     elif status == 0:
         say(f"run_train.sh: processes died and were restarted; all that each printed is in {logs}")
@@ -48,6 +56,15 @@ def summarize(status: int, logs: Path) -> None:
             if words != before:
                 say(f"\nLast words of process {file.parent.name}:\n{words}")
         say(f"run_train.sh: ended with status {status}; all that each process printed is in {logs}")
+
+
+def explain(logs: Path, attempts: int, shown: str) -> None:
+    """Shows the message with which a process ended, unless it was shown; deletes the logs."""
+    words = {f.parent.name: last_words(f) for f in sorted(logs.glob(f"*/attempt_{attempts - 1}/*/stderr.log"))}
+    found = {rank: text[at:] for rank, text in words.items() if (at := max(map(text.rfind, MESSAGES))) >= 0}
+    if found and not set(found) & set(shown.split(",")):
+        say(next(iter(found.values())))
+    shutil.rmtree(logs, ignore_errors=True)
 
 
 def last_words(file: Path) -> str:
@@ -70,9 +87,14 @@ def start(settings: Settings, arguments: Sequence[str]) -> int:
         say(f"run_train.sh: cannot make a folder for logs in {folder} (TMPDIR): {error}")
         return 1
     recorded = count_stops(settings.stop_file)
+    verdict = os.environ[STATUS_FILE] = os.path.join(logs, "status")
     command = torchrun_command(python, settings, processes, logs, arguments)
     status = Torchrun(command, settings.max_restarts, settings.stop_file).run()
-    summarize(status, Path(logs))
+    if status == 0 and os.path.exists(verdict):
+        status = int(Path(verdict).read_text())
+        shutil.rmtree(logs, ignore_errors=True)
+    else:
+        summarize(status, Path(logs), settings.log_rank)
     return STOPPED if status == 0 and count_stops(settings.stop_file) != recorded else status
 
 

@@ -4,21 +4,45 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+STATUS_FILE = "TITANREPA_STATUS_FILE"  # names a file to which a complete run writes a status other than 0
+
+# Statuses of a trainer that has explained its end: 2 for an error of the user, 128 + n for signal n.
+EXPLAINED = (2, *(128 + number for number in SIGNALS))
 
 # A signal makes torchrun kill its workers, and Slurm sends one to every process of a job. This one ignores all but
-# SIGQUIT and SIGUSR2. Handlers that do nothing, unlike ignored signals, are not inherited by the workers.
-TORCHRUN = """
-import signal
+# SIGQUIT and SIGUSR2. Handlers that do nothing, unlike ignored signals, are not inherited by the workers. It does not
+# report an explained end, and ends with the status of the process that ended first.
+TORCHRUN = f"""
+import logging, signal, sys
 for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
     signal.signal(getattr(signal, name), lambda *_: None)
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
-main()
+explained = {set(EXPLAINED)}
+hidden = ["closing signal", *(f"(exitcode: {{status}})" for status in explained)]
+def show(record):
+    return not any(text in record.getMessage() for text in hidden)
+for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api"):
+    logging.getLogger(name).addFilter(show)
+try:
+    main()
+except SignalException:
+    sys.exit(1)
+except ChildFailedError as error:
+    first = error.get_first_failure()[1].exitcode
+    others = {{failure.exitcode for failure in error.failures.values()}} - {{-signal.SIGTERM}}  # ended by torchrun
+    if first not in explained or not others <= explained:
+        raise
+    sys.exit(first)
 """
 
 

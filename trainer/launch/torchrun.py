@@ -12,7 +12,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+from trainer.launch.settings import SIGNALS
+
+KILL_AFTER_S = 3.0  # from a second Ctrl-C
 
 
 class Torchrun:
@@ -29,10 +31,12 @@ class Torchrun:
     def __init__(self, command: Sequence[str], max_restarts: int, stop_file: str) -> None:
         self.command, self.max_restarts, self.stop_file = command, max_restarts, stop_file
         self.stopping = False
+        self.unstarted = 0  # signal that arrived before there were workers
+        self.kill_at: float | None = None
         self.told: set[int] = set()  # workers that were asked to stop and must not be restarted
 
     def run(self) -> int:
-        """Its exit status; 128 + n if signal n killed it."""
+        """Its exit status; 128 + n if signal n killed it, or arrived before there were workers."""
         # Each signal puts its number into this pipe, from where the loop handles one after the other.
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -43,25 +47,32 @@ class Torchrun:
         process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, preexec_fn=os.setpgrp)
         self.pid = process.pid
         while process.returncode is None:
-            if select.select([reader], [], [], 0.5 if self.told else None)[0]:
+            if select.select([reader], [], [], 0.5 if self.told or self.kill_at else None)[0]:
                 for number in os.read(reader, 1024):
                     if number in SIGNALS:
                         self.stop(number)
             if self.told:
                 self.prevent_restart()
+            if self.kill_at and time.monotonic() > self.kill_at:
+                kill_all(children(self.pid), signal.SIGKILL)
             # All children: the first process of a container also inherits orphans.
             for pid, status in ended_children():
                 if pid == self.pid:
                     process.returncode = os.waitstatus_to_exitcode(status)
+        if self.unstarted:
+            say(f"run_train.sh: interrupted ({signal.Signals(self.unstarted).name}); repeat the command to resume")
+            return 128 + self.unstarted
         return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
     def stop(self, number: int) -> None:
-        """First signal: the workers shall save and end. A second SIGINT kills them; other signals are ignored then."""
+        """First signal: the workers shall save and end. A second SIGINT ends them at once; others are ignored then."""
         first, self.stopping = not self.stopping, True
         if first and self.stop_file:
             record_stop(self.stop_file, number)
         workers = children(self.pid)
         if not workers:
+            if first:
+                self.unstarted = number
             kill(self.pid, signal.SIGUSR2)
         elif first:
             kill_all(workers, signal.SIGTERM)
@@ -70,7 +81,9 @@ class Torchrun:
         elif number == signal.SIGINT:
             if self.max_restarts:
                 kill(self.pid, signal.SIGUSR2)
-            kill_all(workers, signal.SIGKILL)
+            # They say that they end; one that cannot answer, as in a collective, is killed.
+            kill_all(workers, signal.SIGINT)
+            self.kill_at = time.monotonic() + KILL_AFTER_S
 
     def prevent_restart(self) -> None:
         """Ends torchrun if it starts workers again after one of them failed before it could save."""

@@ -12,9 +12,12 @@ from typing import Any, NoReturn
 from components.contracts import Recipe
 from components.data.loader import GlobalOrder
 from components.distributed.parallel import World
+from components.distributed.ranks import Ranks
+from components.files.atomic import atomic_write
 from components.monitor.guard import ADVERSARY, NORM, Alarm, Guard
-from components.monitor.metrics import StepRecord
+from components.monitor.metrics import StepRecord, broken_here
 from trainer.config import Config
+from trainer.run.troubles import Troubles
 
 logger = logging.getLogger("titanrepa")
 
@@ -30,6 +33,7 @@ class Watch:
         config: of the run.
         world: this process; rank 0 writes files and logs.
         recipe: of the run; its ``trains`` identifies the discriminator's group.
+        troubles: counts alarms and failed writes.
 
     Attributes:
         guard: detects anomalies.
@@ -37,11 +41,12 @@ class Watch:
         mark: callback that displays an alarm; takes its name and the number of finished steps.
     """
 
-    def __init__(self, config: Config, world: World, recipe: Recipe) -> None:
+    def __init__(self, config: Config, world: World, recipe: Recipe, troubles: Troubles | None = None) -> None:
         self.table, self.world, self.folder = config.guard, world, Path(config.run.dir)
         self.batch_size = config.training.batch_size
         self.guard = Guard(**config.guard.model_dump(exclude={"policy", "max_rollbacks"}))
         self.rollbacks = 0
+        self.troubles = troubles or Troubles()
         self.mark: Callable[[str, int], None] = lambda name, step: None
         self._adversary = next((g for g, members in recipe.trains.items() if "discriminator" in members), None)
         self._path: Path | None = None
@@ -91,12 +96,20 @@ class Watch:
 
     def _write_down(self, alarm: Alarm, record: StepRecord, values: dict[str, float], samples: list) -> None:
         found = diagnosis(alarm, record, values, self.guard, samples)
+        broken = dict(enumerate(Ranks(None).gather(broken_here(record))))
+        found["not_finite_on_ranks"] = {str(rank): names for rank, names in broken.items() if names}
         self._path = path_of(self.folder, found)
+        self.troubles.raised(alarm.name)
         self.mark(alarm.name, alarm.step + 1)
+        where = ""
+        if found["not_finite_on_ranks"] and self.world.size > 1:
+            where = f"; not finite on ranks {', '.join(found['not_finite_on_ranks'])} of {self.world.size}"
         if self.world.is_main:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps(found, indent=1))
-            logger.warning(f"ALARM {alarm.name} at step {alarm.step}: {alarm.message} (details: {self._path})")
+            with self.troubles.only_warning("alarms/"):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(self._path, fsync=False) as partial:
+                    partial.write_text(json.dumps(found, indent=1))
+            logger.warning(f"ALARM {alarm.name} at step {alarm.step}: {alarm.message}{where} (details: {self._path})")
 
 
 def diagnosis(alarm: Alarm, record: StepRecord, values: dict[str, float], guard: Guard, samples: list) -> dict:

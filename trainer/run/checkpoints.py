@@ -13,8 +13,15 @@ from components.checkpoint import CheckpointError, CheckpointManager
 from components.data.classes import Classes
 from components.distributed.parallel import World
 from trainer.config import Config, ConfigError
+from trainer.run.troubles import Troubles
 
 logger = logging.getLogger("titanrepa")
+
+OPTIONAL = {
+    "version": "",
+    "troubles": None,
+    "classes": None,
+}  # parts of the state that older checkpoints lack, with what replaces them
 
 
 class Checkpoints:
@@ -24,13 +31,23 @@ class Checkpoints:
         config: of the run.
         world: this process; rank 0 logs.
         state: returns the state to save; its tensors are also the template that loading fills.
+        troubles: counts failed saves.
+
+    Attributes:
+        saved: step of the newest checkpoint of this process, saved or loaded; None before the first.
     """
 
-    def __init__(self, config: Config, world: World, state: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self, config: Config, world: World, state: Callable[[], dict[str, Any]], troubles: Troubles | None = None
+    ) -> None:
         r = config.run
-        self.manager = CheckpointManager(Path(r.dir) / "checkpoints", keep=r.keep_checkpoints, keep_every=r.keep_every)
+        self.folder = Path(r.dir) / "checkpoints"
+        self.manager = CheckpointManager(self.folder, keep=r.keep_checkpoints, keep_every=r.keep_every)
         self.in_background = r.async_checkpoints
         self.world, self.state = world, state
+        self.troubles = troubles or Troubles()
+        self.saved: int | None = None
+        self._writing: int | None = None  # step of a save in the background
 
     def newest(self, up_to: int | None = None) -> Path | None:
         """Newest valid checkpoint, of at most ``up_to`` steps; None if there is none."""
@@ -39,9 +56,24 @@ class Checkpoints:
     def load(self, path: Path) -> dict[str, Any]:
         """Load a checkpoint into the tensors of the run's state; returns the state with "version", "" if unknown."""
         template = self.state()
-        del template["version"], template["classes"]  # older checkpoints have none
-        wrote = self.manager.read(path, ["version"]).get("version", "")
-        return self.manager.load(path, template) | {"version": wrote}
+        for name in OPTIONAL:  # older checkpoints have none
+            del template[name]
+        state = self.manager.load(path, template)
+        found = self.manager.read(path, list(OPTIONAL))
+        self.saved = state["progress"]["step"]
+        return state | {name: found.get(name, missing) for name, missing in OPTIONAL.items()}
+
+    def refuse_damaged(self) -> None:
+        """Raise if there are checkpoints and none can be used, since a run from step 1 would replace them.
+
+        Raises:
+            CheckpointError: there are.
+        """
+        if (count := self.manager.count()) > 0:
+            raise CheckpointError(
+                f"{self.folder} holds {count} checkpoint{'s' * (count > 1)}, none sound (see the warnings above): move "
+                "them away to start from step 1, or name another run.dir"
+            )
 
     def check_classes(self, path: Path, now: Classes, accept: bool) -> None:
         """Compare the classes that a checkpoint was trained on, if it records them, with those of the dataset.
@@ -80,6 +112,7 @@ class Checkpoints:
         self.finish()
         start = time.perf_counter()
         path = self.manager.save(step, self.state())
+        self.saved = step
         self._log(f"saved {path} in {time.perf_counter() - start:.1f} s")
 
     def try_to_save(self, step: int) -> None:
@@ -92,6 +125,7 @@ class Checkpoints:
         with self._only_warning():
             start = time.perf_counter()
             self.manager.save_async(step, self.state())
+            self._writing = step
             self._log(
                 f"step {step}: copied the checkpoint in {time.perf_counter() - start:.1f} s, writing in background"
             )
@@ -101,6 +135,7 @@ class Checkpoints:
         with self._only_warning():
             path: Path | None = self.manager.wait()
             if path is not None:
+                self.saved = self._writing
                 self._log(f"saved {path}")
 
     @contextlib.contextmanager
@@ -108,6 +143,7 @@ class Checkpoints:
         try:
             yield
         except CheckpointError as error:
+            self.troubles.count("checkpoints")
             if self.world.is_main:
                 logger.warning(f"{error} Training continues; the next checkpoint is another attempt.")
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from components.contracts import Distribution
+from components.contracts import Distribution, Tokenizer
 from components.data.loader import make_loader
 from components.data.pixels import to_float
 from components.diffusion.random_numbers import draw
@@ -87,19 +87,25 @@ def measure_statistics(config: Config, parts: Parts, world: World) -> tuple[Tens
     for loaded, position in zip(loader, positions):
         if position >= max(config.latent_norm.images, batch_size):
             break
-        x = to_float(loaded.images.to(world.device))
-        x = x.to(parameter_dtype(tokenizer))
         step, first = divmod(position, batch_size)
-        here = range(first, first + len(x))
+        here = range(first, first + len(loaded.images))
         # Negative step: training must not reuse these random numbers.
         noise = draw(config.training.seed, -1 - step, here, batch_size, declared)["posterior"]
-        z = tokenizer.encode(x).sample(noise.to(world.device)).double()
+        # As many images at once as in a step, whose memory is known to suffice.
+        pieces = zip(loaded.images.chunk(config.training.accumulation), noise.chunk(config.training.accumulation))
+        z = [_encode(tokenizer, images.to(world.device), part.to(world.device)) for images, part in pieces]
+        z = torch.cat(z).double()
         total += torch.stack([torch.ones_like(z), z, z.square()]).sum(dim=(1, 3, 4))
     if world.size > 1:
         dist.all_reduce(total)
     count, first_moment, second_moment = total
     mean = first_moment / count
     return mean, (second_moment / count - mean.square()).clamp_min(1e-12).sqrt()
+
+
+def _encode(tokenizer: Tokenizer, images: Tensor, noise: Tensor) -> Tensor:
+    """Latents (b, C, h, w) of uint8 images (b, 3, R, R)."""
+    return tokenizer.encode(to_float(images).to(parameter_dtype(tokenizer))).sample(noise)
 
 
 def prepare_latent_norm(config: Config, parts: Parts, world: World) -> None:

@@ -14,10 +14,7 @@ from components.checkpoint import (
     module_state,
     optimizer_state,
 )
-from components.contracts import RandomNumbers
-from components.data.loader import UnreadableCounter, make_loader
-from components.data.prefetch import Prefetcher
-from components.diffusion.random_numbers import draw
+from components.data.loader import UnreadableCounter
 from components.distributed.parallel import World
 from components.files.atomic import atomic_write
 from components.monitor.guard import Alarm
@@ -28,13 +25,17 @@ from trainer.config import Config, changes
 from trainer.run import alarms
 from trainer.run.assemble import construct, prepare
 from trainer.run.checkpoints import Checkpoints
+from trainer.run.feed import Feed
+from trainer.run.follow_up import Stopped, due_after, follow_up, stop_requested
 from trainer.run.initial_statistics import prepare_latent_norm
 from trainer.run.monitor.flops import try_flops_per_image
-from trainer.run.monitor.profiling import Profiler
+from trainer.run.monitor.profiling import Profiler, profiling
 from trainer.run.process import StopSignals, garbage_collected
 from trainer.run.report import Reporter
+from trainer.run.rescue import rescue
 from trainer.run.run_log import start_run_log
 from trainer.run.step import make_step
+from trainer.run.troubles import Troubles
 
 logger = logging.getLogger("titanrepa")
 
@@ -45,13 +46,17 @@ class Trainer:
     Args:
         config: validated.
         world: this process.
+        troubles: counts failures that do not end the run; None: a new one.
         accept_classes: resume although the dataset's classes differ from those of the checkpoint.
 
     Raises:
         ConfigError: the config cannot be run; raised before any large part is built.
     """
 
-    def __init__(self, config: Config, world: World, accept_classes: bool = False) -> None:
+    def __init__(
+        self, config: Config, world: World, troubles: Troubles | None = None, accept_classes: bool = False
+    ) -> None:
+        self.troubles = troubles or Troubles()
         self.config, self.world, self.device = config, world, world.device
         self.accept_classes = accept_classes
         self.folder = Path(config.run.dir)
@@ -72,15 +77,17 @@ class Trainer:
         self.train_step = make_step(config, self.parts, self.device, clock=self.clock)
         self.groups, self.ema = self.train_step.groups, self.train_step.ema
         self.unreadable = UnreadableCounter(config.loader.max_unreadable)
-        self.checkpoints = Checkpoints(config, world, self.state)
-        self.watch = alarms.Watch(config, world, self.parts.recipe)
+        self.checkpoints = Checkpoints(config, world, self.state, self.troubles)
+        self.watch = alarms.Watch(config, world, self.parts.recipe, self.troubles)
         self.profiler: Profiler | None = None
         self.step = 0
         self.consumed = 0
         # On a GPU a record is read one step later, so that its copy to the host has completed and reading never waits.
         self.lag = 1 if self.device.type == "cuda" else 0
-        self._unread: deque[tuple[StepRecord, int]] = deque()
-        self.signals = StopSignals(self._log)
+        # Of each step: its record, the samples consumed by its end, and the count of unreadable images before it.
+        self._unread: deque[tuple[StepRecord, int, dict[str, int]]] = deque()
+        self.signals = StopSignals(self._log, self._lost_now)
+        self._data_lost = False  # on some rank; known to all
         self.stopping = False  # a signal arrived on some rank; the same on all ranks
 
     # -- state ---------------------------------------------------------------------------------------------------
@@ -102,6 +109,7 @@ class Trainer:
             "config": self.config.to_toml(),
             "version": version(),
             "classes": self.parts.classes.record(),
+            "troubles": self.troubles.state_dict(),
         }
         m = self.parts.modules
         if m.copies or m.state:
@@ -127,12 +135,19 @@ class Trainer:
         self.step, self.consumed = progress["step"], progress["consumed"]
         self.unreadable.load_state_dict(progress["unreadable"])
         self.watch.load_state_dict(progress["watch"])
+        if state["troubles"] is not None:
+            self.troubles.load_state_dict(state["troubles"])
         return state["config"], state["version"]
 
     def resume(self) -> bool:
-        """Load the newest valid checkpoint of the run folder; returns False if there is none."""
+        """Load the newest valid checkpoint of the run folder; returns False if there is none.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none is sound.
+        """
         path = self.checkpoints.newest()
         if path is None:
+            self.checkpoints.refuse_damaged()
             return False
         self.checkpoints.check_classes(path, self.parts.classes, self.accept_classes)
         written_with, wrote = self.load(path)
@@ -169,134 +184,94 @@ class Trainer:
         if self.evaluation is not None:
             self.evaluation.prepare(self.parts)
         flops = try_flops_per_image(self.config, self._meta, self.parts, self.world)
-        reporter = Reporter(self.config, self.world, list(self.groups), self.step, flops)
+        reporter = Reporter(self.config, self.world, list(self.groups), self.step, flops, self.troubles)
         self.watch.mark = reporter.mark
         garbage = garbage_collected(self.config.training.gc_every)
-        with contextlib.closing(reporter), self._profiling(reporter), self.signals, garbage as collect_garbage:
-            while True:
-                with self._batches() as batches:
-                    alarm = self._train(batches, reporter, collect_garbage)
-                if alarm is None:
-                    break
-                self._roll_back(alarm)
-                reporter.begin(self.step)
-                reporter.mark(alarm.name, self.step)  # again: begin() has just hidden points of later steps
+        profiler = profiling(self.config, self.step, self.world, self.clock, reporter.stopwatch.outside)
+        with contextlib.closing(reporter), profiler as self.profiler, self.signals, garbage as collect_garbage:
+            try:
+                while True:
+                    with self._batches() as batches:
+                        alarm = self._train(batches, reporter, collect_garbage)
+                    if alarm is None:
+                        break
+                    self._roll_back(alarm)
+                    reporter.begin(self.step)
+                    reporter.mark(alarm.name, self.step)  # again: begin() has just hidden points of later steps
+            except BaseException as error:
+                together = self.world.size == 1 or self._data_lost
+                rescue(error, self.checkpoints, self.step, whole=self.train_step.whole, together=together)
+                raise
             self.checkpoints.finish()
         return self.step >= self.config.training.steps
 
-    def _train(self, batches: Prefetcher, reporter: Reporter, collect_garbage) -> Alarm | None:
+    def _train(self, batches: Feed, reporter: Reporter, collect_garbage) -> Alarm | None:
         """Train until the last step, a stop, or an alarm that requires a rollback, which is returned."""
         total = self.config.training.steps
         while self.step < total and not self.stopping:
             if self.profiler is not None:
                 self.profiler.before(self.step)
-            record = self.train_step(self.step, self._micro_batches(batches), stop=self.signals.requested)
+            counted = self.unreadable.state_dict()
+            record = self.train_step(
+                self.step, self._micro_batches(batches), self.signals.requested, lambda: batches.lost is not None
+            )
             self.step += 1
+            self.consumed += self.config.training.batch_size
             if self.profiler is not None:
                 self.profiler.after()
-            self.consumed += self.config.training.batch_size
-            self._unread.append((record, self.consumed))
+            self._unread.append((record, self.consumed, counted))
             reporter.bar.update()
             collect_garbage(self.step)
-            alarm, due = self._read(self.lag), self._due()
+            alarm, due = self._read(self.lag, batches), due_after(self.config, self.step)
             if alarm is None and (self.stopping or due):  # what follows needs all records
-                alarm = self._read(0)
+                alarm = self._read(0, batches)
             if alarm is not None:
                 return alarm
-            self._after_step(due | {"log", "save"} if self.stopping else due, reporter, batches)
+            follow_up(self, {"log", "save"} if self.stopping else due, reporter, batches.waited_s)
         return None
 
-    def _read(self, lag: int) -> Alarm | None:
-        """Read and check the records of all steps but the last ``lag``; returns an alarm, the same on every rank."""
+    def _read(self, lag: int, batches: Feed) -> Alarm | None:
+        """Read and check the records of all steps but the last ``lag``; returns an alarm, the same on every rank.
+
+        Raises:
+            Exception: of the data, on every rank; the run is back at the end of the last step that had data.
+        """
         while len(self._unread) > lag:
-            record, consumed = self._unread.popleft()
+            record, consumed, counted = self._unread.popleft()
             values = record.read()
-            self.stopping = self.stopping or values.pop("stop") > 0
+            stop = values.pop("stop")
+            if stop > 1:  # all ranks skipped this step and those after it
+                self._unread.clear()
+                self.step, self.consumed = record.step, consumed - self.config.training.batch_size
+                self.unreadable.load_state_dict(counted)
+                self._data_lost = True
+                batches.raise_lost()
+            self.stopping = self.stopping or stop > 0
             self.metrics.add(values)
+            self.troubles.stepped(record.step + 1, values["skipped_steps"] > 0)
             alarm = self.watch.observe(record, same_on_all_ranks(values), self._order, consumed)
             if alarm is not None:
                 return alarm
         return None
 
-    def _due(self) -> set[str]:
-        """What the config schedules after this step: "log", "save", "draw", "evaluate"."""
-        c, last = self.config, self.step == self.config.training.steps
-        cadences = {"save": c.run.checkpoint_every, "draw": c.sampling.every, "evaluate": c.evaluation.every}
-        due = {name for name, every in cadences.items() if every and self.step % every == 0}
-        if last:
-            due |= {"save", "draw"} | ({"evaluate"} if c.evaluation.every else set())
-        if last or self.step == 1 or self.step % c.run.log_every == 0:
-            due.add("log")
-        return due
+    def check_stop(self) -> None:
+        """Raise Stopped if a signal has arrived on any rank. Collective."""
+        if stop_requested(self.signals.requested):
+            self.stopping = True
+            raise Stopped
 
-    def _after_step(self, due: set[str], reporter: Reporter, batches: Prefetcher) -> None:
-        outside, ends = reporter.stopwatch.outside, self.stopping or self.step == self.config.training.steps
-        if "log" in due:
-            values = self.metrics.read()
-            values["data/unreadable"] = float(self.unreadable.count)
-            values["data/epoch"] = self.consumed / len(self.parts.dataset)
-            reporter.report(self.step, values, batches.waited_s)
-        # Save first: drawing needs memory, and a failure there must not lose the step.
-        if "save" in due:
-            with outside("saving"):
-                if ends:
-                    self.checkpoints.save(self.step)
-                else:
-                    self.checkpoints.try_to_save(self.step)
-        if "draw" in due:
-            with outside("pictures"), self.train_step.evaluating():
-                reporter.draw(self.step, self.parts, self.ema)
-        if "evaluate" in due:
-            with outside("evaluation"), self.train_step.evaluating():
-                reporter.evaluated(self.step, *self.evaluation(self.parts, self.ema))
+    def _lost_now(self) -> str:
+        """What an end at once loses."""
+        saved = self.checkpoints.saved
+        return f"steps after {saved} are lost" if saved else "no step was saved"
 
-    @contextlib.contextmanager
-    def _profiling(self, reporter: Reporter) -> Iterator[None]:
-        """Context manager that profiles some steps if the config says so."""
-        table = self.config.profile
-        if not table.steps:
-            yield
-            return
-        self.profiler = Profiler(
-            **table.model_dump(), folder=self.folder / "profile", left=self.config.training.steps - self.step,
-            world=self.world, clock=self.clock, outside=reporter.stopwatch.outside,
-        )  # fmt: skip
-        with contextlib.closing(self.profiler):
-            yield
+    def _batches(self) -> Feed:
+        feed = Feed(self.config, self.world, self.parts, self.unreadable, self.step, self.consumed)
+        self._order, self._data_lost = feed.order, False
+        return feed
 
-    def _batches(self) -> Prefetcher:
-        c = self.config
-        loader = make_loader(
-            self.parts.dataset,
-            seed=c.training.seed,
-            batch_size=c.training.batch_size,
-            rank=self.world.rank,
-            world=self.world.size,
-            accumulation=c.training.accumulation,
-            consumed=self.consumed,
-            workers=c.loader.workers,
-            prefetch=c.loader.prefetch,
-            pin_memory=self.device.type == "cuda",
-            resolution=c.training.resolution,
-        )
-        self._order = loader.batch_sampler.order
-        first_step, first_position = self.step, self.consumed
-        size = c.training.batch_size // (self.world.size * c.training.accumulation)
-
-        declared = self.parts.random_numbers
-
-        def random_numbers(position: int) -> RandomNumbers:
-            steps, place = divmod(position - first_position, c.training.batch_size)
-            here = range(place, place + size)
-            return draw(c.training.seed, first_step + steps, here, c.training.batch_size, declared)
-
-        return Prefetcher(loader, self.device, beside=random_numbers)
-
-    def _micro_batches(self, batches: Prefetcher) -> Iterator:
-        for _ in range(self.config.training.accumulation):
-            batch, random, unreadable = next(batches)
-            self.unreadable.update(len(batch.condition.label), unreadable)
-            yield batch, random
+    def _micro_batches(self, batches: Feed) -> Iterator:
+        return batches.step()
 
     def _roll_back(self, alarm: Alarm) -> None:
         """Load the last checkpoint before the anomaly began, but continue with data that has not been seen yet.
@@ -305,6 +280,7 @@ class Trainer:
             GuardStop: there is no such checkpoint.
         """
         consumed, rollbacks, came_from = self.consumed, self.watch.rollbacks + 1, self.step
+        troubles = self.troubles.state_dict() | {"skipped_since": 0}
         self._unread.clear()
         self.metrics.read()
         self.checkpoints.finish()
@@ -315,6 +291,7 @@ class Trainer:
         self.watch.forget(self.step)
         skipped = consumed - self.consumed
         self.consumed, self.watch.rollbacks = consumed, rollbacks
+        self.troubles.load_state_dict(troubles)
         # Never resume from checkpoints saved after the anomaly began. Save, so that a restart skips the data as well.
         self.checkpoints.discard(beyond=self.step)
         self.checkpoints.save(self.step)

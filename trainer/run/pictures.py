@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,21 +51,52 @@ def sampling_plan(config: Config, seed: int, options: Mapping[str, Any] | None =
     return SamplingPlan(s.method, s.steps, Guidance(s.guidance, s.guidance_low, s.guidance_high), seed, s.shift)
 
 
-def image_sampler(config: Config, parts: Parts, ema: Ema | None) -> ImageSampler:
-    """Sampler with the settings of [sampling] and the averaged weights."""
+class Stoppable:
+    """A denoiser that asks before each evaluation whether to go on.
+
+    Args:
+        denoiser: evaluates.
+        check_stop: raises to stop.
+    """
+
+    def __init__(self, denoiser: Any, check_stop: Callable[[], None]) -> None:
+        self._denoiser, self._check_stop = denoiser, check_stop
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        self._check_stop()
+        return self._denoiser(*inputs, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._denoiser, name)
+
+
+def image_sampler(
+    config: Config, parts: Parts, ema: Ema | None, check_stop: Callable[[], None] | None = None
+) -> ImageSampler:
+    """Sampler with the settings of [sampling] and the averaged weights; ``check_stop`` may raise between its steps."""
     plan = sampling_plan(config, config.training.seed)
     networks = {name: averaged(parts, ema, name) for name in ("denoiser", "latent_norm", "tokenizer")}
     m = checked(Modules(**networks, flow=parts.modules.flow), parts.places)
-    return ImageSampler(plan, parts.recipe, m, parts.latent)
+    sampler = ImageSampler(plan, parts.recipe, m, parts.latent)
+    if check_stop is not None:
+        sampler.denoiser = Stoppable(sampler.denoiser, check_stop)
+    return sampler
 
 
-def sample_images(config: Config, parts: Parts, ema: Ema | None, world: World, count: int) -> tuple[Tensor, Tensor]:
+def sample_images(
+    config: Config,
+    parts: Parts,
+    ema: Ema | None,
+    world: World,
+    count: int,
+    check_stop: Callable[[], None] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Sample images (count, 3, R, R) in [-1, 1], cycling through the classes; returns them and labels (count,).
 
     The noise is the same at every step of a run. Collective: every rank samples a share, makes the same number of
     calls, since all ranks gather sharded weights together, and returns all images.
     """
-    sampler = image_sampler(config, parts, ema)
+    sampler = image_sampler(config, parts, ema, check_stop)
     share = -(-count // world.size)
     ids = torch.arange(world.rank * share, (world.rank + 1) * share, device=world.device)
     chunks = ids.split(AT_ONCE)

@@ -5,43 +5,49 @@ from __future__ import annotations
 import contextlib
 import gc
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
-# Ctrl-C; termination by a scheduler; Slurm's notice before the time limit.
-CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from trainer.signals import CAUGHT, end_at_once
 
 
 class StopSignals:
-    """Context manager that turns SIGINT, SIGTERM and SIGUSR1 into a request for a graceful stop.
+    """Context manager that turns the signals of :mod:`trainer.signals` into a request for a graceful stop.
 
-    A second Ctrl-C raises KeyboardInterrupt. After a request, SIGTERM and SIGUSR1 stay ignored even outside the
-    context: schedulers often send several, and one that arrives during saving or exit would kill the process.
+    A second Ctrl-C ends the process at once. After a request, the other signals stay ignored even outside the context:
+    schedulers often send several, and one that arrives during saving or exit would kill the process.
 
     Args:
         log: called with a message for the user.
+        lost: returns what a second Ctrl-C loses, for its message.
 
     Attributes:
         requested: whether a signal has arrived.
     """
 
-    def __init__(self, log: Callable[[str], None]) -> None:
-        self.log = log
+    def __init__(self, log: Callable[[str], None], lost: Callable[[], str] = lambda: "") -> None:
+        self.log, self.lost = log, lost
         self.requested = False
+        self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
-        self._before = {s: signal.signal(s, self._handle) for s in CAUGHT}
+        if threading.current_thread() is threading.main_thread():
+            for s in CAUGHT:
+                if (before := signal.getsignal(s)) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                    self._before[s] = before
+                    signal.signal(s, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         for s, before in self._before.items():
             signal.signal(s, signal.SIG_IGN if self.requested and s != signal.SIGINT else before)
 
-    def _handle(self, signum: int, frame: object) -> None:
-        if self.requested and signum == signal.SIGINT:
-            raise KeyboardInterrupt
+    def _handle(self, number: int, frame: object) -> None:
+        if self.requested and number == signal.SIGINT:
+            end_at_once(number, f"interrupted again, ended at once; {self.lost()}")
         if not self.requested:
             self.requested = True
-            self.log(f"{signal.Signals(signum).name}: finishing this step, then saving (Ctrl-C again to stop at once)")
+            self.log(f"{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again to stop at once)")
 
 
 @contextlib.contextmanager

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from components import registry
 from components.distributed.parallel import World, gather_floats
+from components.files.atomic import append_line
 from components.finite import count_of, faulty_rows
 from components.optim.ema import Ema
 from trainer.config import Config, flatten
@@ -19,6 +21,8 @@ from trainer.run.monitor.events import EventWriter
 from trainer.run.monitor.speed import Eta, Stopwatch, clock_time, device_peak, memory, speeds
 from trainer.run.monitor.stragglers import Stragglers, probe
 from trainer.run.parts import Parts
+from trainer.run.terminal import Bar
+from trainer.run.troubles import Troubles
 
 logger = logging.getLogger("titanrepa")
 
@@ -35,14 +39,22 @@ class Reporter:
         groups: names of the parameter groups, whose losses appear on the progress bar.
         step: last finished step.
         flops_per_image: FLOPs of the model per image; None: unknown, so TFLOP/s and MFU are not reported.
+        troubles: counts files that cannot be written, which costs a warning; None: a new one.
 
     Attributes:
         stopwatch: measures training time and its interruptions.
     """
 
     def __init__(
-        self, config: Config, world: World, groups: list[str], step: int, flops_per_image: int | None = None
+        self,
+        config: Config,
+        world: World,
+        groups: list[str],
+        step: int,
+        flops_per_image: int | None = None,
+        troubles: Troubles | None = None,
     ) -> None:
+        self.troubles = troubles or Troubles()
         self.config, self.world, self.groups, self.flops_per_image = config, world, groups, flops_per_image
         self.folder = Path(config.run.dir)
         self.writer: EventWriter | None = None
@@ -54,7 +66,7 @@ class Reporter:
         # None: show the bar only on a terminal; elsewhere report() logs lines.
         disable = None if world.is_main else True
         total = config.training.steps
-        self.bar = tqdm(total=total, initial=step, unit="step", disable=disable, dynamic_ncols=True)
+        self.bar = Bar(total=total, initial=step, unit="step", disable=disable, dynamic_ncols=True)
         self.begin(step)
 
     def begin(self, step: int) -> None:
@@ -66,9 +78,11 @@ class Reporter:
         self.bar.refresh()
         if self.world.is_main:
             if self.writer is not None:
-                self.writer.close()
+                with self._tensorboard():
+                    self.writer.close()
             self.writer = EventWriter(self.folder / "tensorboard", step + 1 if step else None)
-            self.writer.text("config", "```toml\n" + self.config.to_toml() + "```", step)
+            with self._tensorboard():
+                self.writer.text("config", "```toml\n" + self.config.to_toml() + "```", step)
 
     def close(self) -> None:
         """Write the hyperparameters with the last values, and log how time was spent. To be called after errors too."""
@@ -76,11 +90,16 @@ class Reporter:
         if self.writer is None:
             return
         if self._shown:
-            self.writer.hyperparameters(flatten(self.config.to_toml()), self._final_metrics())
+            with self._tensorboard():
+                self.writer.hyperparameters(flatten(self.config.to_toml()), self._final_metrics())
             seconds, outside = self._add_up(*self.stopwatch.read())
             spent = "".join(f", {clock_time(s)} {name}" for name, s in outside.items() if s >= 0.5)
             logger.info(f"time of this start: {clock_time(seconds)} training{spent}")
-        self.writer.close()
+        with self._tensorboard():
+            self.writer.close()
+
+    def _tensorboard(self) -> contextlib.AbstractContextManager[None]:
+        return self.troubles.only_warning("TensorBoard")
 
     def report(self, step: int, values: dict[str, float], waited_s: float) -> None:
         """Report the means since the last report; the device must be idle. Collective.
@@ -138,16 +157,18 @@ class Reporter:
     def mark(self, alarm: str, step: int) -> None:
         """Mark an alarm in TensorBoard at once, since it may end the run."""
         if self.writer is not None:
-            self.writer.scalars({f"alarms/{alarm}": 1.0}, step)
+            with self._tensorboard():
+                self.writer.scalars({f"alarms/{alarm}": 1.0}, step)
 
     def name_stragglers(self, step: int, ranks: list[list[float]]) -> dict[str, float]:
         """See :class:`trainer.run.monitor.stragglers.Stragglers`."""
         return self.stragglers(step, ranks)
 
-    def draw(self, step: int, parts: Parts, ema: Ema | None) -> None:
+    def draw(self, step: int, parts: Parts, ema: Ema | None, check_stop: Callable[[], None] | None = None) -> None:
         """Write image grids, latent norm histograms, and the fraction of samples that the dataset's judge recognizes.
 
-        The grids show reconstructions with their latents, and samples. Collective.
+        The grids show reconstructions with their latents, and samples. Collective. ``check_stop`` may raise, on all
+        ranks at once, before each evaluation of the denoiser.
         """
         panels = {}
         if parts.images is not None:  # may be absent with cached latents
@@ -158,7 +179,9 @@ class Reporter:
                 panels["reconstructions"] = pictures.in_rows(originals, rebuilt, colors)
         images = labels = None
         if parts.modules.denoiser is not None:
-            images, labels = pictures.sample_images(self.config, parts, ema, self.world, self.config.sampling.images)
+            images, labels = pictures.sample_images(
+                self.config, parts, ema, self.world, self.config.sampling.images, check_stop
+            )
             if self._finite(step, "samples", images):
                 panels["samples"] = pictures.grid(images)
         if self.writer is None:
@@ -168,11 +191,14 @@ class Reporter:
             self._write(step, {"samples/judged_right": right}, json_too=False)
             logger.info(f"step {step}: the judge recognizes {right:.0%} of {len(images)} samples")
         if (norm := parts.modules.latent_norm) is not None:
-            self.writer.histogram("latent_norm/running_mean", norm.running_mean, step)
-            self.writer.histogram("latent_norm/running_variance", norm.running_var, step)
+            with self._tensorboard():
+                self.writer.histogram("latent_norm/running_mean", norm.running_mean, step)
+                self.writer.histogram("latent_norm/running_variance", norm.running_var, step)
         for name, picture in panels.items():
-            self.writer.picture(name, picture, step)
-            pictures.save_png(picture, self.folder / "images" / f"{name}_{step:08d}.png")
+            with self._tensorboard():
+                self.writer.picture(name, picture, step)
+            with self.troubles.only_warning("images/"):
+                pictures.save_png(picture, self.folder / "images" / f"{name}_{step:08d}.png")
 
     def _finite(self, step: int, name: str, values: Tensor) -> bool:
         """Whether all rows of ``values`` (B, ...) are finite; otherwise logs why there is no picture of them."""
@@ -192,10 +218,11 @@ class Reporter:
 
     def _write(self, step: int, values: dict[str, float], json_too: bool = True) -> None:
         self._shown |= values
-        self.writer.scalars(values, step)
+        with self._tensorboard():
+            self.writer.scalars(values, step)
         if json_too:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            with self.troubles.only_warning("metrics.jsonl"):
+                append_line(self.folder / "metrics.jsonl", json.dumps({"step": step, **values}))
 
     def _add_up(self, seconds: float, outside: dict[str, float]) -> tuple[float, dict[str, float]]:
         """Add to the time spent since the start of this process, and return the totals."""

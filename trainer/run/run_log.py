@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+
+from trainer.run.terminal import LogFile
 
 
 class RunLog(logging.Handler):
@@ -11,28 +14,29 @@ class RunLog(logging.Handler):
 
     Args:
         path: file to append to; its folder must exist when :meth:`start` is called.
+        failed: called with the error if a line cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, failed: Callable[[BaseException | str], None]) -> None:
         super().__init__()
-        self.path = path
-        self._file: logging.FileHandler | None = None
+        self.path, self.failed = path, failed
+        self._file: LogFile | None = None
         self._held: list[logging.LogRecord] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._file is None:
             self._held.append(record)
         else:
-            self._file.emit(record)
+            self._file.handle(record)
 
     def start(self) -> None:
         """Open the file, and write what was held back."""
         if self._file is None:
-            self._file = logging.FileHandler(self.path, encoding="utf-8", errors="backslashreplace")
+            self._file = LogFile(self.path, self.failed)
             self._file.setFormatter(self.formatter)
             held, self._held = self._held, []
             for record in held:
-                self._file.emit(record)
+                self._file.handle(record)
 
     def close(self) -> None:
         if self._file is not None:

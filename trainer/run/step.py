@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from trainer.config import Config
 from trainer.run import assemble, prepare
 from trainer.run.first_use import check_terms, checked
 from trainer.run.parts import Parts
+
+LOST = 2.0**30  # "stop" of a rank whose data is lost: the mean over ranks exceeds 1, which stop requests cannot reach
 
 
 def make_step(
@@ -73,6 +75,10 @@ class Step:
         clock: measures the phases of each step: "data", one per group that the recipe updates, those that modules
             define ("encoders", a frozen "tokenizer"), and "optimizer" for the rest.
         places: tables of the config by module name, for messages about what a part returns.
+
+    Attributes:
+        whole: whether the state in memory is that after a whole step; false while updates are applied, and for good
+            after an error in between.
     """
 
     def __init__(
@@ -99,9 +105,15 @@ class Step:
         # Buffers that forward passes change, such as batch-norm statistics; restored if the step is skipped.
         changing = [modules.tokenizer, modules.latent_norm, modules.discriminator]
         self._buffers = [b for module in changing if module is not None for b in module.buffers()]
+        self.whole = True
+        self._local: Tensor | None = None  # terms of the latest step on this rank
 
     def __call__(
-        self, step: int, micro_batches: Iterable[tuple[Batch, RandomNumbers]], stop: bool = False
+        self,
+        step: int,
+        micro_batches: Iterable[tuple[Batch, RandomNumbers]],
+        stop: bool = False,
+        lost: Callable[[], bool] = lambda: False,
     ) -> StepRecord:
         """Run one step without synchronizing with the device.
 
@@ -109,6 +121,8 @@ class Step:
             step: counted from 0.
             micro_batches: batches with their random numbers, ``accumulation`` of them.
             stop: whether this rank is asked to stop; all ranks then read ``stop`` > 0 from the record of this step.
+            lost: called after the micro-batches; whether this rank's data could not be read, so that all ranks skip the
+                step and read ``stop`` > 1 from its record.
 
         Returns:
             Record with the means over ranks and micro-batches of every loss term and of ``latent/*``;
@@ -116,8 +130,8 @@ class Step:
             finite on any rank, so that no update was applied; with a clock, ``time/*`` of this rank.
         """
         with timed(self.clock) as times:
-            measured = self._run(step, micro_batches, stop)
-        return StepRecord(step, *measured, times)
+            measured = self._run(step, micro_batches, stop, lost)
+        return StepRecord(step, *measured, times, self._local)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -130,28 +144,24 @@ class Step:
             parallel.reshard(*self.modules.named().values(), *averages)
 
     def _run(
-        self, step: int, micro_batches: Iterable[tuple[Batch, RandomNumbers]], stop: bool
+        self, step: int, micro_batches: Iterable[tuple[Batch, RandomNumbers]], stop: bool, lost: Callable[[], bool]
     ) -> tuple[tuple[str, ...], Tensor, dict[str, float], dict[str, tuple[list[str], Tensor]]]:
         """Run the step; returns names and device values of its metrics, host metrics, and gradient norms by layer."""
         before = [b.clone() for b in self._buffers]
         self._terms.clear()
-        for batch, random in waiting("data", micro_batches):
-            if batch.images is not None:
-                images = batch.images.to(dtype=self.image_dtype, memory_format=self.memory_format)
-                batch = batch._replace(images=images)
-            with self._autocast(), segments(), observed() as latents:
-                self.recipe.step(self._checked or self.modules, batch, random, self._update, step)
-            for z in latents:
-                for name, value in statistics(z).items():
-                    self._terms[f"latent/{name}"].append(value.to(self.device, torch.float64))
-        self._checked = None
-        measured = self._means(stop)
+        try:
+            self._compute(step, micro_batches)
+        except BaseException:
+            self._undo(before)
+            raise
+        measured = self._means(stop, lost())
 
         layers = {name: (group.names, group.norms()) for name, group in self.groups.items() if group.has_gradients()}
         norms = {name: norms.square().sum().sqrt().to(self.device) for name, (_, norms) in layers.items()}
         losses = [measured[f"{name}/loss"] for name in self.groups if f"{name}/loss" in measured]
-        finite = torch.isfinite(torch.stack([*losses, *norms.values()])).all()
+        finite = torch.isfinite(torch.stack([*losses, *norms.values()])).all() & (measured["stop"] <= 1)
 
+        self.whole = False
         lrs = {f"lr/{name}": group.apply(step, norms.get(name), finite) for name, group in self.groups.items()}
         for buffer, old in zip(self._buffers, before):
             buffer.copy_(torch.where(finite, buffer, old))
@@ -160,6 +170,7 @@ class Step:
         # Back to shards before they change: gathered weights would hide them and become stale.
         parallel.reshard(*self.modules.copies.values())
         self.recipe.after_step(self.modules, finite, step)
+        self.whole = True
 
         measured |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
         if self.modules.latent_norm is not None:
@@ -170,14 +181,40 @@ class Step:
         values = torch.stack([v.to(self.device, torch.float64) for v in measured.values()])
         return tuple(measured), values, lrs, layers
 
+    def _compute(self, step: int, micro_batches: Iterable[tuple[Batch, RandomNumbers]]) -> None:
+        """Add up the gradients and collect the loss terms of all micro-batches."""
+        for batch, random in waiting("data", micro_batches):
+            if batch.images is not None:
+                images = batch.images.to(dtype=self.image_dtype, memory_format=self.memory_format)
+                batch = batch._replace(images=images)
+            with self._autocast(), segments(), observed() as latents:
+                self.recipe.step(self._checked or self.modules, batch, random, self._update, step)
+            for z in latents:
+                for name, value in statistics(z).items():
+                    self._terms[f"latent/{name}"].append(value.to(self.device, torch.float64))
+        self._checked = None
+
+    def _undo(self, before: list[Tensor]) -> None:
+        """Return to the state after the last step, when an error has ended the micro-batches of this one."""
+        self.whole = False
+        self._terms.clear()
+        with contextlib.suppress(Exception), torch.no_grad():  # the caller raises the first error
+            for buffer, old in zip(self._buffers, before):
+                buffer.copy_(old)
+            for group in self.groups.values():
+                group.optimizer.zero_grad(set_to_none=True)
+            parallel.reshard(*self.modules.named().values())
+            self.whole = True
+
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
-    def _means(self, stop: bool) -> dict[str, Tensor]:
+    def _means(self, stop: bool, lost: bool) -> dict[str, Tensor]:
         """Mean of every term over micro-batches and ranks, in one all-reduce; non-finite if it is so on any rank."""
         means = {name: torch.stack(values).mean() for name, values in self._terms.items()}
-        means["stop"] = torch.full((), float(stop), dtype=torch.float64, device=self.device)
+        means["stop"] = torch.full((), LOST if lost else float(stop), dtype=torch.float64, device=self.device)
         flat = torch.stack(list(means.values()))
+        self._local = flat.clone()
         return dict(zip(means, parallel.mean_over_ranks(flat)))
 
     def _update(self, group: str, terms: dict[str, LossTerm], **logged: Tensor) -> None:

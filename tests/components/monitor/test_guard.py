@@ -493,3 +493,29 @@ def test_a_step_costs_well_below_a_millisecond():
         guard.observe(step, values, True)
         costs.append(time.perf_counter() - start)
     assert sorted(costs)[500] < 1e-3
+
+
+def losses_of(values: list[float], **options) -> list:
+    guard, alarms = Guard(window=20, patience=10, skipped=0, **options), []
+    for step, value in enumerate(values):
+        alarms += guard.observe(step, {"tokenizer/loss": value, "grad_norm/tokenizer": abs(value)}, applied=True)
+    return alarms
+
+
+def test_a_loss_that_becomes_exactly_0_and_stays_so_is_an_alarm():
+    alarms = losses_of([1.0] * 15 + [0.0] * 40)
+    assert [(a.name, a.metric, a.onset) for a in alarms] == [("collapse", "tokenizer/loss", 15)] * 2
+    assert "tokenizer/loss has been exactly 0 for 10 consecutive steps, since step 15: 1 was usual" in alarms[0].message
+    assert not losses_of([1.0] * 15 + [0.0] * 40, collapse=0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.0] * 60 + [1.0] * 60,  # scheduled, like a discriminator before its start step
+        [1.0, *[0.0] * 8] * 12,  # a hinge that most batches satisfy
+    ],
+    ids=["scheduled", "hinge"],
+)
+def test_a_loss_that_is_0_before_it_starts_or_now_and_then_is_none(values):
+    assert not losses_of(values, spike=0)

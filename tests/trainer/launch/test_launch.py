@@ -193,6 +193,17 @@ def test_a_failure_shows_the_last_words_of_the_last_attempt(tmp_path, capfd):
     )
 
 
+@pytest.mark.parametrize("status", [2, 143])
+@pytest.mark.parametrize("shown", ["0", "1", "0,1"])
+def test_an_explained_end_shows_the_message_alone_and_once(tmp_path, capfd, status, shown):
+    message = b"error: no such key" if status == 2 else b"interrupted (SIGTERM); repeat the command to resume"
+    log(tmp_path, 0, 0, b"")
+    log(tmp_path, 0, 1, b"line\n" * 20 + message + b"\n")
+    launch.summarize(status, tmp_path, shown)
+    assert capfd.readouterr().err == ("" if "1" in shown else message.decode() + "\n")
+    assert not tmp_path.exists()
+
+
 def test_the_logs_of_a_run_without_failures_are_deleted(tmp_path, capfd):
     restarted, whole = tmp_path / "restarted", tmp_path / "whole"
     for folder, attempts in ((restarted, 2), (whole, 1)):

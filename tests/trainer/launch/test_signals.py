@@ -201,16 +201,18 @@ def test_a_second_ctrl_c_ends_at_once(repo, launch, restarts):
     os.write(terminal, b"\x03")
     wait_for(repo, "worker 0 saves", "worker 1 saves")
     os.write(terminal, b"\x03")
-    assert process.wait(20) == 9  # of the killed workers, or of torchrun's stub, which must not start new ones
+    # Of torchrun's stub, which must not start new ones, or of the workers, which do not answer and are killed.
+    assert process.wait(20) == 9
     ended = ["launcher signalled"] if restarts else []
     assert report(repo) == [*ended, "worker 0 saves", "worker 1 saves"]
     assert repo.calls.count("worker 0 ready") == 1
 
 
 def test_a_signal_before_the_workers_start_ends_torchrun(repo, launch):
-    process, _ = launch(WORKERS="0")
+    process, terminal = launch(WORKERS="0")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 9
+    assert process.wait(20) == 128 + signal.SIGTERM
+    assert b"interrupted (SIGTERM); repeat the command to resume" in os.read(terminal, 10_000)
     assert report(repo) == ["launcher signalled"]
 
 

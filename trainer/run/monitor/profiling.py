@@ -7,7 +7,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from components.distributed.parallel import World
 from components.monitor.phases import PhaseClock
+from trainer.config import Config
 
 logger = logging.getLogger("titanrepa")
 
@@ -135,3 +136,24 @@ class Profiler:
                 torch.cuda.memory._dump_snapshot(str(path))
         finally:
             torch.cuda.memory._record_memory_history(enabled=None)
+
+
+@contextlib.contextmanager
+def profiling(
+    config: Config,
+    step: int,
+    world: World,
+    clock: PhaseClock,
+    outside: Callable[[str], contextlib.AbstractContextManager[None]],
+) -> Iterator[Profiler | None]:
+    """Context manager around the steps after ``step``; yields the profiler if the config asks for one."""
+    table = config.profile
+    if not table.steps:
+        yield None
+        return
+    profiler = Profiler(
+        **table.model_dump(), folder=Path(config.run.dir) / "profile", left=config.training.steps - step, world=world,
+        clock=clock, outside=outside,
+    )  # fmt: skip
+    with contextlib.closing(profiler):
+        yield profiler
