@@ -261,9 +261,7 @@ class Trainer:
             raise Stopped
 
     def _lost_now(self) -> str:
-        """What an end at once loses."""
-        saved = self.checkpoints.saved
-        return f"steps after {saved} are lost" if saved else "no step was saved"
+        return f"steps after {saved} are lost" if (saved := self.checkpoints.saved) else "no step was saved"
 
     def _batches(self) -> Feed:
         feed = Feed(self.config, self.world, self.parts, self.unreadable, self.step, self.consumed)

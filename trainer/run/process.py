@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 
 from trainer.signals import CAUGHT, end_at_once
 
+_left_ignored: set[int] = set()  # by an earlier run of this process
+
 
 class StopSignals:
     """Context manager that turns the signals of :mod:`trainer.signals` into a request for a graceful stop.
@@ -33,14 +35,18 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for s in CAUGHT:
-                if (before := signal.getsignal(s)) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                before = signal.getsignal(s)
+                if before is not signal.SIG_IGN or s in _left_ignored:  # nohup leaves SIGHUP ignored
                     self._before[s] = before
                     signal.signal(s, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         for s, before in self._before.items():
-            signal.signal(s, signal.SIG_IGN if self.requested and s != signal.SIGINT else before)
+            ignored = self.requested and s != signal.SIGINT
+            signal.signal(s, signal.SIG_IGN if ignored else before)
+            if ignored:
+                _left_ignored.add(s)
 
     def _handle(self, number: int, frame: object) -> None:
         if self.requested and number == signal.SIGINT:

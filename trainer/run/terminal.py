@@ -59,3 +59,7 @@ class LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         self.failed(sys.exc_info()[1] or "unknown error")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # lines that could not be written have been reported
+            super().close()

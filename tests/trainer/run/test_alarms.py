@@ -77,16 +77,16 @@ def nan_on_rank_1(rank: int, world: int, toml: str, folder: str) -> dict:
     before = {}
     original = trainer.train_step
 
-    def step(k, batches, stop):
+    def step(k, *arguments):
         if k == 2:
             before.update({n: p.full_tensor().clone() for n, p in trainer.parts.modules.denoiser.named_parameters()})
-        record = original(k, batches, stop=stop)
+        record = original(k, *arguments)
         if k == 2:
             after = {n: p.full_tensor() for n, p in trainer.parts.modules.denoiser.named_parameters()}
             before["unchanged"] = all(torch.equal(before[n], after[n]) for n in after)
         return record
 
-    step.evaluating = original.evaluating
+    step.evaluating, step.whole = original.evaluating, True
     trainer.train_step = step
     trainer.run()
     weights = {n: p.full_tensor() for n, p in trainer.parts.modules.denoiser.named_parameters()}

@@ -97,14 +97,14 @@ def test_a_step_does_not_wait_for_the_gpu(tmp_path):
     trainer = Trainer(loaded, World(device=torch.device("cuda", 0)))
     step = trainer.train_step
 
-    def watched(k, batches, stop):
+    def watched(k, batches, *rest):
         batches = list(batches)
         torch.cuda.set_sync_debug_mode("error" if 3 <= k < 11 else "default")
         try:
-            return step(k, batches, stop=stop)
+            return step(k, batches, *rest)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    watched.evaluating = step.evaluating
+    watched.evaluating, watched.whole = step.evaluating, True
     trainer.train_step = watched
     assert trainer.run()
