@@ -203,7 +203,7 @@ def test_the_command_says_what_is_kept_and_what_is_not(tmp_path, capsys, own_reg
         ("plugins.denoisers.sit:sit", ["widht=3"], "did you mean 'width'"),
         ("plugins.denoisers.sit:sit", ["width=wide"], "option width"),
         ("plugins.denoisers.sit:sit", ["width"], "expected key=value"),
-        ("plugins.datasets.image_folder:image_folder", [], "option path: Field required"),
+        ("plugins.datasets.image_folder:image_folder", [], "requires the option path (file); add --option path=VALUE"),
     ],
 )
 def test_a_plugin_that_cannot_be_resolved_is_explained(spec, options, says):
