@@ -54,6 +54,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         overrides = [*overrides, f"--profile.steps={profiled_steps(arguments.profile)}"]
     config = configs.load(arguments.config, overrides)
     from components.distributed import parallel
+    from trainer.run.run_log import end_run_log
     from trainer.run.troubles import Troubles
 
     world = parallel.join_world(config.parallel.timeout_s)
@@ -67,6 +68,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         with owned(config.run.dir, "run.dir", Ranks(None).first):
             return train(arguments, config, world, troubles)
     finally:
+        end_run_log()
         parallel.leave_world()
 
 

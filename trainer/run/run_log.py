@@ -49,3 +49,11 @@ def start_run_log() -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, RunLog):
             handler.start()
+
+
+def end_run_log() -> None:
+    """Remove every :class:`RunLog` from the root logger: the next run of this process has its own."""
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, RunLog)]:
+        root.removeHandler(handler)
+        handler.close()
