@@ -265,11 +265,11 @@ def test_two_ranks_are_one_run(toml, options):
 
 @pytest.mark.long
 def test_recipes_without_copies_keep_their_checkpoints(toml, tmp_path):
-    """No entry is added, so that checkpoints from before copies and state existed load unchanged."""
+    """They have no entry "recipe", so that checkpoints from before copies and state existed load unchanged."""
     options = [f"--run.dir={tmp_path}/ldm", "--training.steps=1", "--recipe.name=ldm", "--denoiser.align_depth=1"]
     trainer = Trainer(config.load(toml, options), World())
     trainer.run()
-    keys = {"modules", "ema", "optimizers", "progress", "config", "version"}
+    keys = {"modules", "ema", "optimizers", "progress", "config", "version", "classes", "troubles"}
     assert trainer.state().keys() == keys
     assert trainer.state()["modules"].keys() == {"tokenizer", "denoiser", "latent_norm"}
     again = Trainer(config.load(toml, options), World())
