@@ -85,12 +85,14 @@ class Published(StateDictAdapter):
 class PatchGAN(AdversarialLoss):
     """Hinge GAN loss with a PatchGAN discriminator and optional LeCam regularization.
 
-    The discriminator's batch norm always uses batch statistics, computed over all ranks. Before ``start_step`` the
-    discriminator does not run, and both losses are zero and carry no graph.
+    The discriminator's batch norm always uses batch statistics, computed over all ranks. Before it starts, the
+    discriminator does not run; a loss that has not started is zero and carries no graph.
 
     Args:
         weight: weight of the generator's loss in the tokenizer's loss.
-        start_step: first step with adversarial losses, counted from 0.
+        start_step: first step with the generator's loss, counted from 0.
+        warmup_steps: steps before ``start_step`` in which the discriminator trains alone, so that it does not judge
+            reconstructions before it can.
         lecam_weight: weight of the LeCam term in the discriminator's loss; 0: off.
         lecam_decay: per-step decay of LeCam's moving averages of the logits.
         channels: channels of the discriminator's first convolution.
@@ -99,7 +101,8 @@ class PatchGAN(AdversarialLoss):
             hf://organization/name/file[@revision]; none: random weights.
 
     Raises:
-        ValueError: ``layers`` or ``channels`` is below 1, or ``start_step`` is negative.
+        ValueError: ``layers`` or ``channels`` is below 1, ``start_step`` is negative, or ``warmup_steps`` is
+            not in [0, start_step].
     """
 
     adapters = (Published,)
@@ -111,6 +114,7 @@ class PatchGAN(AdversarialLoss):
         *,
         weight: float = 0.1,
         start_step: int = 0,
+        warmup_steps: int = 0,
         lecam_weight: float = 0.0,
         lecam_decay: float = 0.999,
         channels: int = 64,
@@ -122,7 +126,11 @@ class PatchGAN(AdversarialLoss):
             if value < least:
                 raise ValueError(f"[losses.patchgan] {name} = {value}: expected at least {least}")
         self.weight = weight
-        self.start_step = start_step
+        if not 0 <= warmup_steps <= start_step:
+            raise ValueError(
+                f"losses.patchgan: warmup_steps = {warmup_steps}; expected 0 to start_step = {start_step}"
+            )
+        self.start_step, self.warmup_steps = start_step, warmup_steps
         self.lecam_weight = lecam_weight
         self.lecam_decay = lecam_decay
         self.checkpoint = checkpoint
@@ -180,13 +188,13 @@ class PatchGAN(AdversarialLoss):
         Returns:
             Loss terms: ``hinge`` = 0.5 (mean relu(1 - D(x)) + mean relu(1 + D(x_hat))) and, if ``lecam_weight`` is not
             0, ``lecam``, already weighted. Values to report: ``logits_real`` and ``logits_fake``, detached means on
-            this rank; none before ``start_step``.
+            this rank; none before the discriminator starts.
 
         Raises:
             ValueError: images are too small for a single patch; checked at every step.
         """
         self._check_size(x)
-        if step < self.start_step:
+        if step < self.start_step - self.warmup_steps:
             return {"hinge": at_least_fp32(x.new_zeros(()))}, {}
         # Two separate batches, real first: in a joint batch, batch norm would mix statistics of real and fake.
         real = self.network(x)

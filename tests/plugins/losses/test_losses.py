@@ -312,3 +312,16 @@ def test_heads():
     tokens = torch.linspace(-1, 1, 12)
     hidden = F.silu(state["2.weight"] @ F.silu(state["0.weight"] @ tokens))
     torch.testing.assert_close(heads[1](tokens), state["4.weight"] @ hidden)
+
+
+def test_the_discriminator_can_start_before_its_loss_counts():
+    """Otherwise an untrained discriminator judges the reconstructions of the first steps with adversarial loss."""
+    loss, (x, x_hat) = gan(start_step=10, warmup_steps=4), images()
+    terms, reported = loss.discriminator(x, x_hat.detach(), 5)
+    assert not terms["hinge"].requires_grad and not reported
+    for step in (6, 9):
+        assert loss.discriminator(x, x_hat.detach(), step)[0]["hinge"].requires_grad
+        assert not loss.generator(x_hat, step).requires_grad and loss.generator(x_hat, step) == 0
+    assert loss.generator(x_hat, 10) != 0
+    with pytest.raises(ValueError, match="warmup_steps = 11; expected 0 to start_step = 10"):
+        gan(start_step=10, warmup_steps=11)
