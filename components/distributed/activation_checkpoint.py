@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 FORMS = 'none, full, selective, "every N" (N >= 2), "budget F" (0 <= F <= 1)'
 
@@ -78,7 +78,7 @@ def apply_recompute(module: nn.Module, recompute: Recompute) -> None:
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if id(child) in chosen:
-                setattr(parent, name, checkpoint_wrapper(child, checkpoint_fn=_checkpoint, **extra))
+                setattr(parent, name, _plain_without_gradients(checkpoint_wrapper(child, **extra)))
 
 
 def backend_within(budget: float, backend: str | Callable = "inductor") -> str | Callable:
@@ -99,11 +99,17 @@ def backend_within(budget: float, backend: str | Callable = "inductor") -> str |
     return compile_within
 
 
-def _checkpoint(unit: nn.Module, *inputs: Any, context_fn: Callable = noop_context_fn, **options: Any) -> Any:
-    # Without gradients, torch 2.11's checkpoint would still refuse inputs of forward-mode differentiation.
-    if not torch.is_grad_enabled():
-        return unit(*inputs, **options)
-    return checkpoint(unit, *inputs, use_reentrant=False, context_fn=context_fn, **options)
+def _plain_without_gradients(wrapper: nn.Module) -> nn.Module:
+    """Let a checkpointed unit run as it is without gradients, where torch 2.11 refuses forward-mode differentiation."""
+    checkpointed = wrapper.forward
+
+    def forward(*inputs: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return wrapper._checkpoint_wrapped_module(*inputs, **options)
+        return checkpointed(*inputs, **options)
+
+    wrapper.forward = forward
+    return wrapper
 
 
 def _policy(context, operator, *args, **kwargs) -> CheckpointPolicy:

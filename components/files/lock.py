@@ -220,7 +220,9 @@ class FolderLock:
     def _unwritable(self, error: OSError) -> str:
         blocked = next((p for p in (self.folder, *self.folder.parents) if p.exists() and not p.is_dir()), None)
         why = f"'{blocked}' is a file, not a folder" if blocked is not None else (error.strerror or str(error))
-        return f"{self.key} = '{self.folder}' cannot be written: {why}; choose a folder that this user can write to"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free disk space" if full else "choose a folder that this user can write to"
+        return f"{self.key} = '{self.folder}' cannot be written: {why}; {remedy}"
 
 
 def _identity() -> dict[str, Any]:

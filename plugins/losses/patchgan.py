@@ -127,9 +127,7 @@ class PatchGAN(AdversarialLoss):
                 raise ValueError(f"[losses.patchgan] {name} = {value}: expected at least {least}")
         self.weight = weight
         if not 0 <= warmup_steps <= start_step:
-            raise ValueError(
-                f"losses.patchgan: warmup_steps = {warmup_steps}; expected 0 to start_step = {start_step}"
-            )
+            raise ValueError(f"losses.patchgan: warmup_steps = {warmup_steps}; expected 0 to start_step = {start_step}")
         self.start_step, self.warmup_steps = start_step, warmup_steps
         self.lecam_weight = lecam_weight
         self.lecam_decay = lecam_decay

@@ -14,6 +14,7 @@ from components.files.atomic import append_line
 from tests.faults.test_faults_state import OPTIONS, checkpoints
 from tests.support import toys
 from trainer.__main__ import main
+from trainer.run.loop import Trainer
 from trainer.run.monitor.events import EventWriter
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -136,16 +137,22 @@ def small_disk(path, mib: int):
 
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("mount") is None, reason="no mount")
-def test_a_disk_that_is_full_does_not_end_training(toml, tmp_path, capsys):
+def test_a_disk_that_is_full_does_not_end_training(toml, tmp_path, capsys, monkeypatch):
     """On a real file system, of which a file takes all that is left."""
     with small_disk(tmp_path / "disk", 100):
         run = tmp_path / "disk" / "run"
         command = ["train", toml, f"--run.dir={run}", "--recipe.name=ldm", "--sampling.every=2"]
         assert main([*command, "--training.steps=2"]) == 0
         capsys.readouterr()
-        with contextlib.suppress(OSError), open(tmp_path / "disk" / "ballast", "wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
+
+        def fill(*_) -> None:
+            with contextlib.suppress(OSError), open(tmp_path / "disk" / "ballast", "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+
+        # Between the start, which needs room for the lock of the folder, and the first step.
+        original = Trainer._prepare_folder
+        monkeypatch.setattr(Trainer, "_prepare_folder", lambda trainer: (original(trainer), fill()))
         status = main(command)
         output = capsys.readouterr()
         assert status == 2 and "the checkpoint of step 6 could not be written" in output.err, output

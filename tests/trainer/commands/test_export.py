@@ -160,7 +160,9 @@ def test_options_of_another_format_are_refused(run, capsys):
     assert "holds both" in refused(capsys, run, "--format=repae", "--weights=ema")
     assert "does not exist" in refused(capsys, run / "nowhere", "--format=repae")
     (run / "file").write_text("")
-    assert f"--out={run}/file: cannot be written" in refused(capsys, run, "--format=repae", f"--out={run}/file")
+    assert f"--out = '{run}/file' cannot be written: '{run}/file' is a file" in refused(
+        capsys, run, "--format=repae", f"--out={run}/file"
+    )
 
 
 def test_only_one_process_writes(run, monkeypatch, tmp_path):
