@@ -152,8 +152,9 @@ def test_a_disk_that_is_full_does_not_end_training(toml, tmp_path, capsys, monke
 
         # Between the start, which needs room for the lock of the folder, and the first step.
         original = Trainer._prepare_folder
-        monkeypatch.setattr(Trainer, "_prepare_folder", lambda trainer: (original(trainer), fill()))
-        status = main(command)
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_prepare_folder", lambda trainer: (original(trainer), fill()))
+            status = main(command)
         output = capsys.readouterr()
         assert status == 2 and "the checkpoint of step 6 could not be written" in output.err, output
         assert "step 6 of 6" in output.out or "step 6 of 6" in output.err
