@@ -64,7 +64,8 @@ class Interruptions:
             reader, self._writer = os.pipe()
             os.set_blocking(self._writer, False)
             self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-            threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
+            self._watcher = threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True)
+            self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -75,6 +76,7 @@ class Interruptions:
         if self._before:
             signal.set_wakeup_fd(self._wakeup)
             os.close(self._writer)
+            self._watcher.join(timeout=1)  # a thread that returns while Python exits may abort the process
         self._before = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -242,6 +242,8 @@ def test_a_killed_rank_ends_the_others_and_the_restart_resumes(toml, tmp_path):
     output = Path(log.name).read_text()
     # torchrun may restart before it has shown the last lines; its log files contain all of them.
     kept = "".join(path.read_text() for path in tmp_path.rglob("stderr.log"))
-    assert "lost another one" in kept and "resumed from" in output, kept + output
+    # torchrun's SIGTERM may reach the other rank before it notices the loss.
+    assert "lost another one" in kept or "interrupted (SIGTERM)" in kept, kept + output
+    assert "resumed from" in output, kept + output
     train(0, 1, toml, str(tmp_path / "whole"), [*options, "--run.checkpoint_every=0"])
     assert_same(tmp_path / "whole", tmp_path / "run")
