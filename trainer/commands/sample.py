@@ -14,7 +14,6 @@ from trainer import config as configs
 if TYPE_CHECKING:
     import torch
 
-    from components.data.classes import Classes
     from components.diffusion.image_sampler import ImageSampler, SamplingPlan
     from components.distributed.parallel import World
     from trainer.models.sample_folder import SampleFolder
@@ -84,6 +83,7 @@ def sample(arguments: argparse.Namespace, overrides: list[str], world: World) ->
     from components.distributed.ranks import patient_ranks
     from components.files.lock import owned
     from trainer.commands.train import set_backends
+    from trainer.models.sample_classes import check_guide, classes_for, left_out_of
     from trainer.models.sample_folder import SampleFolder, parse_labels
     from trainer.models.source import open_source
     from trainer.run.pictures import sampling_plan
@@ -146,58 +146,6 @@ def fill(
             f"with {' and '.join(p.name for p in written)}.\n"
             f"Evaluate them: python -m trainer evaluate {folder.path} --reference=FOLDER_OR_NPZ"
         )
-
-
-def check_guide(source: LoadedModel, guide: LoadedModel) -> None:
-    """Raise ConfigError if the labels of two models mean different classes."""
-    changed = source.classes.difference(guide.classes)
-    ours, theirs = source.parts.num_classes, guide.parts.num_classes
-    if not changed and ours != theirs:
-        changed = f"{ours} classes -> {theirs}"
-    if changed:
-        raise configs.ConfigError(
-            f"--guide={guide.path}: its classes differ from those of {source.path} (source -> guide): {changed}; "
-            "choose a guide trained on the same classes"
-        )
-
-
-def classes_for(labels: str, source: LoadedModel) -> Classes:
-    """Classes of a model, as far as ``labels`` needs them: from its checkpoint, else from the dataset of its config.
-
-    Raises:
-        ConfigError: they are needed and neither is available, or the dataset's differ from the checkpoint's.
-    """
-    from components.data.classes import Classes
-    from components.data.loader import DataError
-    from trainer.run.construct import make_plugin
-
-    classes, words = source.classes, labels.split(",")
-    by_name = labels not in ("balanced", "random", "dataset") and not all(w.strip().isdecimal() for w in words)
-    if (labels != "dataset" or classes.counts) and (not by_name or classes.names):
-        return classes
-    config = source.config
-    try:
-        dataset = source.parts.dataset or make_plugin("dataset", "dataset", config.dataset, config.training.resolution)
-    except (DataError, OSError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise configs.ConfigError(
-            f"--labels={labels}: '{source.path}' does not record its classes, and its dataset is not available "
-            f"({reason}); name the dataset (--dataset.KEY=VALUE), or use class indices"
-        ) from error
-    found = Classes.of(dataset, count=labels == "dataset")
-    if changed := classes.difference(found):
-        raise configs.ConfigError(
-            f"--labels={labels}: the dataset's classes differ from those of '{source.path}' (source -> dataset): "
-            f"{changed}; name the dataset that it was trained on (--dataset.KEY=VALUE)"
-        )
-    return found
-
-
-def left_out_of(kind: list[int] | str, parts: Parts) -> list[int]:
-    """Classes without images, where ``kind`` takes all others in turn or at random."""
-    if kind not in ("balanced", "random"):
-        return []
-    return sorted(set(range(parts.num_classes)) - set(parts.classes.with_images(parts.num_classes)))
 
 
 def draw(
@@ -301,6 +249,8 @@ def describe(
     kind: list[int] | str,
 ) -> dict[str, Any]:
     """Settings that determine the images, their source, and index and name of the classes, for samples.json."""
+    from trainer.models.sample_classes import left_out_of
+
     classes = source.parts.classes
     named = {str(i): name for i, name in enumerate(classes.names)}
     more: dict[str, Any] = {"classes": named} if named else {}
