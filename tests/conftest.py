@@ -25,6 +25,13 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in set(long)]
 
 
+def pytest_sessionstart(session):
+    """Let child processes get signals as from a terminal: nohup and a shell's & start the tests with some ignored."""
+    for s in CAUGHT:
+        if signal.getsignal(s) is signal.SIG_IGN:
+            signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def plugins_imported():
     """Import all plugins: one imported while a test replaces the registry would be missing in the tests after it."""

@@ -15,7 +15,16 @@ from trainer.signals import CAUGHT, Interrupted, Interruptions
 pytestmark = pytest.mark.long
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+STARTED: list[subprocess.Popen] = []
 LONG = ["--recipe.name=ldm", "--training.steps=5000", "--run.checkpoint_every=0"]
+
+
+@pytest.fixture(autouse=True)
+def none_left():
+    """End what a failed test leaves running."""
+    yield
+    while STARTED:
+        STARTED.pop().kill()
 
 
 @pytest.fixture
@@ -32,6 +41,7 @@ class Process:
         self.file = folder / "output"
         with open(self.file, "wb") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT, env=ENV | env)
+        STARTED.append(self.process)
 
     @property
     def output(self) -> str:
