@@ -1,5 +1,6 @@
 """Fixtures for every test, and the option --fast."""
 
+import contextlib
 import signal
 
 import pytest
@@ -43,6 +44,29 @@ def trusted_plugins_apart(tmp_path_factory):
     """Keep the plugin files that tests trust apart from the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
+@contextlib.contextmanager
+def _own_registry():
+    registry.discover("plugins")
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in registry.KINDS.values():
+            patch.setattr(kind, "_plugins", dict(kind._plugins))
+        yield
+
+
+@pytest.fixture
+def own_registry():
+    """Unregister the test's own plugins afterwards."""
+    with _own_registry():
+        yield
+
+
+@pytest.fixture(scope="module")
+def module_registry():
+    """Unregister the module's own plugins after its tests."""
+    with _own_registry():
         yield
 
 

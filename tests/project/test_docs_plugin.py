@@ -21,7 +21,7 @@ from trainer.commands import plugins as plugins_command
 from trainer.plugin_kit.conformance import examine, resolve
 from trainer.run import assemble
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("module_registry")]
 
 PAGE = ROOT / "docs" / "writing-a-plugin.md"
 FILES = {"my_encoder.py", "my_run.toml", "my_loss.py", "my_dataset.py", "my_recipe.py"}
@@ -42,16 +42,6 @@ def lab(tmp_path_factory) -> Path:
         if named := re.match(r"# (\w+\.\w+)\n", text):
             (folder / named[1]).write_text(text, encoding="utf-8")
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_registry():
-    """Unregister the page's plugins afterwards."""
-    registry.discover("plugins")
-    with pytest.MonkeyPatch.context() as patch:
-        for kind in registry.KINDS.values():
-            patch.setattr(kind, "_plugins", dict(kind._plugins))
-        yield
 
 
 def test_the_page_has_its_files(lab):

@@ -33,7 +33,7 @@ from trainer.config import ConfigError
 from trainer.run import assemble
 from trainer.run.loop import Trainer
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("module_registry")]
 
 torch.set_num_threads(1)
 RECORDED = {key: torch.from_numpy(value) for key, value in np.load(DATA / "published_reg.npz").items()}
@@ -183,16 +183,6 @@ class TinyViTClass(TinyViT):
         return self.features(images).mean(1)
 '''
 REG = ["--recipe.name=reg", "--encoders.tiny_vit.name=tiny_vit_class", "--denoiser.class_token_dim=96"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_registry():
-    """Unregister these tests' plugins afterwards."""
-    registry.discover("plugins")
-    with pytest.MonkeyPatch.context() as patch:
-        for kind in registry.KINDS.values():
-            patch.setattr(kind, "_plugins", dict(kind._plugins))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -170,15 +170,6 @@ class Mine(ReconstructionLoss):
 """
 
 
-@pytest.fixture
-def own_registry():
-    registry.discover("plugins")
-    with pytest.MonkeyPatch.context() as patch:
-        for kind in registry.KINDS.values():
-            patch.setattr(kind, "_plugins", dict(kind._plugins))
-        yield
-
-
 def test_the_command_says_what_is_kept_and_what_is_not(tmp_path, capsys, own_registry):
     sound, wrong = tmp_path / "sound.py", tmp_path / "wrong.py"
     sound.write_text(PLUGIN.format(extra=""))

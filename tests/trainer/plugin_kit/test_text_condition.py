@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from components import registry
 from components.contracts import Condition
 from components.distributed.parallel import World
 from tests.support import ROOT, toys
@@ -15,7 +14,7 @@ from trainer.__main__ import main
 from trainer.plugin_kit.conformance import examine, resolve
 from trainer.run.loop import Trainer
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("module_registry")]
 
 PLUGINS = ROOT / "tests" / "third_party" / "caption_lab.py"
 OPTIONS = [
@@ -25,16 +24,6 @@ OPTIONS = [
     "--training.steps=2",
     "--sampling.guidance=2.0",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_registry():
-    """Unregister the plugins afterwards."""
-    registry.discover("plugins")
-    with pytest.MonkeyPatch.context() as patch:
-        for kind in registry.KINDS.values():
-            patch.setattr(kind, "_plugins", dict(kind._plugins))
-        yield
 
 
 @pytest.fixture(scope="module")

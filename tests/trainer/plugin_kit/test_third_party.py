@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from components import registry
 from components.files.weights import read_tree
 from tests.support import ROOT, toys
 from trainer import config
@@ -64,22 +63,12 @@ def test_without_it_the_name_is_refused(tmp_path):
         config.load(str(tmp_path / "run.toml"))
 
 
-@pytest.fixture(scope="module")
-def own_registry():
-    """Unregister the package's plugins afterwards."""
-    registry.discover("plugins")
-    with pytest.MonkeyPatch.context() as patch:
-        for kind in registry.KINDS.values():
-            patch.setattr(kind, "_plugins", dict(kind._plugins))
-        yield
-
-
-def test_its_encoder_passes_the_conformance_kit(own_registry):
+def test_its_encoder_passes_the_conformance_kit(module_registry):
     case = resolve("plugins", f"{ROOT}/tests/third_party/color_lab/encoders.py:mean_colors", ["parts=3"])
     assert [result for result in examine(case) if result.failure] == []
 
 
-def test_its_tokenizer_brings_its_own_file_format(tmp_path, capsys, own_registry):
+def test_its_tokenizer_brings_its_own_file_format(tmp_path, capsys, module_registry):
     """`import` and `export` read and write it by the tokenizer's declaration, and `checkpoint` options take it."""
     tables = toys.TOML[: toys.TOML.index("[tokenizer]")], toys.TOML[toys.TOML.index("[denoiser]") :]
     plugin = f'plugins = ["{ROOT}/tests/third_party/color_lab/tokenizers.py"]\n'
@@ -104,6 +93,6 @@ def test_its_tokenizer_brings_its_own_file_format(tmp_path, capsys, own_registry
     assert "sets no tokenizer.weights" in capsys.readouterr().err
 
 
-def test_its_tokenizer_passes_the_conformance_kit(own_registry):
+def test_its_tokenizer_passes_the_conformance_kit(module_registry):
     case = resolve("plugins", f"{ROOT}/tests/third_party/color_lab/tokenizers.py:color_blocks", [])
     assert [result for result in examine(case) if result.failure] == []
