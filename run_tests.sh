@@ -18,6 +18,6 @@ style=0
 "$PYTHON" -m ruff check . || style=$?
 "$PYTHON" -m ruff format --check . || style=$?
 "$PYTHON" -m mypy || style=$?
-# A file's tests stay together, since they share what is made once.
-"$PYTHON" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+# A file's tests stay together, since they share what is made once; tests/conftest.py orders the files.
+"$PYTHON" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
 exit "$style"

@@ -164,6 +164,7 @@ def test_only_some_parts(tmp_path):
 # -- the parts ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_part_runs_on_a_cpu(tmp_path, toml, capsys):
     """Runs `--tiny` with the networks of the toy config. Compiled parts trace as Inductor does."""
     try:

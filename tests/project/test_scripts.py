@@ -8,7 +8,7 @@ import pytest
 from tests.support import ROOT
 from tests.support.script_stubs import Repository
 
-PYTEST = "python3 -m pytest -n auto --maxprocesses 4 --dist loadfile"
+PYTEST = "python3 -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder"
 
 
 @pytest.fixture
