@@ -10,6 +10,8 @@ A lock left behind is taken over, with a log line:
 - if an earlier start of the same Slurm job wrote it, at once;
 - otherwise (another machine or container) once its heartbeat is more than two minutes old by the file system's clock.
   A younger one is watched: a heartbeat is a refusal, two minutes without one a takeover.
+
+A process that was suspended for so long may find that its folder has another owner: :func:`check_owned`.
 """
 
 from __future__ import annotations
@@ -66,6 +68,20 @@ def owned(folder: str | Path, key: str, first: Callable[[Callable[[], Any]], Any
             lock.release()
 
 
+def check_owned() -> None:
+    """Raise if this process has lost a folder that it owns to another process. Call before replacing files.
+
+    Raises:
+        LockError: another process took the folder over, or somebody removed the lock.
+    """
+    for lock in list(_held):
+        if lost := lock.lost():
+            raise LockError(f"{lost}; this process stops without writing into it")
+
+
+_held: list[FolderLock] = []
+
+
 class FolderLock:
     """Ownership of a folder by this process.
 
@@ -79,7 +95,6 @@ class FolderLock:
         self.me = _identity()
         self._made: list[Path] = []  # folders that acquire created, innermost first
         self._released = threading.Event()
-        self._held = False
 
     def acquire(self) -> None:
         """Own the folder until :meth:`release` or the end of the process.
@@ -97,21 +112,32 @@ class FolderLock:
         except BaseException:
             self._remove_made()
             raise
-        self._held = True
+        _held.append(self)
         atexit.register(self.release)
         threading.Thread(target=self._beat, name="folder-lock", daemon=True).start()
 
     def release(self) -> None:
         """Remove the lock, and the folder if :meth:`acquire` created it and it is empty."""
-        if not self._held or self.me["pid"] != os.getpid():  # a forked process inherits this object
+        if self not in _held or self.me["pid"] != os.getpid():  # a forked process inherits this object
             return
-        self._held = False
+        _held.remove(self)
         self._released.set()
         atexit.unregister(self.release)
         with contextlib.suppress(OSError):
             if _token(_read(self.path)) == self.me["token"]:
                 self.path.unlink()
         self._remove_made()
+
+    def lost(self) -> str:
+        """What happened to the lock, in words, if it is no longer this process's; otherwise ""."""
+        try:
+            there = _read(self.path)
+        except OSError:
+            return ""  # a file server that is away for a moment
+        if there is not None and _token(there) == self.me["token"]:
+            return ""
+        who = "removed" if there is None else f"taken over by {_described(there[0])}"
+        return f"{self.key} = '{self.folder}': its lock was {who}"
 
     def _make_folder(self) -> None:
         missing = [p for p in (self.folder, *self.folder.parents) if not os.path.lexists(p)]
@@ -206,16 +232,12 @@ class FolderLock:
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_S):
-            try:
-                there = _read(self.path)
-                if there is None or _token(there) != self.me["token"]:
-                    who = "removed" if there is None else f"taken over by {_described(there[0])}"
-                    if not self._released.is_set():
-                        logger.error(f"{self.key} = '{self.folder}': its lock was {who}; stop one of the two processes")
-                    return
+            if lost := self.lost():
+                if not self._released.is_set():
+                    logger.error(f"{lost}; stop one of the two processes")
+                return
+            with contextlib.suppress(OSError):  # the next beat tries again
                 os.utime(self.path)
-            except OSError:
-                pass  # a file server that is away for a moment; the next beat tries again
 
     def _unwritable(self, error: OSError) -> str:
         blocked = next((p for p in (self.folder, *self.folder.parents) if p.exists() and not p.is_dir()), None)

@@ -14,6 +14,7 @@ from components.files.lock import NAME, owned
 from tests.faults.test_faults_identity import content, image_folder
 from tests.support import toys
 from trainer.__main__ import main
+from trainer.run.loop import Trainer
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ["--recipe.name=ldm", "--training.threads=1", "--run.checkpoint_every=5"]
@@ -131,3 +132,23 @@ def test_a_killed_training_does_not_block_the_next(toml, tmp_path, ranks):
     output, _ = second.communicate(timeout=120)
     assert f"took over the lock of pid {owner} " in output
     assert f"took over the lock of pid {owner} " in (run / "log.txt").read_text()
+
+
+@pytest.mark.long
+def test_a_run_whose_folder_was_taken_over_stops_without_another_checkpoint(toml, tmp_path, capsys, monkeypatch):
+    """As after a suspension of minutes, in which another process went on with the run."""
+    run = tmp_path / "run"
+    micro_batches = Trainer._micro_batches
+
+    def taken_over(trainer, *arguments):
+        if trainer.step == 6:
+            lock = json.loads((run / NAME).read_text())
+            (run / NAME).write_text(json.dumps(lock | {"token": "another", "host": "elsewhere"}))
+        return micro_batches(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "_micro_batches", taken_over)
+    assert main(["train", str(toml), f"--run.dir={run}", *RECIPE, "--training.steps=30"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: run.dir = '{run}': its lock was taken over by pid") and "elsewhere" in error
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000005"]
+    assert json.loads((run / NAME).read_text())["token"] == "another"

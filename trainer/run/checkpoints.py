@@ -12,6 +12,8 @@ from typing import Any
 from components.checkpoint import CheckpointError, CheckpointManager
 from components.data.classes import Classes
 from components.distributed.parallel import World
+from components.distributed.ranks import Ranks
+from components.files.lock import check_owned
 from trainer.config import Config, ConfigError
 from trainer.run.troubles import Troubles
 
@@ -108,20 +110,27 @@ class Checkpoints:
 
         Raises:
             CheckpointError: the checkpoint cannot be written.
+            LockError: another process took over the run folder.
         """
         self.finish()
+        Ranks(None).first(check_owned)
         start = time.perf_counter()
         path = self.manager.save(step, self.state())
         self.saved = step
         self._log(f"saved {path} in {time.perf_counter() - start:.1f} s")
 
     def try_to_save(self, step: int) -> None:
-        """Write a periodic checkpoint, in the background if configured; a failure is logged and the run continues."""
+        """Write a periodic checkpoint, in the background if configured; a failure is logged and the run continues.
+
+        Raises:
+            LockError: another process took over the run folder.
+        """
         if not self.in_background:
             with self._only_warning():
                 self.save(step)
             return
         self.finish()
+        Ranks(None).first(check_owned)
         with self._only_warning():
             start = time.perf_counter()
             self.manager.save_async(step, self.state())

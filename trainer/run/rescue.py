@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from components.checkpoint import CheckpointError
+from components.files.lock import LockError
 from trainer.run.alarms import GuardStop
 from trainer.run.checkpoints import Checkpoints
 from trainer.run.troubles import reason
@@ -22,8 +23,8 @@ def rescue(error: BaseException, checkpoints: Checkpoints, step: int, *, whole: 
         whole: whether the state in memory is that after ``step``.
         together: whether all ranks are here; a save needs all.
     """
-    # The guard stops a run because its state is bad; and a save that failed has been reported.
-    if isinstance(error, (GuardStop, CheckpointError)):
+    # The guard stops a run because its state is bad; a save that failed has been reported; a lost folder is another's.
+    if isinstance(error, (GuardStop, CheckpointError, LockError)):
         return
     try:
         checkpoints.finish()  # of all ranks: saves in the background have collectives of their own

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from components.files import lock
-from components.files.lock import NAME, FolderLock, LockError, owned
+from components.files.lock import NAME, FolderLock, LockError, check_owned, owned
 
 
 def write_lock(folder, beat: float = 0.0, **fields) -> None:
@@ -146,6 +146,9 @@ def test_an_owner_that_lost_its_folder_says_so_and_leaves_the_new_lock(tmp_path,
         while "taken over by" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.02)
         assert "taken over by pid" in caplog.text
+        with pytest.raises(LockError, match=r"taken over by pid .* stops without writing"):
+            check_owned()
+    check_owned()  # of released folders there is nothing to lose
     assert json.loads((tmp_path / NAME).read_text())["token"] == "other"
 
 
