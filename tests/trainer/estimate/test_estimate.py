@@ -198,7 +198,16 @@ def test_gpu_hours_are_operations_over_what_the_gpu_computes(toml):
     config = configs.load(toml, ["--training.steps=360_000"])
     found = cost(toml, 1, 1)
     found = type(found)(**(vars(found) | {"flops": 312 * 10**12}))  # 2 s per step at half of an A100's peak
-    assert "800 GPU-hours, 200 hours on 4, assuming 50% of 312" in gpu_hours(config, found, 4, "a100-80", 0.5)
+    assert "800 GPU-hours, 200 hours on 4, assuming 50% of 312" in gpu_hours(config, found, 4, "a100-80", (0.5,))
+    said = gpu_hours(config, found, 4, "a100-80", (0.25, 0.5))
+    assert "800 to 1,600 GPU-hours, 200 to 400 hours on 4, assuming 25% to 50% of 312" in said
+
+
+@pytest.mark.parametrize("wrong", ["x", "0", "1.5", "0.5-2", "-0.1"])
+def test_an_impossible_utilization_is_named(toml, capsys, wrong):
+    with pytest.raises(SystemExit):
+        main(["check", toml, "--gpu=h100", f"--utilization={wrong}"])
+    assert f"{wrong}: expected a number in (0, 1]" in capsys.readouterr().err
 
 
 def test_prints_parts_memory_traffic_and_verdict(toml, capsys):
