@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 
 from components.distributed.parallel import World
+from components.files.diffusers_folder import write_folder
 from components.files.model_file import save_tensors
 from components.version import version
-from plugins.tokenizers.autoencoder_kl import diffusers_format
 from tests.support import toys
 from trainer import config
 from trainer.__main__ import main
@@ -62,7 +62,7 @@ def test_exports_state_it(tmp_path):
     save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {"format": "pt"})
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt", "titanrepa_version": version()}
-    diffusers_format.write_folder(tmp_path / "vae", {}, {"_class_name": "AutoencoderKL"})
+    write_folder(tmp_path / "vae", {}, {"_class_name": "AutoencoderKL"})
     stated = json.loads((tmp_path / "vae" / "config.json").read_text())
     assert stated == {"_class_name": "AutoencoderKL", "_titanrepa_version": version()}
 

@@ -7,7 +7,6 @@ attention after each residual block), res_blocks (per encoder level), mid_attent
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -17,11 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from components.files.adapter import Exported, State, StateDictAdapter
-from components.files.atomic import atomic_write
-from components.files.model_file import save_tensors
+from components.files.diffusers_folder import write_folder
 from components.files.weights import WeightsError
 from components.files.weights_file import WeightsFile
-from components.version import version
 
 # Our name, diffusers' name, and the kind of module. "#": an index; "^": a decoder level, which diffusers counts in
 # reverse.
@@ -86,7 +83,7 @@ class Diffusers(StateDictAdapter):
         norm = model.states.get("latent_norm")
         mean, std = (norm["running_mean"], norm["running_var"].sqrt()) if norm else (None, None)
         about = config(self.plugin.architecture, model.resolution, mean, std)
-        files = write_folder(folder, model.states["tokenizer"], about)
+        files = write_folder(folder, to_diffusers(model.states["tokenizer"]), about)
         uses = f'Load it: diffusers.AutoencoderKL.from_pretrained("{folder}")'
         if norm is None:
             return files, f"{uses}\nlatents_mean and latents_std are not set: the source has no latent norm."
@@ -163,24 +160,6 @@ def config(architecture: dict[str, Any], resolution: int, mean: Tensor | None, s
         found |= {"scaling_factor": variance.rsqrt().item(), "shift_factor": mean.mean().item()}
         found |= {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
     return found
-
-
-def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> list[Path]:
-    """Write a folder for ``diffusers.AutoencoderKL.from_pretrained`` and return its files.
-
-    Args:
-        folder: created if missing; an autoencoder already in it is replaced.
-        state: a tokenizer's state dict with our keys.
-        config: from :func:`config`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    about, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
-    about.unlink(missing_ok=True)  # written last, so that a partial folder has none
-    save_tensors(weights, to_diffusers(state), {"format": "pt"})
-    config = config | {"_titanrepa_version": version()}  # diffusers ignores keys that begin with an underscore
-    with atomic_write(about) as partial:
-        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return [about, weights]
 
 
 def architecture(config: dict[str, Any], source: str) -> dict[str, Any]:

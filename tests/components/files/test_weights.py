@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from components.files import weights_file
+from components.files.diffusers_folder import write_folder
 from components.files.model_file import read_part, save_tree, write_model, write_part
 from components.files.weights import WeightsError, read_state, read_tree
 from components.nn.latent_norm import LatentNorm
@@ -96,7 +97,8 @@ def test_tokenizer_from_every_layout(trained, gan, tmp_path):
 
 def diffusers_folder(folder: Path, trained: AutoencoderKL) -> Path:
     architecture = trained.architecture
-    diffusers_format.write_folder(folder, trained.state_dict(), diffusers_format.config(architecture, 32, None, None))
+    about = diffusers_format.config(architecture, 32, None, None)
+    write_folder(folder, diffusers_format.to_diffusers(trained.state_dict()), about)
     return folder
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from components.distributed.parallel import World
+from components.files.diffusers_folder import write_folder
 from components.files.weights import read_tree
 from plugins.tokenizers.autoencoder_kl import diffusers_format
 from tests.support import toys
@@ -162,7 +163,7 @@ def test_diffusers_folder(published, toml, tmp_path, capsys):
     with torch.device("meta"):
         tokenizer = make_plugin("tokenizer", "tokenizer", config.load(str(toml)).tokenizer)
     about = diffusers_format.config(tokenizer.architecture, 32, torch.arange(4.0), torch.arange(4.0) + 1)
-    diffusers_format.write_folder(tmp_path / "vae", published["vae"], about)
+    write_folder(tmp_path / "vae", diffusers_format.to_diffusers(published["vae"]), about)
     assert import_(tmp_path / "vae", "--config", toml, "--out", tmp_path / "model") == 0
     found = sorted(path.name for path in (tmp_path / "model").iterdir())
     assert found == ["config.toml", "latent_norm.safetensors", "tokenizer.safetensors"]
