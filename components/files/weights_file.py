@@ -122,11 +122,21 @@ def take(file: WeightsFile, role: str, own: Collection[str]) -> tuple[str, dict[
     return prefix, found
 
 
-def stated_statistics(config: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """Mean and standard deviation (C,) of the latents in diffusers' config.json; None if it states neither.
+def stated_statistics(
+    config: dict[str, Any], tensors: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation (C,) of the latents in a diffusers folder; None if it states neither.
 
-    Uses ``latents_mean`` and ``latents_std``, or ``shift_factor`` and 1 / ``scaling_factor`` for every channel.
+    Uses ``latents_mean`` and ``latents_std``, or the batch norm among the tensors (FLUX.2), or ``shift_factor`` and
+    1 / ``scaling_factor`` for every channel.
+
+    Args:
+        config: content of config.json.
+        tensors: of the folder's weights, by key.
     """
+    if tensors and {"bn.running_mean", "bn.running_var"} <= tensors.keys():
+        variance = tensors["bn.running_var"].double() + config.get("batch_norm_eps", 1e-4)
+        return tensors["bn.running_mean"], variance.sqrt().to(tensors["bn.running_mean"].dtype)
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
         return torch.tensor(mean).flatten(), torch.tensor(std).flatten()

@@ -145,7 +145,7 @@ def _take_latent_norm(
     if stats or ("latent_norm" not in found.states and config.latent_norm.statistics):
         measured = read_statistics(stats or config.latent_norm.statistics)
     elif "latent_norm" not in found.states and tokenizer_file is not None and tokenizer_file.config is not None:
-        measured = stated_statistics(tokenizer_file.config)
+        measured = stated_statistics(tokenizer_file.config, tokenizer_file.tensors)
     if measured is not None:
         norm = LatentNorm(len(own["latent_norm"]["running_mean"]))
         try:

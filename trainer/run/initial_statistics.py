@@ -14,6 +14,7 @@ from components.data.loader import make_loader
 from components.data.pixels import to_float
 from components.diffusion.random_numbers import draw
 from components.distributed.parallel import World
+from components.files import weights_file
 from components.files.weights import WeightsError, local_file, read_state
 from components.files.weights_file import stated_statistics
 from components.latent_cache.dataset import CachedDataset
@@ -29,8 +30,8 @@ def read_statistics(path: str) -> tuple[Tensor, Tensor]:
     Args:
         path: file with tensors ``mean`` and ``std``, or ``latents_bias`` and ``latents_scale`` = 1 / std (published
             REPA-E files), or ``running_mean`` and ``running_var`` (latent norms written by export); or a diffusers
-            folder or its config.json with ``latents_mean`` and ``latents_std``, or else ``shift_factor`` and
-            ``scaling_factor`` = 1 / std.
+            folder, or its config.json, with ``latents_mean`` and ``latents_std``, or else ``shift_factor`` and
+            ``scaling_factor`` = 1 / std; of FLUX.2, the batch norm among its weights.
 
     Raises:
         ConfigError: the file is missing or holds no such pair.
@@ -57,7 +58,10 @@ def read_statistics(path: str) -> tuple[Tensor, Tensor]:
 def _read_diffusers(file: Path, path: str) -> tuple[Tensor, Tensor]:
     what = f"latent_norm.statistics = '{path}'"
     try:
-        found = stated_statistics(json.loads(file.read_text(encoding="utf-8")))
+        about = json.loads(file.read_text(encoding="utf-8"))
+        found = stated_statistics(about)
+        if found is None and "batch_norm_eps" in about:
+            found = stated_statistics(about, weights_file.read(file.parent, "latent_norm.statistics").tensors)
     except OSError as error:
         raise ConfigError(f"{what}: '{file}' cannot be read ({error.strerror}); expected a diffusers folder") from error
     except (ValueError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""Convolutional KL autoencoder of latent diffusion (arXiv 2112.10752), from SD 1 to FLUX."""
+"""Convolutional KL autoencoder of latent diffusion (arXiv 2112.10752), from SD 1 to FLUX.2."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from components.nn.precision import at_least_fp32
 from components.registry import File, tokenizers
 from plugins.tokenizers.autoencoder_kl.diffusers_format import Diffusers
 
-# (latent channels, multipliers, levels with attention, quant_conv)
+# (latent channels, multipliers, levels with attention, quant_conv, patch)
 PRESETS = {
-    "f8d4": (4, (1, 2, 4, 4), (), True),
-    "f8d16": (16, (1, 2, 4, 4), (), False),
-    "f16d32": (32, (1, 1, 2, 2, 4), (4,), True),
+    "f8d4": (4, (1, 2, 4, 4), (), True, 1),
+    "f8d16": (16, (1, 2, 4, 4), (), False, 1),
+    "f16d32": (32, (1, 1, 2, 2, 4), (4,), True, 1),
+    "f16d128": (32, (1, 2, 4, 4), (), True, 2),
 }
 
 
 @tokenizers.register("autoencoder_kl")
 class AutoencoderKL(Tokenizer):
-    """Convolutional VAE: SD 1, 2 and XL (f8d4), SD3 and FLUX (f8d16), VA-VAE (f16d32), or a custom architecture.
+    """Convolutional VAE: SD 1, 2, XL (f8d4), SD3, FLUX (f8d16), VA-VAE (f16d32), FLUX.2 (f16d128), or a custom one.
 
     State-dict keys are those of the CompVis and REPA-E checkpoints.
 
     Args:
-        preset: published architecture: f8d4 (SD 1.x, 2.x and XL), f8d16 (SD3, SD3.5 and FLUX) or f16d32 (IN-VAE and
-            VA-VAE); the options below override it.
-        latent_channels: latent channels C.
+        preset: published architecture: f8d4 (SD 1.x, 2.x and XL), f8d16 (SD3, SD3.5 and FLUX), f16d32 (IN-VAE and
+            VA-VAE) or f16d128 (FLUX.2); the options below override it.
+        latent_channels: channels of the network's latents; with ``patch`` the latents have patch ** 2 times as many.
         channels: channels at full resolution; a multiple of ``norm_groups``.
         multipliers: channels per level, as multiples of ``channels``; the downsampling factor is 2 ** (levels - 1).
         attention_levels: levels with attention after each residual block; level 0 is full resolution.
@@ -39,6 +40,8 @@ class AutoencoderKL(Tokenizer):
         mid_attention: attention between the two innermost residual blocks.
         norm_groups: groups of every group norm.
         quant_conv: 1 x 1 convolutions before and after the latent; none: the preset's (false for f8d16, else true).
+        patch: each patch x patch square of the network's latents is one latent position, as in FLUX.2; none: the
+            preset's (2 for f16d128, else 1).
         checkpoint: initial weights: a CompVis, SD, REPA-E, diffusers or titanrepa file, a diffusers folder, or
             hf://organization/name/file[@revision]; none: random weights.
         trainable: false freezes the tokenizer; recipes that train it then raise an error.
@@ -52,7 +55,7 @@ class AutoencoderKL(Tokenizer):
     def __init__(
         self,
         *,
-        preset: Literal["f8d4", "f16d32", "f8d16"] = "f8d4",
+        preset: Literal["f8d4", "f16d32", "f8d16", "f16d128"] = "f8d4",
         latent_channels: int | None = None,
         channels: int = 128,
         multipliers: list[int] | None = None,
@@ -61,26 +64,31 @@ class AutoencoderKL(Tokenizer):
         mid_attention: bool = True,
         norm_groups: int = 32,
         quant_conv: bool | None = None,
+        patch: int | None = None,
         checkpoint: File | None = None,
         trainable: bool = True,
     ) -> None:
         super().__init__()
-        preset_channels, preset_multipliers, preset_attention, preset_quant_conv = PRESETS[preset]
+        preset_channels, preset_multipliers, preset_attention, preset_quant_conv, preset_patch = PRESETS[preset]
         quant_conv = preset_quant_conv if quant_conv is None else quant_conv
+        self.patch = preset_patch if patch is None else patch
         multipliers = list(preset_multipliers) if multipliers is None else multipliers
         if attention_levels is None:
             # The preset's levels apply only to the preset's multipliers.
             attention_levels = list(preset_attention) if multipliers == list(preset_multipliers) else []
-        self.channels = latent_channels or preset_channels
-        self.factor = 2 ** (len(multipliers) - 1)
+        inner = preset_channels if latent_channels is None else latent_channels
+        if inner < 1:
+            raise ValueError(f"tokenizer.latent_channels = {latent_channels}: expected at least 1")
+        if self.patch < 1:
+            raise ValueError(f"tokenizer.patch = {patch}: expected at least 1")
+        self.channels = inner * self.patch**2
+        self.factor = 2 ** (len(multipliers) - 1) * self.patch
         self.checkpoint = checkpoint
         self.trainable = trainable
-        if self.channels < 1:
-            raise ValueError(f"tokenizer.latent_channels = {latent_channels}: expected at least 1")
         _check(channels, multipliers, attention_levels, res_blocks, norm_groups)
         # All sizes that determine the weights, for formats that store the architecture.
         self.architecture = {
-            "latent_channels": self.channels,
+            "latent_channels": inner,
             "channels": channels,
             "multipliers": list(multipliers),
             "attention_levels": sorted(set(attention_levels)),
@@ -88,23 +96,26 @@ class AutoencoderKL(Tokenizer):
             "mid_attention": mid_attention,
             "norm_groups": norm_groups,
             "quant_conv": quant_conv,
+            "patch": self.patch,
         }
         widths = [channels * m for m in multipliers]
-        self.encoder = Encoder(widths, attention_levels, res_blocks, mid_attention, norm_groups, 2 * self.channels)
-        self.decoder = Decoder(widths, attention_levels, res_blocks + 1, mid_attention, norm_groups, self.channels)
-        wide = 2 * self.channels
-        self.quant_conv = nn.Conv2d(wide, wide, 1) if quant_conv else nn.Identity()
-        self.post_quant_conv = nn.Conv2d(self.channels, self.channels, 1) if quant_conv else nn.Identity()
+        self.encoder = Encoder(widths, attention_levels, res_blocks, mid_attention, norm_groups, 2 * inner)
+        self.decoder = Decoder(widths, attention_levels, res_blocks + 1, mid_attention, norm_groups, inner)
+        self.quant_conv = nn.Conv2d(2 * inner, 2 * inner, 1) if quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(inner, inner, 1) if quant_conv else nn.Identity()
 
     def encode(self, x: Tensor) -> Posterior:
         """(B, 3, R, R) in [-1, 1] -> posterior over (B, C, R / factor, R / factor); log-variance in [-30, 20]."""
         # fp32, because the KL divergence sums thousands of terms.
         mean, logvar = at_least_fp32(self.quant_conv(self.encoder(x))).chunk(2, dim=1)
-        return Posterior(mean, logvar.clamp(-30.0, 20.0))
+        logvar = logvar.clamp(-30.0, 20.0)
+        if self.patch > 1:
+            mean, logvar = (F.pixel_unshuffle(value, self.patch) for value in (mean, logvar))
+        return Posterior(mean, logvar)
 
     def decode(self, z: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, 3, h * factor, w * factor), nominally in [-1, 1]."""
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.post_quant_conv(F.pixel_shuffle(z, self.patch) if self.patch > 1 else z))
 
     def load_weights(self) -> None:
         """Load ``checkpoint``, if set; every key must match.

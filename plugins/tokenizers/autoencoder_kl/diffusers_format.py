@@ -1,8 +1,9 @@
-"""diffusers' ``AutoencoderKL``: its keys and its config.json.
+"""diffusers' ``AutoencoderKL`` and ``AutoencoderKLFlux2``: their keys and config.json.
 
 Our keys are those of CompVis's latent diffusion. An architecture is the dict in the tokenizer's ``architecture``:
 latent_channels, channels (at full resolution), multipliers (of channels, per level), attention_levels (levels with
-attention after each residual block), res_blocks (per encoder level), mid_attention, norm_groups, quant_conv.
+attention after each residual block), res_blocks (per encoder level), mid_attention, norm_groups, quant_conv, and patch
+(of FLUX.2, else 1).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from components.files.adapter import Exported, State, StateDictAdapter
@@ -44,6 +46,8 @@ OLD = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
 DOWN, UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 # diffusers' defaults for keys missing in a config.json; the only values that we support.
 FIXED = {"in_channels": 3, "out_channels": 3, "act_fn": "silu"}
+FLUX2 = "AutoencoderKLFlux2"  # takes squares of latents as positions, and holds their statistics in a batch norm
+BATCH_NORM, BATCH_NORM_EPS = "bn.", 1e-4
 
 
 class Diffusers(StateDictAdapter):
@@ -72,25 +76,41 @@ class Diffusers(StateDictAdapter):
                     + "\n  ".join(options)
                 )
         file.used |= file.tensors.keys()
-        return {role: from_diffusers(file.tensors)}
+        own = {key: value for key, value in file.tensors.items() if not key.startswith(BATCH_NORM)}
+        return {role: from_diffusers(own)}
 
     def to_foreign(self, state: State) -> State:
         """Convert to diffusers' keys."""
         return to_diffusers(state)
 
     def to_files(self, folder: Path, model: Exported) -> tuple[list[Path], str]:
-        """Write a folder for ``diffusers.AutoencoderKL.from_pretrained``, with the latent norm's statistics, if any."""
+        """Write a folder for ``from_pretrained`` of diffusers' class, with the latent norm's statistics, if any."""
         norm = model.states.get("latent_norm")
         mean, std = (norm["running_mean"], norm["running_var"].sqrt()) if norm else (None, None)
         about = config(self.plugin.architecture, model.resolution, mean, std)
-        files = write_folder(folder, to_diffusers(model.states["tokenizer"]), about)
-        uses = f'Load it: diffusers.AutoencoderKL.from_pretrained("{folder}")'
+        tensors = to_diffusers(model.states["tokenizer"])
+        if about["_class_name"] == FLUX2:
+            tensors |= batch_norm(self.plugin.channels, mean, std)
+        files = write_folder(folder, tensors, about)
+        uses = f'Load it: diffusers.{about["_class_name"]}.from_pretrained("{folder}")'
         if norm is None:
-            return files, f"{uses}\nlatents_mean and latents_std are not set: the source has no latent norm."
+            return files, f"{uses}\nIt states no latent statistics: the source has no latent norm."
+        if about["_class_name"] == FLUX2:
+            return files, f"{uses}\nThe denoiser takes 2 x 2 squares of latents, normalized by the folder's batch norm."
         return files, (
             f"{uses}\nThe denoiser takes (z - latents_mean) / latents_std; scaling_factor and shift_factor approximate "
             "this by one number each."
         )
+
+
+def batch_norm(channels: int, mean: Tensor | None, std: Tensor | None) -> dict[str, Tensor]:
+    """State of FLUX.2's batch norm over latents of mean and standard deviation (C,) each; None: 0 and 1."""
+    mean = torch.zeros(channels) if mean is None else mean
+    variance = torch.ones(channels) if std is None else std.square()
+    found = {"running_mean": mean, "running_var": (variance - BATCH_NORM_EPS).clamp_min(0.0)}
+    return {BATCH_NORM + key: value for key, value in found.items()} | {
+        BATCH_NORM + "num_batches_tracked": torch.tensor(0)
+    }
 
 
 def is_diffusers(keys: Iterable[str]) -> bool:
@@ -127,7 +147,7 @@ def config(architecture: dict[str, Any], resolution: int, mean: Tensor | None, s
 
     ``latents_mean`` and ``latents_std`` are per channel. ``scaling_factor`` and ``shift_factor`` are scalars for
     programs that support only those: (z - shift_factor) * scaling_factor has mean 0 and variance 1 over all elements.
-    Use one pair or the other, never both.
+    Use one pair or the other, never both. FLUX.2's class has neither (see :func:`batch_norm`).
 
     Args:
         architecture: see the module docstring.
@@ -136,6 +156,10 @@ def config(architecture: dict[str, Any], resolution: int, mean: Tensor | None, s
         std: standard deviation of the latents per channel (C,).
     """
     a = architecture
+    if a["patch"] > 1:
+        found = config(a | {"patch": 1}, resolution, None, None) | {"_class_name": FLUX2}
+        found |= {"patch_size": [a["patch"]] * 2, "batch_norm_eps": BATCH_NORM_EPS, "batch_norm_momentum": 0.1}
+        return {key: value for key, value in found.items() if key not in ("scaling_factor", "force_upcast")}
     attention = [level in a["attention_levels"] for level in range(len(a["multipliers"]))]
     found = {
         "_class_name": "AutoencoderKL",
@@ -176,13 +200,19 @@ def architecture(config: dict[str, Any], source: str) -> dict[str, Any]:
     def refuse(why: str) -> WeightsError:
         return WeightsError(f"{source}: {why}, which our autoencoders do not support")
 
-    if config.get("_class_name") != "AutoencoderKL":
-        raise refuse(f"_class_name = {config.get('_class_name')!r} instead of 'AutoencoderKL'")
+    flux2 = config.get("_class_name") == FLUX2
+    if not flux2 and config.get("_class_name") != "AutoencoderKL":
+        raise refuse(f"_class_name = {config.get('_class_name')!r} instead of 'AutoencoderKL' or '{FLUX2}'")
+    widths = list(config.get("block_out_channels", [128, 256, 512, 512] if flux2 else [64]))
+    patch_size = tuple(config.get("patch_size", (2, 2))) if flux2 else (1, 1)
+    if config.get("decoder_block_out_channels") not in (None, widths) or patch_size[0] != patch_size[-1]:
+        raise refuse("a decoder of other channels than the encoder, or patches that are not square")
     for key, value in FIXED.items():
         if config.get(key, value) != value:
             raise refuse(f"{key} = {config[key]!r} instead of {value!r}")
-    down = list(config.get("down_block_types", DOWN[:1]))
-    up = list(config.get("up_block_types", UP[:1]))[::-1]
+    levels = 4 if flux2 else 1  # of diffusers' defaults
+    down = list(config.get("down_block_types", DOWN[:1] * levels))
+    up = list(config.get("up_block_types", UP[:1] * levels))[::-1]
     strange = [name for name in (*down, *up) if name not in (*DOWN, *UP)]
     if strange:
         raise refuse(f"blocks of type {strange[0]}")
@@ -192,17 +222,17 @@ def architecture(config: dict[str, Any], source: str) -> dict[str, Any]:
     quant_conv = config.get("use_quant_conv", True)
     if quant_conv != config.get("use_post_quant_conv", True):
         raise refuse("only one of use_quant_conv and use_post_quant_conv")
-    widths = list(config.get("block_out_channels", [64]))
     channels = math.gcd(*widths)
     return {
-        "latent_channels": config.get("latent_channels", 4),
+        "latent_channels": config.get("latent_channels", 32 if flux2 else 4),
         "channels": channels,
         "multipliers": [width // channels for width in widths],
         "attention_levels": [level for level, has in enumerate(attention) if has],
-        "res_blocks": config.get("layers_per_block", 1),
+        "res_blocks": config.get("layers_per_block", 2 if flux2 else 1),
         "mid_attention": config.get("mid_block_add_attention", True),
         "norm_groups": config.get("norm_num_groups", 32),
         "quant_conv": quant_conv,
+        "patch": patch_size[0],
     }
 
 

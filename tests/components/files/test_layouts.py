@@ -29,6 +29,7 @@ TINY = {
     "mid_attention": True,
     "norm_groups": 4,
     "quant_conv": True,
+    "patch": 1,
 }
 TINIES = {
     "f8-like": TINY,

@@ -1,4 +1,4 @@
-"""Autoencoders of SD 1, 2, XL, 3.5 and FLUX load from diffusers folders: network, preset and latent scale."""
+"""Autoencoders of SD 1, 2, XL, 3.5, FLUX and FLUX.2 load from diffusers folders: network, preset and latent scale."""
 
 import json
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from components.files.adapter import Exported
 from components.files.weights import WeightsError
 from components.nn.latent_norm import LatentNorm
 from plugins.tokenizers.autoencoder_kl import AutoencoderKL, diffusers_format
@@ -138,3 +139,83 @@ def test_the_original_file_of_flux_is_read(tmp_path):
     loaded = AutoencoderKL(preset="f8d16", checkpoint=str(tmp_path / "ae.safetensors"), **TINY)
     loaded.load_weights()
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), saved.state_dict().values()))
+
+
+# -- FLUX.2 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flux2(tmp_path):
+    """diffusers' tiny module in fp64 with made-up latent statistics, and the folder it was saved to."""
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKLFlux2(
+        block_out_channels=[8, 16, 32, 32], norm_num_groups=4, latent_channels=2, sample_size=32
+    )
+    theirs.bn.running_mean.normal_()
+    theirs.bn.running_var.uniform_(0.5, 2.0)
+    theirs.save_pretrained(tmp_path / "vae")
+    return theirs.double().eval(), tmp_path / "vae"
+
+
+FLUX2_TINY = {"preset": "f16d128", "latent_channels": 2} | TINY
+
+
+def test_the_preset_of_flux2_is_diffusers_default():
+    with torch.device("meta"):
+        theirs, ours = diffusers.AutoencoderKLFlux2(), AutoencoderKL(preset="f16d128")
+    named = dict(theirs.config) | {"_class_name": "AutoencoderKLFlux2"}
+    assert diffusers_format.differences(ours.architecture, diffusers_format.architecture(named, "config.json")) == []
+    least = {"_class_name": "AutoencoderKLFlux2"}  # the defaults of keys that a config.json lacks
+    assert diffusers_format.architecture(least, "config.json") == ours.architecture
+    shapes = {key: value.shape for key, value in diffusers_format.to_diffusers(ours.state_dict()).items()}
+    assert shapes == {k: v.shape for k, v in theirs.state_dict().items() if not k.startswith("bn.")}
+    assert (ours.channels, ours.factor) == (128, 16) == (theirs.bn.num_features, 16)
+
+
+def test_latents_of_flux2_are_patched_and_normalized_as_in_its_pipeline(flux2):
+    theirs, folder = flux2
+    ours = AutoencoderKL(checkpoint=str(folder), **FLUX2_TINY)
+    ours.load_weights()
+    ours.double()
+    norm = LatentNorm(8, eps=0.0).double()
+    norm.set_statistics(*(value.double() for value in read_statistics(str(folder))))
+    x = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    with torch.no_grad():
+        reference = theirs.encode(x).latent_dist.mean
+        # (channel, row, column) within a square, the order in which FLUX.2's pipeline flattens squares.
+        patched = reference.reshape(2, 2, 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 8, 2, 2)
+        posterior = ours.encode(x)
+        torch.testing.assert_close(posterior.mean, patched, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(norm(posterior.mean), theirs.bn(patched), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(ours.decode(patched), theirs.decode(reference).sample, rtol=1e-9, atol=1e-11)
+
+
+def test_an_exported_flux2_is_read_by_diffusers(flux2, tmp_path):
+    theirs, folder = flux2
+    ours = AutoencoderKL(checkpoint=str(folder), **FLUX2_TINY)
+    ours.load_weights()
+    mean, std = read_statistics(str(folder))
+    norm = LatentNorm(8)
+    norm.set_statistics(mean, std)
+    states = {"tokenizer": ours.state_dict(), "latent_norm": norm.state_dict()}
+    model = Exported(None, states, None, "ema", 1, 32, "a run")
+    _, uses = diffusers_format.Diffusers(ours).to_files(tmp_path / "out", model)
+    assert "AutoencoderKLFlux2.from_pretrained" in uses
+    back = diffusers.AutoencoderKLFlux2.from_pretrained(tmp_path / "out").double().eval()
+    for key, value in theirs.state_dict().items():
+        torch.testing.assert_close(back.state_dict()[key], value, rtol=1e-6, atol=1e-6)
+    for found, expected in zip(read_statistics(str(tmp_path / "out")), (mean, std)):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", [{"decoder_block_out_channels": [8, 8, 8, 8]}, {"patch_size": [2, 1]}])
+def test_another_flux2_is_refused(flux2, change):
+    file = flux2[1] / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(WeightsError, match="not support"):
+        AutoencoderKL(checkpoint=str(file.parent), **FLUX2_TINY).load_weights()
+
+
+def test_a_patch_must_be_positive():
+    with pytest.raises(ValueError, match=r"tokenizer\.patch = 0"):
+        AutoencoderKL(patch=0)
