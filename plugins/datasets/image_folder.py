@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import collections
 import os
-from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from components import registry
 from components.contracts import Dataset, DatasetItem
-from components.data.images import Listing, extensions, printable, read_rgb, silence_pil
+from components.data.crop import crop_image, to_tensor
+from components.data.images import (
+    Listing,
+    extensions,
+    printable,
+    read_rgb,
+    silence_pil,
+)
 from components.data.loader import DataError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 PATIENCE = 100
@@ -34,8 +37,8 @@ class ImageFolder(Dataset):
 
     Classes are the sub-folders, sorted as text ("10" before "2"); files may be nested inside them. A class without
     images keeps its label, but is left out of samples. Files are listed and converted to 8-bit RGB by
-    :mod:`components.data.images`, as in evaluation. The crop is ADM's (arXiv 2105.05233): halve with a box filter while
-    the shorter side is at least 2R, resize it to R with a bicubic filter, crop the center.
+    :mod:`components.data.images`, as in evaluation. The crop is ADM's (arXiv 2105.05233), see
+    :mod:`components.data.crop`.
 
     An unreadable file is replaced by the next readable one; the item's fields ``unreadable`` and ``reason`` say which
     and why.
@@ -49,6 +52,7 @@ class ImageFolder(Dataset):
     """
 
     def __init__(self, resolution: int, *, path: registry.File, flip: bool = True) -> None:
+        silence_pil()
         self.resolution = resolution
         self.path = os.path.abspath(os.path.expanduser(path))
         self.flip = flip
@@ -77,7 +81,6 @@ class ImageFolder(Dataset):
         if listing.files:
             listing.left_out["images beside the class folders"] = len(listing.files)
         listing.say(f"dataset image_folder: {printable(path)}")
-        silence_pil()
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -119,29 +122,9 @@ class ImageFolder(Dataset):
         )
 
 
-def adm_crop(image: Image, resolution: int) -> Image:
-    """Crop the central square and scale it to ``resolution`` (R) pixels per side, as ADM does for ImageNet."""
-    from PIL.Image import Resampling
-
-    # Unlike ADM, first crop to an aspect ratio of 16:1: a 1 x 60000 image would need 16 GB at R = 256.
-    width, height = image.size
-    longest = 16 * min(image.size)
-    if max(image.size) > longest:
-        left, top = max(width - longest, 0) // 2, max(height - longest, 0) // 2
-        image = image.crop((left, top, left + min(width, longest), top + min(height, longest)))
-
-    while min(image.size) >= 2 * resolution:
-        image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
-    scale = resolution / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Resampling.BICUBIC)
-    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
-    return image.crop((left, top, left + resolution, top + resolution))
-
-
-def _read(file: str, resolution: int) -> torch.Tensor:
-    """Read and crop an image: uint8 (3, R, R); raises :class:`components.data.images.ImageError`."""
-    square = adm_crop(read_rgb(file), resolution)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+def _read(file: str, resolution: int) -> Tensor:
+    """Read and crop an image: uint8 (3, R, R), channels last in memory; raises :class:`ImageError`."""
+    return to_tensor(crop_image(read_rgb(file), resolution))
 
 
 def _open(path: str, root: str) -> Listing:

@@ -15,8 +15,9 @@ from PIL.Image import Resampling, Transpose
 from components import registry
 from components.contracts import Dataset
 from components.data.classes import Classes
-from components.data.loader import DataError
-from plugins.datasets.image_folder import ImageFolder, adm_crop
+from components.data.crop import crop_image
+from components.data.loader import DataError, collate
+from plugins.datasets.image_folder import ImageFolder
 
 RED, GREEN, BLUE, WHITE = (200, 0, 0), (0, 200, 0), (0, 0, 200), (255, 255, 255)
 COLORS = (RED, GREEN, BLUE, WHITE)
@@ -203,6 +204,15 @@ def test_a_deleted_folder_is_noticed_after_a_hundred_files(tmp_path):
         ImageFolder(16, path=path)[120]
 
 
+def test_batches_keep_the_decoders_layout(tmp_path):
+    path = folder(tmp_path, {"1.jpg": FILES["rgb.JPEG"], "2.png": FILES["rgb.png"], "3.jpg": FILES["exif6.jpg"]})
+    dataset = ImageFolder(16, path=path)
+    items = [dataset[0], dataset.mirrored(1), dataset[2]]
+    batch = collate(items).images
+    assert batch.shape == (3, 3, 16, 16) and batch.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch, torch.stack([item.image for item in items]))
+
+
 # Crop
 
 
@@ -222,12 +232,16 @@ def noise_image(width, height):
     )
 
 
-@pytest.mark.parametrize("size", [(32, 32), (33, 47), (500, 375), (375, 501), (64, 129), (131, 64), (3, 3), (20, 300)])
-def test_the_crop_is_adms(tmp_path, size):
+SIZES = [(32, 32), (33, 47), (500, 375), (375, 501), (64, 129), (131, 64), (3, 3), (20, 300), (150, 70)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_crop_is_adms_to_one_level(tmp_path, size):
     image = noise_image(*size)
     path = folder(tmp_path, {"1.png": image.save})
     found = ImageFolder(32, path=path)[0].image.permute(1, 2, 0).numpy()
-    np.testing.assert_array_equal(found, plain_adm(image, 32))
+    apart = abs(found.astype(int) - plain_adm(image, 32))
+    assert apart.max() <= 1 and (apart > 0).mean() < 2e-3
 
 
 def test_box_filters_average_and_the_crop_is_central():
@@ -235,7 +249,7 @@ def test_box_filters_average_and_the_crop_is_central():
     pixels = np.zeros((64, 96, 3), np.uint8)
     pixels[::2, 16::2] = 100
     pixels[:, :16] = pixels[:, 80:] = 255
-    found = np.asarray(adm_crop(PIL.Image.fromarray(pixels), 16))
+    found = np.asarray(crop_image(PIL.Image.fromarray(pixels), 16))
     assert found.shape == (16, 16, 3)
     assert (abs(found[:, 1:-1].astype(int) - 25) <= 1).all()
 
@@ -250,7 +264,7 @@ def test_a_strip_gives_its_center(tmp_path, size):
 
 def test_a_long_strip_needs_little_memory():
     # At full length the resized strip has 256 x 15 M pixels.
-    assert adm_crop(PIL.Image.new("RGB", (60_000, 1)), 256).size == (256, 256)
+    assert crop_image(PIL.Image.new("RGB", (60_000, 1)), 256).size == (256, 256)
 
 
 # Folder
