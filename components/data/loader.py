@@ -186,7 +186,7 @@ def collate(samples: Sequence[DatasetItem]) -> Loaded:
         features = {label: torch.stack([row.features[label] for row in rows]) for label in first.cached.features}
         cached = Cached(torch.stack([row.mean for row in rows]), torch.stack([row.std for row in rows]), features)
     return Loaded(
-        None if first.image is None else torch.stack([s.image for s in samples]),
+        None if first.image is None else _stack([s.image for s in samples]),
         Condition(
             torch.tensor([s.label for s in samples], dtype=torch.int64),
             {name: torch.stack([s.condition[name] for s in samples]) for name in first.condition},
@@ -194,6 +194,13 @@ def collate(samples: Sequence[DatasetItem]) -> Loaded:
         [why_unreadable(s) for s in samples if s.unreadable is not None],
         cached,
     )
+
+
+def _stack(images: Sequence[Tensor]) -> Tensor:
+    """Stack images (3, R, R) and keep their layout: a decoder's channels_last is what convolutions want, too."""
+    if images[0].stride(0) != 1:
+        return torch.stack(images)
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def make_loader(

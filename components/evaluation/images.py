@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from components.data.images import ImageError, Listing, extensions, printable, read_rgb, silence_pil
+from components.data.images import ImageError, Listing, extensions, printable, read_rgb, silence_decoders
 from components.data.loader import check_item
 from components.evaluation import EvaluationError
 
@@ -60,7 +60,7 @@ class ImageFiles:
         if not self.files:
             raise EvaluationError(f"'{self.name}' contains no images ({' '.join(extensions())})")
         self.identity = f"folder {digest.hexdigest()}"
-        silence_pil()
+        silence_decoders()
 
     def __len__(self) -> int:
         return len(self.files)

@@ -139,9 +139,13 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
 def _dataset_problems(config: Config, index: dict[str, Any], images: Dataset | None) -> list[str]:
     there = index["dataset"]
     here = describe("dataset", config.dataset) | {"resolution": config.training.resolution}
+    recorded = {key: there[key] for key in here}
+    if there["name"] == here["name"]:  # the plugin may have more options now; until then, it did what the defaults do
+        defaults = describe("dataset", PluginTable(name=here["name"]))["options"]
+        recorded["options"] = defaults | there["options"]
     problems = [
         f"it was made from another dataset (cache -> this run): {difference}"
-        for difference in differences({key: there[key] for key in here}, here)
+        for difference in differences(recorded, here)
     ]
     if images is None or problems:
         return problems

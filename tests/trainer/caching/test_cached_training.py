@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from components.distributed.parallel import World
-from components.latent_cache.cache import LatentCache
+from components.latent_cache.cache import LatentCache, read_index, write_json
 from components.latent_cache.dataset import CachedDataset, CachedEncoder
 from plugins.tokenizers.autoencoder_kl import AutoencoderKL
 from tests.support import toys
@@ -104,6 +104,11 @@ def test_without_the_images_nothing_reads_them(tmp_path, monkeypatch):
     assert main(["encode", str(tmp_path / "toy.toml"), "--out", str(out), "--flip", "--features"]) == 0
     here = tmp_path / "run"
     options = [f"--latent_cache.path={out}", "--training.steps=1"]
+    index = read_index(out)
+    assert index["dataset"]["options"].pop("decoder") == "exact"  # as in a cache older than this option
+    write_json(out / "index.json", index)
+    with pytest.raises(ConfigError, match=r'options\.decoder: "exact" -> "fast"'):
+        assemble.build(load(tmp_path, *options, "--dataset.decoder=fast"), World())
     expected = losses(tmp_path, *options)
     shutil.rmtree(tmp_path / "data")
     assert losses(tmp_path, *options) == expected
