@@ -181,6 +181,10 @@ class Registry:
             )
         raise PluginError(message)
 
+    def imported(self) -> dict[str, Plugin]:
+        """Plugins of the modules that are imported, by name."""
+        return dict(self._plugins)
+
     def names(self) -> list[str]:
         _import_pending()
         return sorted(self._plugins)
@@ -286,11 +290,21 @@ def type_name(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation))
 
 
-def _import_pending(wanted: tuple[str, str] | None = None) -> None:
-    """Import the modules that register the plugin (kind, name), or all that are left."""
-    for name in [name for name, registers in _pending.items() if wanted is None or wanted in registers]:
+def pending() -> list[str]:
+    """Modules of a lazy :func:`discover` that are not imported yet."""
+    return list(_pending)
+
+
+def import_pending(modules: Iterable[str]) -> None:
+    """Import some of the :func:`pending` modules; :data:`failures` has those that cannot be imported."""
+    for name in [name for name in pending() if name in modules]:
         del _pending[name]
         _attempt(name, lambda name=name: importlib.import_module(name))
+
+
+def _import_pending(wanted: tuple[str, str] | None = None) -> None:
+    """Import the modules that register the plugin (kind, name), or all that are left."""
+    import_pending([name for name, registers in _pending.items() if wanted is None or wanted in registers])
 
 
 def _attempt(where: str, load: Callable[[], Any]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-aten = torch.ops.aten
+aten, DEVICE = torch.ops.aten, torch.ops.prim.device.default
 
 
 def formula(func) -> Callable[..., int] | None:
@@ -24,6 +26,18 @@ def formula(func) -> Callable[..., int] | None:
     if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
         return _attention_backward
     return flop_registry.get(packet)
+
+
+def answer(func, args) -> Any:
+    """What an operation that asks about a tensor without data returns: its device, or a value (0); None for others.
+
+    Fake tensors are asked for their device more often than for anything else; asking through all modes is slow.
+    """
+    if func is DEVICE and isinstance(args[0], FakeTensor):
+        return torch.device("meta") if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
+    if func is aten._local_scalar_dense.default:
+        return torch.zeros((), dtype=args[0].dtype).numpy().item()
+    return None
 
 
 class FlopCounter(TorchDispatchMode):
@@ -44,8 +58,8 @@ class FlopCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace in ("c10d", "_c10d_functional"):
             raise RuntimeError(f"{func} communicates with other ranks")
-        if func is aten._local_scalar_dense.default:
-            return torch.zeros((), dtype=args[0].dtype).numpy().item()
+        if (answered := answer(func, args)) is not None:
+            return answered
         result = func(*args, **kwargs)
         if count := formula(func):
             self.flops += count(*args, **kwargs, out_val=result)

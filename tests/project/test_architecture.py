@@ -139,6 +139,23 @@ def test_training_does_not_import_the_plugin_kit():
     assert not [name for name in found if name.startswith("trainer.plugin_kit")]
 
 
+@pytest.mark.parametrize(
+    ("command", "unused"),
+    [
+        ("plugins", "torch numpy timm"),
+        ("check train_configs/quickstart.toml", "timm torchvision tensorboard torchdata torch.distributed.checkpoint"),
+    ],
+)
+def test_a_command_imports_no_library_that_it_does_not_use(command, unused):
+    code = (
+        f"import sys\nfrom trainer.__main__ import main\nassert main({command.split()}) == 0\n"
+        f"print([name for name in {unused.split()} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_a_training_run_imports_only_what_it_uses():
     code = (
         "import sys\nimport trainer.commands.train\nfrom trainer import config\n"
@@ -151,6 +168,8 @@ def test_a_training_run_imports_only_what_it_uses():
     found = [name for name in done.stdout.splitlines()[-1].split() if name in MODULES]
     unused = ("components.evaluation", "trainer.evaluation", "trainer.estimate", "trainer.plugin_kit", "trainer.models")
     assert [name for name in found if name.startswith(unused)] == []
+    libraries = ("timm", "torchvision", "torchmetrics", "tensorboard", "torchdata", "torch_fidelity", "PIL")
+    assert [name for name in libraries if name in done.stdout.splitlines()[-1].split()] == []
     named = {"recipes.repae", "tokenizers.autoencoder_kl", "tokenizers.autoencoder_kl.diffusers_format"}
     named |= {"denoisers.sit", "encoders.tiny_vit", "datasets.shapes"}
     named |= {f"losses.{name}" for name in ("cosine", "patchgan", "reconstruction")}

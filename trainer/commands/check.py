@@ -7,6 +7,7 @@ import os
 
 from components.monitor.hardware import GPU_GIB, GPU_TFLOPS
 from trainer import config as configs
+from trainer.startup import without_garbage_collection
 
 SUMMARY = "validate a config and estimate memory, communication and FLOPs for any number of GPUs; needs no GPU or data"
 GIB = 2**30
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@without_garbage_collection()  # nor does a run collect it automatically
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = configs.load(arguments.config, overrides)
     size = arguments.world_size

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from components import registry
+from components.plugin_list import Listed, list_plugins
 from components.registry import Plugin
 
 SUMMARY = "list plugins, or describe the options of one"
@@ -37,16 +38,19 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         raise registry.PluginError(f"unexpected argument '{rest[0]}'; see python -m trainer plugins --help")
     if arguments.out and not (arguments.schema or arguments.docs):
         raise registry.PluginError("--out FILE requires --schema or --docs")
-    registry.discover("plugins", arguments.plugins)
     if arguments.schema or arguments.docs:
+        registry.discover("plugins", arguments.plugins)
         return _write(_page(arguments.schema), arguments)
     if arguments.name:
+        registry.discover("plugins", arguments.plugins, lazy=True)
         print(describe(registry.KINDS[arguments.kind].get(arguments.name)))
         return 0
+    plugins = list_plugins("plugins", arguments.plugins)
     for kind in [arguments.kind] if arguments.kind else registry.KINDS:
         print(f"{kind}:")
-        width = max((len(name) for name in registry.KINDS[kind].names()), default=0)
-        for plugin in registry.KINDS[kind]:
+        found = [plugin for plugin in plugins if plugin.kind == kind]
+        width = max((len(plugin.name) for plugin in found), default=0)
+        for plugin in found:
             print(f"  {plugin.name:<{width}}  {plugin.summary}")
             options = ", ".join(plugin.options)
             print(f"  {'':<{width}}  {f'options: {options}; ' if options else ''}{_place(plugin)}")
@@ -95,6 +99,6 @@ def _write(text: str, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _place(plugin: Plugin) -> str:
+def _place(plugin: Plugin | Listed) -> str:
     relative = os.path.relpath(plugin.file)
     return f"{plugin.file if relative.startswith('..') else relative}:{plugin.line}"

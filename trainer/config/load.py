@@ -17,6 +17,7 @@ from trainer.config import trust
 from trainer.config.problems import problems_of
 from trainer.config.schema import Config, OptimizerTable, PluginTable
 from trainer.config.switching import drop_old_options
+from trainer.startup import without_garbage_collection
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -100,6 +101,7 @@ def _of_a_folder(path: Path) -> bool:
     return path.name == "config.toml" and any(any(path.parent.glob(pattern)) for pattern in beside)
 
 
+@without_garbage_collection()  # it imports PyTorch and plugins
 def validate(
     data: dict[str, Any],
     source: str,

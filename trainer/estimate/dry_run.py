@@ -17,7 +17,7 @@ from trainer.config import Config
 from trainer.estimate.fake_ranks import cuda_autocast, held_tensors, pretended_ranks, prime
 from trainer.estimate.memory_tracker import GATHERED, TEMPORARY, StepTracker, Traffic
 from trainer.run import assemble
-from trainer.run.construct import construct_parts, trained_modules
+from trainer.run.construct import trained_modules
 from trainer.run.monitor.flops import never_stop
 from trainer.run.parts import Parts
 from trainer.run.prepare import Preparation, mesh_shape
@@ -69,13 +69,14 @@ def dry_run(config: Config, world_size: int, local_size: int, bf16: bool) -> Cos
     Raises:
         ConfigError: a config that a real run would also refuse.
     """
-    assemble.check(config, world_size, local_size)
+    with StepTracker():  # returns 0 where code reads a value
+        parts = assemble.check(config, world_size, local_size)
     mesh = mesh_shape(config, world_size, local_size)
     config = _changed(config, "training", compile=False)
     dtype = torch.bfloat16 if bf16 else None
     world = World(0, world_size, torch.device("cpu"), local_size)
     with pretended_ranks(world_size):
-        parts = _build(config, world, dtype)
+        _prepare(config, parts, world, dtype)
         tracker = StepTracker(local_size)
         with FakeTensorMode(allow_non_fake_inputs=True):
             named = parts.modules.named()
@@ -100,10 +101,8 @@ def dry_run(config: Config, world_size: int, local_size: int, bf16: bool) -> Cos
     return Cost(parts, mesh, images, *tracker.peak(on_host), tracker.flops, tracker.traffic)
 
 
-def _build(config: Config, world: World, dtype: torch.dtype | None) -> Parts:
-    """Like :func:`trainer.run.assemble.build`, with all parts on the meta device."""
-    with StepTracker():  # returns 0 where code reads a value
-        parts = construct_parts(config, on_meta=True)
+def _prepare(config: Config, parts: Parts, world: World, dtype: torch.dtype | None) -> None:
+    """Like :func:`trainer.run.assemble.prepare`, with all parts on the meta device."""
     prepare = _Weightless(config, trained_modules(parts.recipe), world, files=False)
     if prepare.sharding is not None:
         # One fake device stands for both GPU and host; the kind of a tensor decides where it lives.
@@ -112,7 +111,6 @@ def _build(config: Config, world: World, dtype: torch.dtype | None) -> Parts:
     prepare.world = dataclasses.replace(world, device=torch.device("meta"))
     with StepTracker(), torch.device("meta"):
         prepare(parts)
-    return parts
 
 
 class _Weightless(Preparation):

@@ -146,7 +146,7 @@ def _network(
     with (
         seeded(config.training.seed, place),
         torch.device("meta") if deferred else contextlib.nullcontext(),
-        NoRandom() if place in loaded else contextlib.nullcontext(),
+        NoRandom() if deferred or place in loaded else contextlib.nullcontext(),  # on meta, drawing nothing is slow
     ):
         return make_plugin(place, kind, table, *given)
 

@@ -126,7 +126,8 @@ def prepare_latent_norm(config: Config, parts: Parts, world: World) -> None:
     elif isinstance(parts.dataset, CachedDataset):
         mean, std = parts.dataset.cache.statistics
     else:
-        mean, std = measure_statistics(config, parts, world)
+        with torch.compiler.set_stance("force_eager"):  # once: compiling it takes longer
+            mean, std = measure_statistics(config, parts, world)
     try:
         parts.modules.latent_norm.set_statistics(mean, std)
     except ValueError as error:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from components import registry
@@ -168,20 +169,22 @@ class Reporter:
         """Write image grids, latent norm histograms, and the fraction of samples that the dataset's judge recognizes.
 
         The grids show reconstructions with their latents, and samples. Collective. ``check_stop`` may raise, on all
-        ranks at once, before each evaluation of the denoiser.
+        ranks at once, before each evaluation of the denoiser. Nothing is compiled for these few images.
         """
         panels = {}
         if parts.images is not None:  # may be absent with cached latents
             originals = pictures.fixed_images(parts, self.world.device)
-            latents, rebuilt = pictures.reconstruct(parts, ema, originals)
+            with torch.compiler.set_stance("force_eager"):
+                latents, rebuilt = pictures.reconstruct(parts, ema, originals)
             if self._finite(step, "reconstructions", rebuilt) and self._finite(step, "latents", latents):
                 colors = pictures.in_colors(latents, originals.shape[-1])
                 panels["reconstructions"] = pictures.in_rows(originals, rebuilt, colors)
         images = labels = None
         if parts.modules.denoiser is not None:
-            images, labels = pictures.sample_images(
-                self.config, parts, ema, self.world, self.config.sampling.images, check_stop
-            )
+            with torch.compiler.set_stance("force_eager"):
+                images, labels = pictures.sample_images(
+                    self.config, parts, ema, self.world, self.config.sampling.images, check_stop
+                )
             if self._finite(step, "samples", images):
                 panels["samples"] = pictures.grid(images)
         if self.writer is None:
