@@ -19,6 +19,16 @@ def parameter_dtype(module: nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters()), torch.float32)
 
 
+def multiplies_in_bf16(device: torch.device) -> bool:
+    """Whether a device has fast bf16 products: every GPU here, and CPUs with AMX.
+
+    AVX512_BF16 alone does not count: convolutions and matrix products take 1.5 times as long with it as in fp32.
+    """
+    if device.type != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
 def no_autocast(x: Tensor) -> torch.autocast:
     """Context manager that disables autocast on the device of x."""
     # Autocast does not support the meta device; use the CPU's flag, which trainer.estimate.fake_ranks reads.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -42,6 +43,8 @@ class LPIPS(ReconstructionLoss):
         vgg_checkpoint: VGG16 weights file in torchvision's or timm's layout; none: timm's weights, from the Hugging
             Face cache or downloaded.
         linear_checkpoint: file of LPIPS's linear weights; none: the published ones, which ship with the plugin.
+        precision: of VGG16's convolutions: "fp32", as in the published code; "run": bf16 in bf16 runs, which is faster,
+            but rounds the gradient where image and reconstruction nearly agree. The rest is always computed in fp32.
     """
 
     keep_fp32 = True
@@ -57,12 +60,14 @@ class LPIPS(ReconstructionLoss):
         input_range: Literal["published", "unit"] = "published",
         vgg_checkpoint: File | None = None,
         linear_checkpoint: File | None = None,
+        precision: Literal["fp32", "run"] = "fp32",
     ) -> None:
         super().__init__()
         self.weight = weight
         self.input_range = input_range
         self.vgg_checkpoint = vgg_checkpoint
         self.linear_checkpoint = linear_checkpoint
+        self.precision = precision
         self.register_buffer("shift", torch.empty(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.empty(1, 3, 1, 1), persistent=False)
         self.features = _vgg16_features()
@@ -99,10 +104,12 @@ class LPIPS(ReconstructionLoss):
         """
         if min(x.shape[-2:]) < MIN_SIDE:
             raise ValueError(f"{WHAT}: images of {x.shape[-2]} x {x.shape[-1]} px; minimum {MIN_SIDE} px per side")
-        with no_autocast(x_hat):
+        with contextlib.nullcontext() if self.precision == "run" else no_autocast(x_hat):
             with torch.no_grad():
                 target = self._unit_features(x)
-            layers = zip(self.linear, target, self._unit_features(x_hat))
+            features = self._unit_features(x_hat)
+        with no_autocast(x_hat):
+            layers = zip(self.linear, target, features)
             return torch.stack([linear((y - y_hat).square()).mean() for linear, y, y_hat in layers]).sum()
 
     def _unit_features(self, images: Tensor) -> list[Tensor]:
@@ -115,8 +122,9 @@ class LPIPS(ReconstructionLoss):
         for index, layer in enumerate(self.features):
             h = layer(h)
             if index in TAPS:
+                wide = at_least_fp32(h)
                 # At zero, the gradient of vector_norm is zero; that of a square root would be infinite.
-                maps.append(h / (torch.linalg.vector_norm(h, dim=1, keepdim=True) + EPS))
+                maps.append(wide / (torch.linalg.vector_norm(wide, dim=1, keepdim=True) + EPS))
         return maps
 
     @torch.no_grad()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +28,14 @@ class PatchDiscriminator(Network):
     Args:
         channels: channels of the first convolution; doubled per layer, up to a factor of 8.
         layers: number of stride-2 convolutions.
+        precision: of the convolutions: "fp32", or "run": as autocast says.
     """
 
     keep_fp32 = True
 
-    def __init__(self, channels: int, layers: int) -> None:
+    def __init__(self, channels: int, layers: int, precision: Literal["fp32", "run"] = "fp32") -> None:
         super().__init__()
+        self.precision = precision
         widths = [channels * min(2**i, 8) for i in range(layers + 1)]
         main: list[nn.Module] = [
             nn.Conv2d(3, channels, 4, stride=2, padding=1),
@@ -56,9 +60,9 @@ class PatchDiscriminator(Network):
                 nn.init.normal_(module.weight, float(isinstance(module, SyncBatchNorm2d)), 0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, R, R) -> one logit per patch, (B, 1, n, n) with n = R // 2**layers - 2."""
-        with no_autocast(x):
-            return self.main(at_least_fp32(x))
+        """Images (B, 3, R, R) -> one logit per patch, (B, 1, n, n) with n = R // 2**layers - 2, in at least fp32."""
+        with contextlib.nullcontext() if self.precision == "run" else no_autocast(x):
+            return at_least_fp32(self.main(at_least_fp32(x)))
 
 
 class Published(StateDictAdapter):
@@ -99,6 +103,8 @@ class PatchGAN(AdversarialLoss):
         layers: stride-2 convolutions of the discriminator; images need at least 3 * 2**layers px per side.
         checkpoint: initial weights: a discriminator file, a REPA-E, CompVis or titanrepa file that contains one, or
             hf://organization/name/file[@revision]; none: random weights.
+        precision: of the discriminator's convolutions: "fp32", as in the published code; "run": bf16 in bf16 runs,
+            which is faster. Batch norms and losses are always computed in fp32.
 
     Raises:
         ValueError: ``layers`` or ``channels`` is below 1, ``start_step`` is negative, or ``warmup_steps`` is
@@ -120,6 +126,7 @@ class PatchGAN(AdversarialLoss):
         channels: int = 64,
         layers: int = 3,
         checkpoint: File | None = None,
+        precision: Literal["fp32", "run"] = "fp32",
     ) -> None:
         super().__init__()
         for name, value, least in (("layers", layers, 1), ("channels", channels, 1), ("start_step", start_step, 0)):
@@ -133,7 +140,7 @@ class PatchGAN(AdversarialLoss):
         self.lecam_decay = lecam_decay
         self.checkpoint = checkpoint
         self.layers = layers
-        self.network = PatchDiscriminator(channels, layers)
+        self.network = PatchDiscriminator(channels, layers, precision)
         self.register_buffer("ema_real", torch.zeros(()))
         self.register_buffer("ema_fake", torch.zeros(()))
 

@@ -59,7 +59,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=("ema", "online"), default="ema", help="averaged (default) or raw weights")
     parser.add_argument("--step", type=int, help="checkpoint of a run folder (default: the newest)")
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp64"), default="fp32", help="precision (default: fp32)"
+        "--precision",
+        choices=("fp32", "bf16", "fp64"),
+        help="precision (default: bf16 if the run trained in bf16 and this device multiplies in it, else fp32)",
     )
     parser.add_argument("--compile", action="store_true", help="compile the networks with torch.compile")
 
@@ -87,6 +89,7 @@ def sample(arguments: argparse.Namespace, overrides: list[str], world: World) ->
     from trainer.models.sample_folder import SampleFolder, parse_labels
     from trainer.models.source import open_source
     from trainer.run.pictures import sampling_plan
+    from trainer.run.prepare import autocast_dtype
 
     options = {"weights": arguments.weights, "overrides": overrides, "compiled": arguments.compile}
     source = open_source(arguments.source, world, step=arguments.step, **options)
@@ -94,6 +97,8 @@ def sample(arguments: argparse.Namespace, overrides: list[str], world: World) ->
     if arguments.guide:
         guide = open_source(arguments.guide, world, **options)
     set_backends(source.config)
+    if arguments.precision is None:
+        arguments.precision = "bf16" if autocast_dtype(source.config, world.device) else "fp32"
     plan = sampling_plan(source.config, arguments.seed, vars(arguments))
     if guide is not None:
         check_guide(source, guide)

@@ -27,7 +27,9 @@ STATUSES = """Exit status:
   3    complete, but with problems, as the last line says: the last steps were skipped because a value was not
        finite, an alarm lasts, or a checkpoint, picture, evaluation or log could not be written
   128 + n  ended by signal n before the first step or at once: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1
-After an error the reached step is saved if the state in memory is sound."""
+After an error the reached step is saved if the state in memory is sound.
+
+On a CPU with glibc, freed memory is kept for reuse; TITANREPA_KEEP_MEMORY=0 or any MALLOC_* variable prevents it."""
 PROFILED = 3  # steps, if --profile has no value
 
 SUMMARY = "train from a TOML config; repeat the command to resume"
@@ -111,8 +113,10 @@ def profiled_steps(text: str | int) -> int:
 
 @without_garbage_collection()  # use_deterministic_algorithms imports torch._dynamo
 def set_backends(config: configs.Config) -> None:
-    """Set PyTorch's process-wide switches as the config says: TF32, determinism, cuDNN benchmark, threads."""
+    """Set process-wide switches: TF32, determinism, cuDNN benchmark and threads as configured; glibc's allocator."""
     import torch
+
+    from trainer.run.allocator import keep_freed_memory
 
     t = config.training
     if t.deterministic:  # read when cuBLAS initializes; deterministic matrix products raise without it
@@ -123,6 +127,8 @@ def set_backends(config: configs.Config) -> None:
     torch.use_deterministic_algorithms(t.deterministic)
     if t.threads:
         torch.set_num_threads(t.threads)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
 
 
 def log_to(config: configs.Config, world: World, troubles: Troubles | None = None) -> None:

@@ -74,7 +74,8 @@ class Training(Table):
     seed: NotNegative = 0
     """Seed of the initial weights, the data order and all random numbers of training."""
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"
-    """Precision of the networks. bf16: autocast with fp32 weights, norms and losses; on a CPU the same as fp32."""
+    """Precision of the networks. bf16: autocast with fp32 weights, norms and losses; on a CPU without AMX the same as
+    fp32."""
     tf32: bool = True
     """Use TF32 for fp32 matrix products and convolutions on GPUs."""
     compile: bool = False

@@ -11,6 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from components.nn.group_norm import GroupNorm
+
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -42,9 +44,11 @@ def cuda_autocast() -> Iterator[None]:
     originals = {name: vars(F)[name] for name in ("layer_norm", "group_norm", "interpolate")}
     for name, function in originals.items():
         setattr(F, name, functools.partial(_in_fp32, function))
+    fast, GroupNorm.fast = GroupNorm.fast, False  # its path for CPUs is not CUDA's
     try:
         yield
     finally:
+        GroupNorm.fast = fast
         for name, function in originals.items():
             setattr(F, name, function)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from components.distributed.parallel import World
 from trainer.commands.train import set_backends
 from trainer.config import Config, ConfigError
 from trainer.estimate.dry_run import micro_batches
+from trainer.run.allocator import return_freed_memory
 from trainer.run.assemble import build, check
 from trainer.run.monitor.flops import never_stop
 from trainer.run.step import make_step
@@ -55,13 +55,8 @@ def measure_peak(config: Config, world: World) -> tuple[float, bool]:
 
 
 def _return_freed_memory() -> None:
-    """Make glibc return freed tensors to the system at once, so that the peak counts live tensors only."""
-    mmap_threshold, trim_threshold, threshold = -3, -1, 65536
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(mmap_threshold, threshold)
-        libc.mallopt(trim_threshold, threshold)
-        libc.malloc_trim(0)
+    """Let the peak count live tensors only."""
+    return_freed_memory()
     # Reset VmHWM, which so far holds the peak of the imports.
     Path("/proc/self/clear_refs").write_text("5")
 

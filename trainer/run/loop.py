@@ -30,6 +30,7 @@ from trainer.run.follow_up import Stopped, due_after, follow_up, stop_requested
 from trainer.run.initial_statistics import prepare_latent_norm
 from trainer.run.monitor.flops import try_flops_per_image
 from trainer.run.monitor.profiling import Profiler, profiling
+from trainer.run.prepare import precision_note
 from trainer.run.process import StopSignals, garbage_collected
 from trainer.run.report import Reporter
 from trainer.run.rescue import rescue
@@ -70,7 +71,7 @@ class Trainer:
         prepare(config, self.parts, world)
         # Recorded in the config, since the dataset may be unavailable when the run is sampled from.
         config.training.num_classes = self.parts.num_classes
-        for note in self.parts.classes.notes():
+        for note in filter(None, [*self.parts.classes.notes(), precision_note(config, self.device)]):
             self._log(note)
         self.metrics = Metrics()
         self.clock = PhaseClock(self.device)

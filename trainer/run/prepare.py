@@ -17,6 +17,7 @@ from components.distributed.activation_checkpoint import Recompute, apply_recomp
 from components.distributed.materialize import allocate, materialize
 from components.distributed.parallel import ParallelError, Sharding, World
 from components.files.weights import WeightsError
+from components.nn.precision import multiplies_in_bf16
 from components.optim.ema import frozen_copy
 from trainer.config import Config, ConfigError
 from trainer.run.parts import Parts
@@ -49,8 +50,17 @@ def make_sharding(config: Config, world: World) -> Sharding | None:
 
 
 def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
-    """Return bfloat16 for a bf16 run on a GPU, otherwise None (no autocast)."""
-    return torch.bfloat16 if config.training.precision == "bf16" and device.type == "cuda" else None
+    """Return bfloat16 for a bf16 run on a device that multiplies in it, otherwise None (no autocast)."""
+    return torch.bfloat16 if config.training.precision == "bf16" and multiplies_in_bf16(device) else None
+
+
+def precision_note(config: Config, device: torch.device) -> str | None:
+    """Say what a bf16 run on a CPU computes in, and why; None for other runs."""
+    if config.training.precision != "bf16" or device.type != "cpu":
+        return None
+    if autocast_dtype(config, device):
+        return 'training.precision = "bf16": autocast, as this CPU multiplies in bf16 (AMX)'
+    return 'training.precision = "bf16": computed in fp32, as this CPU has no fast bf16 products (AMX)'
 
 
 def image_format(config: Config) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from components.contracts import Posterior, Tokenizer
 from components.files.adapter import load_module
+from components.nn.group_norm import GroupNorm
 from components.nn.precision import at_least_fp32
 from components.registry import File, tokenizers
 from plugins.tokenizers.autoencoder_kl.diffusers_format import Diffusers
@@ -296,8 +297,8 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def group_norm(width: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, width, eps=1e-6)
+def group_norm(width: int, groups: int) -> GroupNorm:
+    return GroupNorm(groups, width, eps=1e-6)
 
 
 def _check(

@@ -33,7 +33,7 @@ def runs(rank: int, world: int, toml: str, folder: str, variants: dict[str, list
     torch.set_num_threads(1)
     found = {}
     for name, options in variants.items():
-        # bf16 on a CPU, where the config's "bf16" means fp32.
+        # bf16 on any CPU: the config's "bf16" means fp32 on those without AMX.
         dtype = torch.bfloat16 if "bf16" in name else None
         prepare.autocast_dtype = lambda config, device, dtype=dtype: dtype
         found[name] = finished(

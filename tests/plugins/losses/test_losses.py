@@ -222,6 +222,33 @@ def test_gan_precision():
     assert PatchGAN(start_step=9).generator(x_hat, 0).dtype == torch.float32
 
 
+def test_gan_convolutions_follow_the_run_only_where_asked():
+    """precision = "run": convolutions in autocast's dtype; batch norms, their statistics, logits and losses in fp32."""
+    losses = []
+    for precision in ("fp32", "run"):
+        torch.manual_seed(0)
+        losses.append(PatchGAN(channels=8, precision=precision))
+    exact, rounded = losses
+    seen = {}
+    for module in rounded.network.main:
+        module.register_forward_hook(lambda m, inputs, y: seen.setdefault(type(m).__name__, set()).add(y.dtype))
+    x, x_hat = images(dtype=torch.float32)
+    assert torch.equal(rounded.network(x), exact.network(x))
+    seen.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, expected = rounded.network(x), exact.network(x)
+        terms, _ = rounded.discriminator(x, x_hat, 0)
+    assert seen["Conv2d"] == {torch.bfloat16} and seen["SyncBatchNorm2d"] == {torch.float32}
+    assert logits.dtype == terms["hinge"].dtype == torch.float32
+    assert not torch.equal(logits, expected)
+    torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
+    terms["hinge"].backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in rounded.network.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compiled = torch.compile(rounded.network, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(compiled, logits, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("side, layers, message", [(23, 3, "24 px.*at most 2"), (11, 2, "12 px.*at most 1")])
 def test_images_that_are_too_small(side, layers, message):
     x, x_hat = images(side=side)

@@ -118,6 +118,46 @@ def test_autocast_and_bf16_are_computed_in_fp32(unit, vgg_file):
     assert unit(*images(), POSTERIOR).dtype == torch.float64
 
 
+def test_convolutions_follow_the_run_only_where_asked(vgg_file):
+    """precision = "run": VGG16 in autocast's dtype, all else in fp32; outside autocast the same numbers as fp32."""
+
+    def value_and_gradient(loss, x, x_hat, autocast):
+        x_hat = x_hat.detach().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            value = loss(x, x_hat, POSTERIOR)
+        return value.detach(), torch.autograd.grad(value, x_hat)[0]
+
+    exact, rounded = (LPIPS(vgg_checkpoint=vgg_file, precision=precision) for precision in ("fp32", "run"))
+    exact.load_weights()
+    rounded.load_weights()
+    x, x_hat = images(torch.float32)
+    seen = []
+    handles = [layer.register_forward_hook(lambda m, inputs, y: seen.append(y.dtype))
+               for layer in (*rounded.features, *rounded.linear)]  # fmt: skip
+    value, gradient = value_and_gradient(rounded, x, x_hat, autocast=True)
+    layers = len(rounded.features)
+    assert seen == [torch.bfloat16] * 2 * layers + [torch.float32] * len(rounded.linear)
+    for handle in handles:
+        handle.remove()
+    expected, expected_gradient = value_and_gradient(exact, x, x_hat, autocast=True)
+    assert value.dtype == gradient.dtype == torch.float32
+    assert 0 < abs(value / expected - 1) < 0.02
+    assert torch.cosine_similarity(gradient.flatten(), expected_gradient.flatten(), dim=0) > 0.95
+    for got, same in zip(value_and_gradient(rounded, x, x_hat, autocast=False), (expected, expected_gradient)):
+        assert torch.equal(got, same)
+    compiled = torch.compile(rounded, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(value_and_gradient(compiled, x, x_hat, autocast=True)[0], value, rtol=1e-2, atol=0)
+
+
+def test_the_image_itself_gets_no_graph(unit):
+    x, x_hat = (image.requires_grad_() for image in images())
+    graphs = []
+    handle = unit.features[0].register_forward_hook(lambda m, inputs, y: graphs.append(y.requires_grad))
+    unit(x, x_hat, POSTERIOR).backward()
+    handle.remove()
+    assert graphs == [False, True] and x.grad is None
+
+
 def test_timm_layout_and_short_linear_names(unit, torchvision_features, tmp_path):
     state = {f"features.{key}": value for key, value in torchvision_features.state_dict().items()}
     unused = {"pre_logits.fc1.weight": torch.zeros(2, 2), "head.fc.bias": torch.zeros(2)}

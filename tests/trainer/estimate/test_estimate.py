@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from components import registry
 from components.distributed.parallel import World
+from components.nn.group_norm import GroupNorm
 from tests.support import ROOT, toys
 from trainer import config as configs
 from trainer.__main__ import main
@@ -144,8 +145,14 @@ def test_recomputation_lowers_activations_and_costs_flops(toml):
 
 
 def test_norms_and_interpolation_stay_fp32_as_on_cuda():
-    x = torch.ones(2, 4, 4, 4, dtype=torch.bfloat16)
-    calls = [lambda: F.group_norm(x, 2), lambda: F.layer_norm(x, (4,)), lambda: F.interpolate(x, scale_factor=2.0)]
+    x = torch.ones(2, 4, 4, 4, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    norm = GroupNorm(2, 4)
+    calls = [
+        lambda: F.group_norm(x, 2),
+        lambda: norm(x),
+        lambda: F.layer_norm(x, (4,)),
+        lambda: F.interpolate(x, scale_factor=2.0),
+    ]
     with cuda_autocast():
         assert all(call().dtype == torch.bfloat16 for call in calls)
         with torch.autocast("cpu", torch.bfloat16):
