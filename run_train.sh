@@ -20,6 +20,9 @@ Environment:
   PYTHON       the Python to use, if it has every package, or to make .venv with (default: python3)
   NGPU         processes on this machine (default: its GPUs, or 1); also works without GPUs, over gloo
   LOG_RANK     local ranks whose output is shown, such as 0,3 (default: 0)
+  OMP_WAIT_POLICY, GOMP_SPINCOUNT
+               how a CPU's threads wait for each other (default: they sleep, OMP_WAIT_POLICY=passive, where other
+               processes want this machine's cores at the start; else PyTorch's default: they spin first)
 
 Several machines, each of which starts this script with the same values (docs/cluster has Slurm and Kubernetes):
   NNODES       how many train together (default: 1), or MIN:MAX to let some come and go

@@ -204,6 +204,8 @@ def _keeps_fp32(*modules: nn.Module) -> bool:
 
 def sharded_parts(*modules: nn.Module) -> Iterator[FSDPModule]:
     """Yield all submodules (and the modules themselves) that :func:`shard` has wrapped."""
+    if not dist.is_initialized():  # nothing is wrapped; the walk below is called several times a step
+        return
     for module in modules:
         for part in module.modules():
             if isinstance(part, FSDPModule):

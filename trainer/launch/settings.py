@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -144,6 +145,22 @@ def change_environment(env: MutableMapping[str, str]) -> None:
     # Fewer failures for want of memory at the same peak use.
     if not env.get("PYTORCH_ALLOC_CONF") and not env.get("PYTORCH_CUDA_ALLOC_CONF"):
         env["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    # OpenMP's threads spin while they wait for each other: for whole time slices, if another process has the core of
+    # one of them. Steps on a CPU were seven times as slow as with threads that sleep.
+    if not env.get("OMP_WAIT_POLICY") and not env.get("GOMP_SPINCOUNT") and competitors():
+        env["OMP_WAIT_POLICY"] = "passive"
+
+
+def competitors(samples: int = 5) -> int:
+    """Threads of other processes that want a core of this machine, at any time in 40 ms; 0 where Linux does not say."""
+    found = []
+    for wait in (0.0, *[0.01] * (samples - 1)):
+        time.sleep(wait)
+        try:  # "0.20 0.18 0.12 RUNNABLE/ALL LAST_PID"; this process is one of them
+            found.append(int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) - 1)
+        except (OSError, ValueError, IndexError):
+            return 0
+    return min(found)
 
 
 def change_torchrun_environment(env: MutableMapping[str, str], processes: int) -> None:

@@ -49,6 +49,8 @@ LOSSES = {
 
 
 class Recorded(Encoder):
+    embed_dim = 32
+
     def forward(self, images):
         return self.targets
 

@@ -12,7 +12,7 @@ import pytest
 from tests.support import ROOT
 from trainer.launch import __main__ as launch
 from trainer.launch import torchrun
-from trainer.launch.settings import Settings, UsageError, change_environment, torchrun_command
+from trainer.launch.settings import Settings, UsageError, change_environment, competitors, torchrun_command
 
 
 def command(*arguments: str, **env: str) -> str:
@@ -138,6 +138,28 @@ def test_the_users_own_variables_win():
     settings = Settings.read(ELASTIC | {"PET_RDZV_ID": "job"} | own)
     assert (settings.max_nodes, settings.processes, settings.max_restarts) == (1, 3, 0)
     assert (settings.master, settings.rdzv_id) == ("a:1", "mine")
+
+
+def test_threads_sleep_where_other_processes_want_their_cores(monkeypatch):
+    def environment(competitors: int, **env: str) -> dict[str, str]:
+        monkeypatch.setattr("trainer.launch.settings.competitors", lambda: competitors)
+        change_environment(env)
+        return env
+
+    assert environment(1)["OMP_WAIT_POLICY"] == "passive"
+    assert "OMP_WAIT_POLICY" not in environment(0)
+    assert environment(1, OMP_WAIT_POLICY="active")["OMP_WAIT_POLICY"] == "active"
+    assert "OMP_WAIT_POLICY" not in environment(1, GOMP_SPINCOUNT="1000")
+
+
+@pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="needs Linux")
+def test_competitors_are_counted():
+    busy = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
+    with busy:
+        busy.stdout.readline()
+        found = competitors()
+        busy.kill()
+    assert found >= 1
 
 
 def test_cores_are_shared_among_the_processes(monkeypatch):
