@@ -22,7 +22,12 @@ from components.distributed.parallel import World
 from components.monitor.hardware import peak_tflops
 from components.monitor.metrics import TIME
 from components.monitor.phases import PhaseClock
+from components.nn.group_norm import GroupNorm
+from plugins.losses.lpips import LPIPS
+from plugins.losses.patchgan import PatchDiscriminator
+from plugins.tokenizers.autoencoder_kl import Upsample
 from trainer.config import Config, PluginTable
+from trainer.run import allocator
 from trainer.run.assemble import build, make_ema, parameter_groups
 from trainer.run.construct import make_plugin
 from trainer.run.parts import Parts
@@ -73,6 +78,7 @@ class Workload:
         lag = int(self.device.type == "cuda")
 
         def run() -> dict[str, float]:
+            set_fast_paths(True, self.device)
             unread.append(step(next(counter), [item]))
             return unread.popleft().read() if len(unread) > lag else {}
 
@@ -85,11 +91,15 @@ class Workload:
 
 
 class PlainWorkload:
-    """Plain training steps for one config, on separate networks. Arguments: see :class:`Workload`."""
+    """Plain training steps for one config, on separate networks without our fast paths; see :class:`Workload`."""
 
     def __init__(self, config: Config, device: torch.device, compile: bool, backend: str = "inductor") -> None:
         self.config, self.device = with_training(config, compile=False, channels_last=False), device
         self.parts = build(self.config, World(device=device), files=False)
+        for module in self.parts.modules.named().values():
+            for part in module.modules():
+                if isinstance(part, (LPIPS, PatchDiscriminator)):
+                    part.precision = "fp32"
         joint = "tokenizer" in self.parts.recipe.trains
         self.plain = (PlainStep if joint else PlainSecondStage)(
             self.parts.modules,
@@ -103,10 +113,22 @@ class PlainWorkload:
     def runner(self, size: int) -> Runner:
         cached = isinstance(self.plain, PlainSecondStage)
         batch, _ = random_batch(self.parts, size, self.config, self.device, self.parts.recipe, cached)
-        if not cached:
-            return lambda: self.plain(batch.images, batch.condition.label)
-        mean, std, features = batch.posterior.mean, batch.posterior.std, list(batch.features.values())
-        return lambda: self.plain(mean, std, features, batch.condition.label)
+        inputs = [batch.images]
+        if cached:
+            inputs = [batch.posterior.mean, batch.posterior.std, list(batch.features.values())]
+
+        def run() -> dict[str, float]:
+            set_fast_paths(False, self.device)
+            return self.plain(*inputs, batch.condition.label)
+
+        return run
+
+
+def set_fast_paths(on: bool, device: torch.device) -> None:
+    """Switch what layers and, on a CPU, the allocator do faster than PyTorch's and glibc's own."""
+    GroupNorm.fast = Upsample.merges = on
+    if device.type == "cpu":
+        (allocator.keep_freed_memory if on else allocator.restore_defaults)()
 
 
 def with_training(config: Config, **changes: Any) -> Config:

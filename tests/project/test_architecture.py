@@ -68,7 +68,6 @@ MAY_ASK = {  # uses of getattr and hasattr on objects that are no plugins
     "components/data/prefetch.py": "torchdata's iterator; named tuples",
     "components/nn/timm_encoder.py": "timm's models",
     "components/registry.py": "annotations of options",
-    "trainer/estimate/measured_peak.py": "libc",
     "trainer/launch/settings.py": "os, on macOS",
     "trainer/run/pictures.py": "a wrapper passes on what it does not know",
     "trainer/run/terminal.py": "a log record",

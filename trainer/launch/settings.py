@@ -147,7 +147,8 @@ def change_environment(env: MutableMapping[str, str]) -> None:
         env["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     # OpenMP's threads spin while they wait for each other: for whole time slices, if another process has the core of
     # one of them. Steps on a CPU were seven times as slow as with threads that sleep.
-    if not env.get("OMP_WAIT_POLICY") and not env.get("GOMP_SPINCOUNT") and competitors():
+    spare = (os.cpu_count() or 1) - available_cores()
+    if not env.get("OMP_WAIT_POLICY") and not env.get("GOMP_SPINCOUNT") and competitors() > spare:
         env["OMP_WAIT_POLICY"] = "passive"
 
 

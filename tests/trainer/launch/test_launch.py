@@ -141,15 +141,18 @@ def test_the_users_own_variables_win():
 
 
 def test_threads_sleep_where_other_processes_want_their_cores(monkeypatch):
+    monkeypatch.setattr("trainer.launch.settings.available_cores", lambda: 2)
+    monkeypatch.setattr("trainer.launch.settings.os.cpu_count", lambda: 4)
+
     def environment(competitors: int, **env: str) -> dict[str, str]:
         monkeypatch.setattr("trainer.launch.settings.competitors", lambda: competitors)
         change_environment(env)
         return env
 
-    assert environment(1)["OMP_WAIT_POLICY"] == "passive"
-    assert "OMP_WAIT_POLICY" not in environment(0)
-    assert environment(1, OMP_WAIT_POLICY="active")["OMP_WAIT_POLICY"] == "active"
-    assert "OMP_WAIT_POLICY" not in environment(1, GOMP_SPINCOUNT="1000")
+    assert environment(3)["OMP_WAIT_POLICY"] == "passive"
+    assert "OMP_WAIT_POLICY" not in environment(2), "two cores are not ours"
+    assert environment(3, OMP_WAIT_POLICY="active")["OMP_WAIT_POLICY"] == "active"
+    assert "OMP_WAIT_POLICY" not in environment(3, GOMP_SPINCOUNT="1000")
 
 
 @pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="needs Linux")
