@@ -11,6 +11,7 @@ COMMANDS = (
     "train",
     "sample",
     "evaluate",
+    "compare",
     "encode",
     "export",
     "import",
@@ -20,7 +21,7 @@ COMMANDS = (
     "conform",
     "benchmark",
 )
-WITHOUT_CONFIG = ("plugins", "new", "conform")
+WITHOUT_CONFIG = ("compare", "plugins", "new", "conform")
 
 # Commands that skip what an interrupted one has finished.
 RESUMED = ("train", "sample", "evaluate", "encode")

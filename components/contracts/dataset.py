@@ -20,11 +20,13 @@ class Dataset:
         flip: whether random horizontal flips are allowed in training.
         given: names of the constructor arguments that the trainer passes; options follow after a bare ``*``.
         has_judge: whether :meth:`judge` is available.
+        judge_dim: number of features of :meth:`judge_features`; 0: not available.
         conditions: names in ``DatasetItem.condition``, if the denoiser is conditioned on more than the class.
     """
 
     given: ClassVar[tuple[str, ...]] = ("resolution",)
     has_judge: ClassVar[bool] = False
+    judge_dim: ClassVar[int] = 0
     conditions: ClassVar[tuple[str, ...]] = ()
 
     num_classes: int
@@ -52,6 +54,14 @@ class Dataset:
 
     def judge(self, images: Tensor) -> Tensor:
         """Images (B, 3, R, R) in [-1, 1] -> the class (B,) that each shows, to measure how well samples fit labels."""
+        raise NotImplementedError
+
+    def judge_features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, R, R) in [-1, 1] -> features (B, judge_dim) of a network that no run trains or aligns with."""
+        raise NotImplementedError
+
+    def judge_identity(self) -> str:
+        """Text that changes with the judge's weights, such as a fingerprint; required with ``judge_dim``."""
         raise NotImplementedError
 
     def sampling_conditions(self, ids: Sequence[int]) -> dict[str, Tensor]:

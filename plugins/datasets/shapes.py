@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from components import registry
 from components.contracts import Dataset, DatasetItem
+from components.files.fingerprint import fingerprint
 from components.files.weights import load_strict, read_state
 
 SPLITS = ("train", "heldout", "judge")
@@ -55,6 +56,7 @@ class Shapes(Dataset):
     )
     num_classes = len(class_names)
     has_judge = True
+    judge_dim = 96
 
     def __init__(
         self,
@@ -125,6 +127,14 @@ class Shapes(Dataset):
             WeightsError: shapes_judge.safetensors, next to this file, is missing or unreadable.
         """
         return _load_judge(images.device)(images.float()).argmax(1)
+
+    @torch.no_grad()
+    def judge_features(self, images: Tensor) -> Tensor:
+        """Features (B, 96) of the judge's last layer, for a Frechet distance; see :meth:`judge`."""
+        return _load_judge(images.device).features(images.float())
+
+    def judge_identity(self) -> str:
+        return fingerprint(_load_judge(torch.device("cpu")))
 
     @staticmethod
     def untrained_judge() -> nn.Module:
@@ -275,13 +285,17 @@ class Judge(nn.Module):
             conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
             layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
-        self.head = nn.Linear(96, Shapes.num_classes)
+        self.head = nn.Linear(Shapes.judge_dim, Shapes.num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, R, R) in [-1, 1] -> (B, 96), the last layer's mean over positions."""
         images = images.clamp(-1, 1)
         if images.shape[-1] != 32:
             images = F.interpolate(images, (32, 32), mode="bilinear", antialias=True)
-        return self.head(self.layers(images).mean((2, 3)))
+        return self.layers(images).mean((2, 3))
 
 
 @functools.cache

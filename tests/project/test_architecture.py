@@ -129,6 +129,13 @@ def needed() -> dict[str, set[str]]:
     return needs
 
 
+def test_matplotlib_is_imported_by_the_figures_only_when_they_are_drawn():
+    users = {name for name, path in MODULES.items() if any(i.startswith("matplotlib") for i in imported(path))}
+    assert users == {"trainer.compare.figures"}
+    top = [n for n in ast.parse(MODULES["trainer.compare.figures"].read_text()).body if isinstance(n, ast.ImportFrom)]
+    assert top and not any(node.module.startswith("matplotlib") for node in top)
+
+
 def test_training_does_not_import_the_plugin_kit():
     needs, todo, found = needed(), ["trainer.commands.train"], set()
     while todo:
@@ -166,6 +173,7 @@ def test_a_training_run_imports_only_what_it_uses():
     assert done.returncode == 0, done.stderr
     found = [name for name in done.stdout.splitlines()[-1].split() if name in MODULES]
     unused = ("components.evaluation", "trainer.evaluation", "trainer.estimate", "trainer.plugin_kit", "trainer.models")
+    unused += ("trainer.compare",)
     assert [name for name in found if name.startswith(unused)] == []
     libraries = ("timm", "torchvision", "torchmetrics", "tensorboard", "torchdata", "torch_fidelity", "PIL")
     assert [name for name in libraries if name in done.stdout.splitlines()[-1].split()] == []

@@ -606,6 +606,26 @@ class UndeclaredCondition(_Gray):
         return item._replace(condition={"brightness": item.image.float().mean()})
 
 
+@broken("dataset", "judges_images", "judge() returns torch.float32 (3, 2); expected int64 (3,)")
+class LogitsForLabels(_Gray):
+    """Its judge returns logits."""
+
+    has_judge = True
+
+    def judge(self, images):
+        return torch.zeros(len(images), 2)
+
+
+@broken("dataset", "judges_images", "judge_features() returns (3, 4); expected (3, 8), finite")
+class OtherFeatures(_Gray):
+    """Declares another number of features than its judge returns."""
+
+    judge_dim = 8
+
+    def judge_features(self, images):
+        return torch.zeros(len(images), 4)
+
+
 # Recipes
 
 

@@ -147,6 +147,10 @@ def validate(
     trust.remember(config.plugins)
     drop_old_options(plugin_tables(config), before or {}, given)
     problems = [p for place, kind, table in plugin_tables(config) for p in _check_plugin(place, kind, table, folder)]
+    if (heldout := config.evaluation.heldout) and not problems:
+        table = PluginTable(name=config.dataset.name, **(config.dataset.options | heldout))
+        problems += _check_plugin("evaluation.heldout", "dataset", table, folder)
+        config.evaluation.heldout = {key: table.options[key] for key in heldout}
     problems += _optimizer_problems(config)
     if not config.training.compile:
         problems += [

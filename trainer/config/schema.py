@@ -250,15 +250,24 @@ class Sampling(Table):
 
 class EvaluationTable(Table):
     every: NotNegative = 0
-    """Evaluate samples from the averaged weights, generated as in [sampling], every N steps; 0: never."""
+    """Evaluate the averaged weights every N steps, with samples generated as in [sampling]; 0: never."""
     images: Positive = 10_000
     """Samples per evaluation, cycling through the classes; must exceed the feature dimension of each distance."""
     batch_size: Positive = 64
     """Samples per batch and rank."""
-    metrics: list[Literal["fid", "sfid", "is", "precision", "recall"]] = ["fid"]
-    """Metrics on Inception features."""
+    metrics: list[Literal["fid", "sfid", "is", "precision", "recall", "fd_judge", "judged_right"]] = ["fid"]
+    """Metrics of the samples. fid to recall: on Inception features; fd_judge: Frechet distance on features of the
+    dataset's own classifier; judged_right: fraction that it assigns to their class."""
     encoders: list[str] = []
-    """Additional Frechet distances on encoders, e.g. "dinov2:size=l"."""
+    """Additional Frechet distances of the samples on encoders, e.g. "dinov2:size=l"."""
+    reconstruction: list[Literal["psnr", "ssim", "lpips", "rfid", "rfd", "rfd_judge"]] = []
+    """Metrics of reconstructions: rfid, rfd (on each of `encoders`) and rfd_judge are Frechet distances between
+    originals and reconstructions."""
+    reconstruction_images: Positive = 5_000
+    """Reconstruct the first N images."""
+    heldout: dict[str, Any] = {}
+    """Options that turn the run's dataset into held-out images to reconstruct, e.g. {split = "heldout"} or
+    {path = "imagenet/val"}; empty: reconstruct training images."""
     reference: str = "dataset"
     """Reference for the metrics: the run's dataset, or a statistics file (.npz)."""
     reference_images: NotNegative = 50_000
@@ -267,6 +276,11 @@ class EvaluationTable(Table):
     """File of Inception weights; empty: torch-fidelity's own."""
     allow_singular: bool = False
     """Allow distances with fewer images than features, with a warning."""
+
+    @property
+    def wanted(self) -> list[str]:
+        """All metrics named, of samples and reconstructions."""
+        return [*self.metrics, *self.reconstruction]
 
 
 class ProfileTable(Table):

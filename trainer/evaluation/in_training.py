@@ -1,4 +1,4 @@
-"""Evaluation during training: metrics of samples from the averaged weights, computed by all ranks together."""
+"""Evaluation during training: metrics of samples and reconstructions from the averaged weights, on all ranks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ import torch
 from tqdm import tqdm
 
 from components import registry
-from components.data.pixels import to_uint8
+from components.contracts import Dataset
+from components.data.pixels import to_float, to_uint8
 from components.distributed.parallel import World, gather_rows
 from components.distributed.ranks import Ranks, patient_ranks
 from components.evaluation import EvaluationError
 from components.evaluation.comparison import compare
 from components.evaluation.images import first_images
+from components.evaluation.judge_network import judge_metrics
 from components.evaluation.statistics import (
+    INCEPTION,
     FeatureStatistics,
     NetworkMetrics,
     StatisticsBuilder,
@@ -31,6 +34,7 @@ from components.finite import count_of, sound_rows
 from components.optim.ema import Ema
 from trainer.config import Config, ConfigError
 from trainer.evaluation.metric_selection import make_networks
+from trainer.evaluation.reconstruction_in_training import ReconstructionEvaluation
 from trainer.evaluation.references import Reference, dataset_images, read_statistics, save_reference
 from trainer.run import pictures
 from trainer.run.parts import Parts
@@ -44,35 +48,71 @@ class TrainingEvaluation:
     Args:
         config: of the run.
         world: this process.
+        images: the image dataset; None: training reads cached latents, and there are no images.
 
     Raises:
-        ConfigError: weights or statistics are missing, or there are too few images.
+        ConfigError: weights or statistics are missing, or there are too few images, or a metric cannot be computed in
+            this run.
     """
 
-    def __init__(self, config: Config, world: World) -> None:
-        self.config, self.settings, self.world = config, config.evaluation, world
+    def __init__(self, config: Config, world: World, images: Dataset | None) -> None:
+        self.config, self.settings, self.world, self.images = config, config.evaluation, world, images
         self.folder = Path(config.run.dir) / "evaluation"
         e = self.settings
-        if "denoiser" not in registry.recipes.get(config.recipe.name).cls.uses:
-            raise ConfigError(
-                f"evaluation.every = {e.every}, but recipe '{config.recipe.name}' has no denoiser to sample from; set "
-                "it to 0 (to evaluate a tokenizer: python -m trainer evaluate --reconstruction)"
-            )
-        if not e.metrics and not e.encoders:
-            raise ConfigError(f"evaluation.every = {e.every}, but evaluation.metrics and evaluation.encoders are empty")
+        self._refuse_impossible()
+        inception = tuple(metric for metric in e.metrics if metric in INCEPTION)
+        judges = [judge_metrics(images, config.dataset.name)] if {"fd_judge", "rfd_judge"} & {*e.wanted} else []
         try:
             # Kept on the host between evaluations, to leave device memory to training.
-            self.networks = make_networks(
-                e.metrics, e.encoders, e.inception_weights, config.training.resolution, torch.device("cpu")
+            networks = make_networks(
+                inception or ("fid",) * ("rfid" in e.reconstruction),
+                e.encoders,
+                e.inception_weights,
+                config.training.resolution,
+                torch.device("cpu"),
             )
             self.reference = Reference(e.reference)
-            if e.reference != "dataset":
+            self.networks = [m for m in networks if m.label or inception] if self.samples else []
+            self.networks += judges if "fd_judge" in e.metrics else []
+            if e.reference != "dataset" and self.networks:
                 statistics, about = read_statistics(e.reference)
                 self.reference = Reference(e.reference, None, statistics, about)
                 self.reference.check(self.networks, e.images, e.allow_singular)
+            self.reconstructions = None
+            if e.reconstruction:
+                self.reconstructions = ReconstructionEvaluation(config, world, images, [*networks, *judges])
         except (WeightsError, EvaluationError) as error:
             raise ConfigError(f"[evaluation] {error}") from error
         self.statistics: list[FeatureStatistics] = []  # of the reference, for each network
+
+    def _refuse_impossible(self) -> None:
+        """Raise ConfigError if a metric cannot be computed in this run."""
+        e, config = self.settings, self.config
+        denoises = "denoiser" in registry.recipes.get(config.recipe.name).cls.uses
+        self.samples = denoises and bool(e.metrics or e.encoders)
+        if not denoises and (e.metrics or not e.reconstruction):
+            raise ConfigError(
+                f"evaluation.every = {e.every}, but recipe '{config.recipe.name}' has no denoiser to sample from; set "
+                "it to 0, or evaluate the tokenizer only: evaluation.metrics = [] and evaluation.reconstruction = "
+                '["psnr", "rfid"]'
+            )
+        if not e.metrics and not e.encoders and not e.reconstruction:
+            raise ConfigError(
+                f"evaluation.every = {e.every}, but evaluation.metrics, evaluation.encoders and "
+                "evaluation.reconstruction are empty"
+            )
+        if "rfd" in e.reconstruction and not e.encoders:
+            raise ConfigError('evaluation.reconstruction has "rfd", but evaluation.encoders is empty')
+        dataset = registry.datasets.get(config.dataset.name).cls
+        judged = {"judged_right": dataset.has_judge, "fd_judge": dataset.judge_dim, "rfd_judge": dataset.judge_dim}
+        for metric in e.wanted:
+            if metric in judged and not judged[metric]:
+                raise ConfigError(f"evaluation: '{metric}' needs a judge, which dataset '{config.dataset.name}' lacks")
+            if metric in judged and self.images is None:
+                raise ConfigError(
+                    f"evaluation: '{metric}' needs the dataset's judge, but this run reads cached latents and its "
+                    "images are not available"
+                )
 
     def prepare(self, parts: Parts) -> None:
         """Compute the reference statistics, or load those computed at an earlier start of this run. Collective.
@@ -81,6 +121,8 @@ class TrainingEvaluation:
             ConfigError: the dataset has too few images, or training reads cached latents and there are no images.
         """
         e = self.settings
+        if not self.networks:
+            return
         if self.reference.name == "dataset":
             if parts.images is None:
                 raise ConfigError(
@@ -106,13 +148,25 @@ class TrainingEvaluation:
             )
             self.statistics.append(FeatureStatistics(self.reference.known(m), pool))
 
-    @torch.no_grad()
     def __call__(
         self, parts: Parts, ema: Ema | None, check_stop: Callable[[], None] | None = None
     ) -> tuple[dict[str, float | None], list[str]]:
         """Return values by name and warnings, the same on every rank. Collective.
 
-        ``check_stop`` may raise, on all ranks at once, before each evaluation of the denoiser.
+        ``check_stop`` may raise, on all ranks at once, before each evaluation of the denoiser and each batch of
+        reconstructions.
+        """
+        values, warnings = self._of_samples(parts, ema, check_stop) if self.samples else ({}, [])
+        if self.reconstructions is not None:
+            found, said = self.reconstructions(parts, ema, check_stop)
+            values, warnings = values | found, warnings + said
+        return values, warnings
+
+    @torch.no_grad()
+    def _of_samples(
+        self, parts: Parts, ema: Ema | None, check_stop: Callable[[], None] | None
+    ) -> tuple[dict[str, float | None], list[str]]:
+        """Metrics of samples.
 
         Every rank makes the same number of sampler calls with the same batch size, since all ranks gather sharded
         weights together; surplus images are dropped. Image i does not depend on the rank that samples it.
@@ -120,7 +174,7 @@ class TrainingEvaluation:
         e, world = self.settings, self.world
         sampler = pictures.image_sampler(self.config, parts, ema, check_stop)
         builders = [StatisticsBuilder(m, world, generated=True) for m in self.networks]
-        disable = None if world.is_main else True
+        disable, right = None if world.is_main else True, 0.0
         self._to(world.device)
         try:
             with tqdm(total=e.images, unit="image", desc="evaluation", disable=disable, leave=False) as bar:
@@ -131,8 +185,12 @@ class TrainingEvaluation:
                     sound = gather_rows(sound_rows(images).float())[: e.images - first].tolist()
                     if faulty := [first + place for place, value in enumerate(sound) if not value]:
                         return self._without_values(faulty, first + len(sound))
+                    pixels = to_uint8(images)
                     for m, builder in zip(self.networks, builders):
-                        self._add(m, builder, to_uint8(images), e.images - first)
+                        self._add(m, builder, pixels, e.images - first)
+                    if "judged_right" in e.metrics:
+                        judged = self.images.judge(to_float(pixels)) == condition.label
+                        right += float(gather_rows(judged.float())[: e.images - first].sum())
                     bar.update(min(world.size * e.batch_size, e.images - first))
             statistics = [builder.build() for builder in builders]
             values, warnings = compare(
@@ -140,10 +198,13 @@ class TrainingEvaluation:
             )
         finally:
             self._to(torch.device("cpu"))
+        if "judged_right" in e.metrics:
+            values["judged_right"] = right / e.images
         return values, self.reference.warnings(self.networks) + warnings
 
     def _without_values(self, faulty: list[int], sampled: int) -> tuple[dict[str, float | None], list[str]]:
         names = [m.name(metric) for m in self.networks for metric in m.metrics]
+        names += ["judged_right"] * ("judged_right" in self.settings.metrics)
         return dict.fromkeys(names), [f"no evaluation, as {count_of(faulty, sampled, 'samples')}"]
 
     def _add(self, m: NetworkMetrics, builder: StatisticsBuilder, images: torch.Tensor, left: int) -> None:

@@ -66,7 +66,7 @@ class Trainer:
         if config.evaluation.every:
             from trainer.evaluation.in_training import TrainingEvaluation
 
-            self.evaluation = TrainingEvaluation(config, world)
+            self.evaluation = TrainingEvaluation(config, world, self.parts.images)
         self._meta = self.parts.on_meta()
         prepare(config, self.parts, world)
         # Recorded in the config, since the dataset may be unavailable when the run is sampled from.

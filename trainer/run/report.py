@@ -210,7 +210,7 @@ class Reporter:
         return not faulty
 
     def evaluated(self, step: int, values: dict[str, float | None], warnings: list[str]) -> None:
-        """Report metrics of samples; None marks a value that could not be computed."""
+        """Report metrics of samples and reconstructions; None marks a value that could not be computed."""
         if self.writer is None:
             return
         for warning in warnings:
@@ -237,7 +237,7 @@ class Reporter:
     def _final_metrics(self) -> list[str]:
         """Tags for the HPARAMS tab, including later ones, since TensorBoard keeps the list of a run's first end."""
         e, dataset = self.config.evaluation, registry.datasets.get(self.config.dataset.name).cls
-        coming = [f"evaluation/{name}" for name in e.metrics if e.every]
+        coming = [f"evaluation/{name}" for name in e.wanted if e.every]
         if "denoiser" in self.groups and dataset.has_judge:
             coming.append("samples/judged_right")
         shown = [tag for tag in self._shown if tag.startswith(FINAL) or tag.endswith("/loss")]

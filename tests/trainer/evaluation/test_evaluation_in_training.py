@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from components.data.pixels import to_float
 from components.distributed.parallel import World
+from plugins.datasets.shapes import Shapes
 from tests.support import toys
 from tests.support.ranks import run_ranks
 from trainer import config
@@ -42,11 +45,27 @@ def train(rank: int, world: int, folder: Path, *options: str) -> Trainer:
 
 
 def _on_rank(rank: int, world: int, folder: str) -> None:
-    train(rank, world, Path(folder), "--training.steps=2")
+    train(rank, world, Path(folder), "--training.steps=2", *MORE)
+
+
+# The metrics that need the dataset's judge, and those of reconstructions.
+MORE = [
+    '--evaluation.metrics=["fd_judge", "judged_right"]',
+    '--evaluation.reconstruction=["psnr", "ssim", "rfd", "rfd_judge"]',
+    "--evaluation.reconstruction_images=105",
+    '--evaluation.heldout={split = "heldout"}',
+]
 
 
 def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def evaluations(folder: Path) -> dict[int, dict]:
+    found = {x["step"]: x for x in lines(folder) if "evaluation/fd_judge" in x}
+    return {
+        step: {key: value for key, value in x.items() if key.startswith("evaluation/")} for step, x in found.items()
+    }
 
 
 def distances(folder: Path) -> dict[int, float]:
@@ -56,7 +75,7 @@ def distances(folder: Path) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("training") / "run"
-    train(0, 1, folder)
+    train(0, 1, folder, *MORE)
     return folder
 
 
@@ -66,6 +85,36 @@ def test_the_number_is_that_of_sample_and_evaluate(run, tmp_path):
     assert main(["evaluate", str(tmp_path), "--reference=dataset", "--encoder=tiny_vit", "--batch-size=24"]) == 0
     found = json.loads((tmp_path / "evaluation.json").read_text())["metrics"]["fd_tiny_vit"]
     assert distances(run)[4] == pytest.approx(found, rel=1e-4)
+
+
+def test_reconstructions_of_held_out_images_are_those_of_evaluate(run, tmp_path):
+    output = tmp_path / "found.json"
+    options = ["--metrics=psnr,ssim", "--encoder=tiny_vit", "--max-images=105", "--dataset.split=heldout"]
+    assert main(["evaluate", str(run), "--reconstruction", f"--output={output}", *options]) == 0
+    found = json.loads(output.read_text())["metrics"]
+    here = evaluations(run)[4]
+    for name in ("psnr", "ssim", "rfd_tiny_vit"):
+        assert here[f"evaluation/{name}"] == pytest.approx(found[name], rel=1e-4)
+
+
+def test_the_judge_is_the_datasets(run, tmp_path):
+    assert main(["sample", str(run), "--num-samples=110", "--batch-size=24", f"--out={tmp_path}"]) == 0
+    images = torch.from_numpy(np.load(tmp_path / "samples.npz")["arr_0"]).permute(0, 3, 1, 2)
+    here, data = evaluations(run)[4], Shapes(32, size=120)
+    right = (data.judge(to_float(images)) == torch.arange(110) % 10).double().mean()
+    assert here["evaluation/judged_right"] == pytest.approx(float(right))
+    real = torch.stack([data[i].image for i in range(120)])
+    a, b = (np.double(data.judge_features(to_float(x))) for x in (images, real))
+    product = np.cov(a.T) @ np.cov(b.T)
+    root = np.sqrt(np.maximum(np.linalg.eigvals(product).real, 0)).sum()
+    distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T)) + np.trace(np.cov(b.T)) - 2 * root
+    assert here["evaluation/fd_judge"] == pytest.approx(distance, rel=1e-3)
+
+
+def test_a_tokenizer_is_evaluated_without_a_denoiser(tmp_path):
+    options = ["--recipe.name=tokenizer", "--evaluation.metrics=[]", '--evaluation.reconstruction=["psnr"]']
+    train(0, 1, tmp_path / "run", *options, "--evaluation.encoders=[]", "--training.steps=2")
+    assert [x["evaluation/psnr"] > 0 for x in lines(tmp_path / "run") if "evaluation/psnr" in x] == [True]
 
 
 def test_training_does_not_notice(run, tmp_path):
@@ -80,7 +129,7 @@ def test_training_does_not_notice(run, tmp_path):
 
 def test_sharded_ranks_stay_in_step_and_give_the_same_number(run, tmp_path):
     run_ranks(_on_rank, 2, str(tmp_path / "run"))
-    assert distances(tmp_path / "run") == {2: pytest.approx(distances(run)[2], rel=1e-3)}
+    assert evaluations(tmp_path / "run") == {2: pytest.approx(evaluations(run)[2], rel=1e-3)}
     assert [p.name for p in (tmp_path / "run" / "evaluation").iterdir()] == [
         p.name for p in (run / "evaluation").iterdir()
     ]  # the reference's name contains a fingerprint of its settings
@@ -92,11 +141,11 @@ def test_a_resumed_run_uses_the_reference_that_it_kept(run, monkeypatch):
 
     monkeypatch.setattr(in_training, "compute_statistics", measured_again)
     before = distances(run)
-    train(0, 1, run, "--training.steps=6")
+    train(0, 1, run, "--training.steps=6", *MORE)
     assert distances(run) == before | {6: pytest.approx(before[4], rel=0.5)}
     # Other images make another reference.
     with pytest.raises(AssertionError, match="measured again"):
-        train(0, 1, run, "--training.steps=8", "--dataset.size=130")
+        train(0, 1, run, "--training.steps=8", "--dataset.size=130", *MORE)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +155,14 @@ def test_a_resumed_run_uses_the_reference_that_it_kept(run, monkeypatch):
         (["--evaluation.images=90"], r"90 images of the samples are too few for 96 features"),
         (["--evaluation.reference_images=90"], r"90 images of the reference are too few for 96"),
         (["--evaluation.reference=nowhere.npz"], r"nowhere.npz"),
-        (["--evaluation.encoders=[]"], r"evaluation.metrics and evaluation.encoders are empty"),
+        (["--evaluation.encoders=[]"], r"evaluation.metrics, evaluation.encoders and .* are empty"),
         (["--recipe.name=tokenizer"], r"recipe 'tokenizer' has no denoiser"),
+        (['--evaluation.reconstruction=["rfd"]', "--evaluation.encoders=[]"], r'has "rfd", but evaluation.encoders is'),
+        (
+            ['--evaluation.reconstruction=["rfd"]', "--evaluation.reconstruction_images=90"],
+            r"90 images .* too few for 96",
+        ),
+        (["--evaluation.heldout.split=validation"], r"evaluation.heldout.split = 'validation': not allowed"),
         (['--evaluation.metrics=["fidd"]'], r"evaluation.metrics.0 = 'fidd': not allowed; did you mean 'fid'"),
     ],
 )

@@ -7,6 +7,7 @@ import pickle
 import torch
 
 from components.contracts import Dataset, DatasetItem
+from components.data.pixels import to_float
 from trainer.plugin_kit.conformance.adapter import failing
 from trainer.plugin_kit.conformance.case import SIDE, Case, Check, Failure, bind
 from trainer.plugin_kit.conformance.contract import sets_every_attribute
@@ -25,6 +26,7 @@ def checks(case: Case) -> list[Check]:
         labels_are_in_range,
         items_depend_on_the_index_only,
         returns_its_conditions,
+        judges_images,
         raises_index_error_at_the_end,
         can_be_pickled,
     )
@@ -94,6 +96,24 @@ def returns_its_conditions(case: Case) -> None:
                 f"sampling_conditions({ids}) returns {name} with shape {tuple(sampled[name].shape)} and "
                 f"{sampled[name].dtype}; expected {expected} and {value.dtype}, as of the items"
             )
+
+
+def judges_images(case: Case) -> None:
+    """A dataset with a judge returns a class and, with ``judge_dim``, features for each image."""
+    data, count = case.make(), 3
+    images = to_float(torch.stack([data[index].image for index in (_indices(data) * count)[:count]]))
+    if data.has_judge:
+        labels = data.judge(images)
+        if labels.shape != (count,) or labels.is_floating_point():
+            raise Failure(f"judge() returns {labels.dtype} {tuple(labels.shape)}; expected int64 ({count},)")
+        if not 0 <= labels.min() <= labels.max() < data.num_classes:
+            raise Failure(f"judge() returns labels outside [0, num_classes = {data.num_classes})")
+    if data.judge_dim:
+        features, expected = data.judge_features(images), (count, data.judge_dim)
+        if features.shape != expected or not torch.isfinite(features).all():
+            raise Failure(f"judge_features() returns {tuple(features.shape)}; expected {expected}, finite")
+        if not data.judge_identity():
+            raise Failure("judge_identity() is empty; return a fingerprint of the judge's weights")
 
 
 def raises_index_error_at_the_end(case: Case) -> None:

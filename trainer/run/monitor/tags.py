@@ -7,14 +7,18 @@ import re
 # (pattern, description); the first pattern that matches the whole tag applies, and {0}, {1} are its groups.
 _TABLE = (
     # -- losses, by parameter group
-    (r"(\w+)/loss", "Loss that trains {0}: the weighted sum of its terms."),
-    (r"(\w+)/l1", "Mean absolute error of the reconstruction, over pixel values in [-1, 1]."),
-    (r"(\w+)/l2", "Mean squared error of the reconstruction, over pixel values in [-1, 1]."),
-    (r"(\w+)/lpips", "LPIPS distance between image and reconstruction."),
+    (r"discriminator/loss", "Loss that trains discriminator: the weighted sum of its terms."),
+    (r"(\w+)/loss", "Loss that trains {0}: the weighted sum of its terms; lower is better."),
+    (r"(\w+)/l1", "Mean absolute error of the reconstruction, over pixel values in [-1, 1]; lower is better."),
+    (r"(\w+)/l2", "Mean squared error of the reconstruction, over pixel values in [-1, 1]; lower is better."),
+    (r"(\w+)/lpips", "LPIPS distance between image and reconstruction; lower is better."),
     (r"(\w+)/kl", "KL divergence of the posterior from N(0, I), in nats, summed over the latent of an image."),
     (r"(\w+)/gan", "Generator loss against the discriminator; 0 before its start step."),
-    (r"(\w+)/align", "Alignment loss: mean of -cos between projected hidden tokens and the encoder's; -1 is perfect."),
-    (r"(\w+)/velocity", "Mean squared error of the predicted velocity, on normalized latents."),
+    (
+        r"(\w+)/align",
+        "Alignment loss: mean of -cos between projected hidden tokens and the encoder's, at least -1; lower is better.",
+    ),
+    (r"(\w+)/velocity", "Mean squared error of the predicted velocity, on normalized latents; lower is better."),
     (r"(\w+)/class_velocity", "Mean squared error of the predicted velocity of the class token."),
     (r"discriminator/hinge", "Hinge loss of the discriminator: 1 if it cannot tell real from fake, 0 if it wins."),
     (r"discriminator/logits_real", "Mean output of the discriminator on images; above that on reconstructions."),
@@ -48,7 +52,8 @@ _TABLE = (
     (r"time/(\w+)", "Milliseconds per step in the forward and backward passes of {0}, on rank 0."),
     (
         r"speed/images_per_s",
-        "Training images per second over all ranks, excluding the time of drawing, evaluation, saving and logging.",
+        "Training images per second over all ranks, excluding the time of drawing, evaluation, saving and logging; "
+        "higher is better.",
     ),
     (r"speed/images_per_s_per_gpu", "Training images per second and rank."),
     (
@@ -66,13 +71,21 @@ _TABLE = (
     (r"data/unreadable", "Images that could not be read and were replaced, since the start of the run."),
     (r"data/epoch", "Number of passes over the dataset."),
     # -- images and evaluation
-    (r"samples/judged_right", "Fraction of the samples in the grid that the dataset's own classifier recognizes."),
-    (r"evaluation/(fid|sfid|rfid)", "Frechet distance to real images on Inception features; lower is better."),
+    (
+        r"samples/judged_right",
+        "Fraction of the samples in the grid that the dataset's own classifier recognizes; higher is better.",
+    ),
+    (r"evaluation/judged_right", "Fraction of samples that the dataset's own classifier recognizes; higher is better."),
+    (r"evaluation/(fid|sfid)", "Frechet distance to real images on Inception features; lower is better."),
+    (r"evaluation/rfid", "Frechet distance of reconstructions to originals on Inception features; lower is better."),
+    (r"evaluation/fd_judge", "Frechet distance to real images on features of the dataset's judge; lower is better."),
+    (r"evaluation/rfd_(\w+)", "Frechet distance of reconstructions to originals on {0}; lower is better."),
+    (r"evaluation/fd_(\w+)", "Frechet distance to real images on {0}; lower is better."),
     (r"evaluation/is", "Inception Score of the samples; higher is better."),
     (r"evaluation/precision", "Fraction of samples within the manifold of real images; higher is better."),
     (r"evaluation/recall", "Fraction of real images within the manifold of samples; higher is better."),
     (r"evaluation/psnr", "Peak signal-to-noise ratio of reconstructions in dB; higher is better."),
-    (r"evaluation/ssim", "Structural similarity of images and reconstructions; 1 is best."),
+    (r"evaluation/ssim", "Structural similarity of images and reconstructions, at most 1; higher is better."),
     (r"evaluation/lpips", "LPIPS distance between images and reconstructions; lower is better."),
     (r"evaluation/(.+)", "{0} of the samples against the reference."),
     (r"(\w+)/(\w+)", "Term {1} of the loss that trains {0}, before weighting."),
@@ -92,3 +105,9 @@ def describe(tag: str) -> str | None:
 def is_generic(tag: str) -> bool:
     """Whether only the generic description of a loss term applies to a tag."""
     return next(text for pattern, text in _PATTERNS if pattern.fullmatch(tag)) == _LOSS_TERM
+
+
+def direction(tag: str) -> int:
+    """Whether a higher value of a scalar is better (1), or a lower one (-1), as its description says; else 0."""
+    text = describe(tag) or ""
+    return ("higher is better" in text) - ("lower is better" in text)
