@@ -116,7 +116,10 @@ def test_options_in_a_file_are_never_dropped(tmp_path):
     ("options", "says"),
     [
         ([], "dataset image_folder requires the option path (file); add --option path=VALUE"),
-        (["path=x", "pth=x"], "dataset image_folder has no option 'pth'; did you mean 'path'? (valid: decoder, flip, path)"),
+        (
+            ["path=x", "pth=x"],
+            "dataset image_folder has no option 'pth'; did you mean 'path'? (valid: decoder, flip, path)",
+        ),
         (["path=x", "flip=2"], "dataset image_folder option flip = 2: input should be a valid boolean"),
     ],
 )
