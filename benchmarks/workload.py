@@ -78,7 +78,6 @@ class Workload:
         lag = int(self.device.type == "cuda")
 
         def run() -> dict[str, float]:
-            set_fast_paths(True, self.device)
             unread.append(step(next(counter), [item]))
             return unread.popleft().read() if len(unread) > lag else {}
 
@@ -118,17 +117,25 @@ class PlainWorkload:
             inputs = [batch.posterior.mean, batch.posterior.std, list(batch.features.values())]
 
         def run() -> dict[str, float]:
-            set_fast_paths(False, self.device)
-            return self.plain(*inputs, batch.condition.label)
+            with plain_layers():
+                return self.plain(*inputs, batch.condition.label)
 
         return run
 
 
-def set_fast_paths(on: bool, device: torch.device) -> None:
-    """Switch what layers and, on a CPU, the allocator do faster than PyTorch's and glibc's own."""
-    GroupNorm.fast = Upsample.merges = on
-    if device.type == "cpu":
-        (allocator.keep_freed_memory if on else allocator.restore_defaults)()
+@contextlib.contextmanager
+def plain_layers() -> Iterator[None]:
+    """Context manager in which layers and allocator do nothing faster than PyTorch's and glibc's own."""
+    before, kept = (GroupNorm.fast, Upsample.merges), allocator.keeps
+    GroupNorm.fast = Upsample.merges = False
+    if kept:
+        allocator.restore_defaults()
+    try:
+        yield
+    finally:
+        GroupNorm.fast, Upsample.merges = before
+        if kept:
+            allocator.keep_freed_memory()
 
 
 def with_training(config: Config, **changes: Any) -> Config:

@@ -12,6 +12,8 @@ M_MXFAST, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = 1, -1, -3, -4
 DEFAULTS = {M_MXFAST: 128, M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26}
 EAGER = 65536  # bytes
 
+keeps = False  # whether this process keeps freed memory
+
 
 def keep_freed_memory() -> bool:
     """Make glibc reuse freed memory, instead of mapping, clearing and unmapping each tensor above 32 MiB.
@@ -26,7 +28,7 @@ def keep_freed_memory() -> bool:
     if set_by_user or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or os.environ.get(SWITCH) == "0":
         return False
     # Without fast bins, which glibc would empty after each large tensor.
-    return _set({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_MXFAST: 0})
+    return _set({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_MXFAST: 0}, keeps_now=True)
 
 
 def restore_defaults() -> bool:
@@ -46,10 +48,12 @@ def return_freed_memory() -> bool:
     return True
 
 
-def _set(values: dict[int, int]) -> bool:
+def _set(values: dict[int, int], keeps_now: bool = False) -> bool:
+    global keeps
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # no glibc; TypeError: Windows
         return False
     accepted = [mallopt(key, value) for key, value in values.items()]
+    keeps = all(accepted) and keeps_now
     return all(accepted)
