@@ -1,6 +1,7 @@
 """benchmarks/against.py takes steps of two versions in turns, and reports a run that ends by itself."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -32,5 +33,6 @@ def test_a_commit_is_checked_out_elsewhere(tmp_path):
     folder = against.checkout("HEAD", tmp_path / "checkout")
     code = "import trainer; print(trainer.__path__[0])"
     assert (folder / "trainer" / "__main__.py").exists()
-    printed = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True).stdout
+    env = os.environ | {"PYTHONPATH": str(folder)}
+    printed = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True).stdout
     assert printed.strip() == str(folder / "trainer")
