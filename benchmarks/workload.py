@@ -27,7 +27,6 @@ from plugins.losses.lpips import LPIPS
 from plugins.losses.patchgan import PatchDiscriminator
 from plugins.tokenizers.autoencoder_kl import Upsample
 from trainer.config import Config, PluginTable
-from trainer.run import allocator
 from trainer.run.assemble import build, make_ema, parameter_groups
 from trainer.run.construct import make_plugin
 from trainer.run.parts import Parts
@@ -125,17 +124,13 @@ class PlainWorkload:
 
 @contextlib.contextmanager
 def plain_layers() -> Iterator[None]:
-    """Context manager in which layers and allocator do nothing faster than PyTorch's and glibc's own."""
-    before, kept = (GroupNorm.fast, Upsample.merges), allocator.keeps
+    """Context manager in which layers do nothing faster than PyTorch's own."""
+    before = GroupNorm.fast, Upsample.merges
     GroupNorm.fast = Upsample.merges = False
-    if kept:
-        allocator.restore_defaults()
     try:
         yield
     finally:
         GroupNorm.fast, Upsample.merges = before
-        if kept:
-            allocator.keep_freed_memory()
 
 
 def with_training(config: Config, **changes: Any) -> Config:
