@@ -8,6 +8,10 @@ import pytest
 from components import registry
 from trainer.signals import CAUGHT
 
+# Inductor imports setuptools, which must come before distutils; some other library may import that first.
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401
+
 
 def pytest_addoption(parser):
     parser.addoption("--fast", action="store_true", help="leave out the tests marked long")
