@@ -72,7 +72,7 @@ def check_owned() -> None:
     """Raise if this process has lost a folder that it owns to another process. Call before replacing files.
 
     Raises:
-        LockError: another process took the folder over, or somebody removed the lock.
+        LockError: another process took the folder over.
     """
     for lock in list(_held):
         if lost := lock.lost():
@@ -129,15 +129,24 @@ class FolderLock:
         self._remove_made()
 
     def lost(self) -> str:
-        """What happened to the lock, in words, if it is no longer this process's; otherwise ""."""
+        """Which process owns the folder now, in words, if it is no longer this one; otherwise "".
+
+        A lock that somebody removed is created again.
+        """
         try:
             there = _read(self.path)
+            if there is None and not self._released.is_set() and self._create():
+                if self._released.is_set():  # by another thread, meanwhile
+                    self.path.unlink(missing_ok=True)
+                else:
+                    logger.warning(f"{self.key} = '{self.folder}': its lock was removed; created it again")
+                return ""
+            there = _read(self.path) if there is None else there
         except OSError:
-            return ""  # a file server that is away for a moment
-        if there is not None and _token(there) == self.me["token"]:
+            return ""  # a file server that is away for a moment, or a full disk
+        if there is None or _token(there) == self.me["token"]:
             return ""
-        who = "removed" if there is None else f"taken over by {_described(there[0])}"
-        return f"{self.key} = '{self.folder}': its lock was {who}"
+        return f"{self.key} = '{self.folder}': its lock was taken over by {_described(there[0])}"
 
     def _make_folder(self) -> None:
         missing = [p for p in (self.folder, *self.folder.parents) if not os.path.lexists(p)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import logging
 import os
 from pathlib import Path
@@ -85,7 +84,6 @@ def train(arguments: argparse.Namespace, config: configs.Config, world: World, t
         logging.getLogger("titanrepa").info(versions())
     with without_garbage_collection():
         from trainer.run.loop import Trainer
-    gc.freeze()  # what was imported; the loop's own first collection then takes no 0.2 s
 
     trainer = Trainer(config, world, troubles, accept_classes=arguments.accept_classes)
     if world.is_main:

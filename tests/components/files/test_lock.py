@@ -152,6 +152,17 @@ def test_an_owner_that_lost_its_folder_says_so_and_leaves_the_new_lock(tmp_path,
     assert json.loads((tmp_path / NAME).read_text())["token"] == "other"
 
 
+def test_a_lock_that_somebody_removed_is_created_again(tmp_path, caplog):
+    with owned(tmp_path, "--out"):
+        (tmp_path / NAME).unlink()
+        check_owned()
+        assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
+        assert "its lock was removed; created it again" in caplog.text
+        with pytest.raises(LockError, match="in use"), owned(tmp_path, "--out"):
+            pass
+    assert not (tmp_path / NAME).exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"pid": "x", "host": 3}'])
 def test_an_unreadable_lock_does_not_block_for_ever(tmp_path, content):
     (tmp_path / NAME).write_bytes(content)
