@@ -7,6 +7,7 @@
 # Environment:
 #   PYTHON=...          Python with the project's packages (default: .venv/bin/python if it exists, otherwise python3)
 #   SKIP_TESTS=1        skip the tests and use all the time for the benchmark
+#   PYTEST_ADDOPTS=...  of pytest, for example "-k offloaded"
 #   TEST_PROCESSES=8    number of test processes, if pytest-xdist is installed
 #
 # Wheels in .whl/, if any, are installed into a temporary folder, for machines without a package index.

@@ -7,6 +7,7 @@ import gc
 import itertools
 import os
 import platform
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from components.monitor.phases import PhaseClock
 from components.nn.group_norm import GroupNorm
 from plugins.losses.lpips import LPIPS
 from plugins.losses.patchgan import PatchDiscriminator
-from plugins.tokenizers.autoencoder_kl import Upsample
+from plugins.tokenizers.autoencoder_kl import SpatialAttention, Upsample
 from trainer.config import Config, PluginTable
 from trainer.run.assemble import build, make_ema, parameter_groups
 from trainer.run.construct import make_plugin
@@ -63,7 +64,7 @@ class Workload:
             device=self.device,
             autocast_dtype=autocast_dtype(self.config, self.device),
             clock=PhaseClock(self.device),
-            **image_format(self.config),
+            **image_format(self.config, self.device),
         )
 
     def batch(self, size: int, recipe: str | None = None) -> tuple[Batch, RandomNumbers]:
@@ -124,13 +125,15 @@ class PlainWorkload:
 
 @contextlib.contextmanager
 def plain_layers() -> Iterator[None]:
-    """Context manager in which layers do nothing faster than PyTorch's own."""
-    before = GroupNorm.fast, Upsample.merges
-    GroupNorm.fast = Upsample.merges = False
+    """Context manager in which layers do nothing faster than PyTorch's own, and Inductor has its default settings."""
+    before = GroupNorm.fast, SpatialAttention.fast, Upsample.merges
+    GroupNorm.fast = SpatialAttention.fast = Upsample.merges = False
+    inductor = sys.modules.get("torch._inductor.config")  # not imported only for this
     try:
-        yield
+        with inductor.patch(realize_reads_threshold=4) if inductor else contextlib.nullcontext():
+            yield
     finally:
-        GroupNorm.fast, Upsample.merges = before
+        GroupNorm.fast, SpatialAttention.fast, Upsample.merges = before
 
 
 def with_training(config: Config, **changes: Any) -> Config:
@@ -230,16 +233,6 @@ def phases(step: Step, item: tuple[Batch, RandomNumbers], repeats: int = 3) -> d
     rows = [step(k, [item]).read() for k in range(repeats)]
     names = [name for name in rows[0] if name.startswith(TIME)]
     return {name.removeprefix(TIME): round(median(row[name] for row in rows), 2) for name in names}
-
-
-@contextlib.contextmanager
-def eager() -> Iterator[None]:
-    """Context manager in which compiled modules run eagerly."""
-    torch.compiler.set_stance("force_eager")
-    try:
-        yield
-    finally:
-        torch.compiler.set_stance("default")
 
 
 # -- what it ran on ----------------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from components.finite import NotFiniteError, count_of, faulty_rows, sound_rows
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Convert uint8 images of any shape to float32 in [-1, 1]."""
-    return images.float().div_(127.5).sub_(1)  # in place on the copy that float() makes of uint8
+    """Convert uint8 images of any shape to float32 in [-1, 1]; the same values on every device."""
+    # By a tensor, since CUDA multiplies by the rounded inverse of a number. In place on the copy of float().
+    return images.float().div_(torch.full((), 127.5, device=images.device)).sub_(1)
 
 
 def bounded(images: Tensor) -> Tensor:

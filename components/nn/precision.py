@@ -29,6 +29,13 @@ def multiplies_in_bf16(device: torch.device) -> bool:
     return torch.backends.mkldnn.is_available() and torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
+def computed_on_cpu(x: Tensor) -> bool:
+    """Whether a CPU computes with x; false for fake tensors, whose operations are counted for a GPU."""
+    if x.device.type != "cpu":
+        return False
+    return torch.compiler.is_compiling() or not isinstance(x, torch._subclasses.FakeTensor)
+
+
 def no_autocast(x: Tensor) -> torch.autocast:
     """Context manager that disables autocast on the device of x."""
     # Autocast does not support the meta device; use the CPU's flag, which trainer.estimate.fake_ranks reads.

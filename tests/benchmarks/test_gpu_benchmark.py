@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 import weakref
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu, workload
+from benchmarks import floor, gpu
+from benchmarks.gpu_parts import Bench
 from benchmarks.results import Results
 from tests.support import ROOT, toys
 from trainer import config as configs
@@ -22,25 +24,28 @@ pytestmark = pytest.mark.long
 PARTS = [
     "machine",
     "ceilings",
-    "build",
     "TFLOP per image",
+    "build",
     "joint step, compiled, batch 3",
     "kernels, compiled, batch 3",
+    "joint step beside the plain step, compiled, batch 3",
+    "joint step, compiled, beside the plain step, eager, batch 3",
+    "second stage, compiled, batch 9",
+    "second stage, compiled, batch 24",
+    "kernels, second stage, compiled, batch 9",
+    "LPIPS and discriminator in bf16, compiled, batch 3",
+    "PyTorch's group norm, compiled, batch 3",
+    "joint step, compiled, batch 4",
     "joint step beside the plain step, eager, batch 2",
     "joint step, eager, batch 2",
     "joint step, eager, batch 3",
     "joint step, eager, batch 4",
-    "second stage, compiled, batch 3",
-    "second stage, compiled, batch 9",
-    "second stage, compiled, batch 24",
+    "floor, batch 3",
     "sampling, eager, batch 6",
-    "joint step beside the plain step, compiled, batch 3",
     "second stage beside the plain step, eager, batch 9",
-    "second stage, eager, batch 3",
     "second stage, eager, batch 9",
     "second stage, eager, batch 24",
     "kernels, eager, batch 2",
-    "joint step, compiled, batch 4",
 ]
 
 
@@ -183,17 +188,20 @@ def test_every_part_runs_on_a_cpu(tmp_path, toml, capsys):
     phases = joint["phases ms"]
     assert set(phases) == {"data", "encoders", "tokenizer", "discriminator", "denoiser", "optimizer", "step"}
     compared = [name for name in PARTS if "beside the plain step" in name]
-    assert len(compared) == 3 and all(result[name]["ratio"]["median"] > 0 for name in compared)
+    assert len(compared) == 4 and all(result[name]["ratio"]["median"] > 0 for name in compared)
     assert 0 < result["TFLOP per image"]["second stage"] < result["TFLOP per image"]["joint step"]
     kernels = result["kernels, compiled, batch 3"]["top, per step"]
-    assert len(kernels) == 25 and kernels[0]["ms"] >= kernels[-1]["ms"] > 0
+    assert len(kernels) == 12 and kernels[0]["ms"] >= kernels[-1]["ms"] > 0
     assert (tmp_path / "out" / "kernels_compiled.txt").exists()
     assert result["sampling, eager, batch 6"]["steps"] == 2
+    floor = result["floor, batch 3"]
+    assert floor["ms"] == pytest.approx(sum(floor["by kind"].values()), abs=0.3)
+    assert set(floor["by kind"]) == {"products", *(f"{kind}, {way}" for kind in ("convolutions", "attention")
+                                                   for way in ("forward", "backward"))}  # fmt: skip
     assert "[" in capsys.readouterr().out
 
 
-def test_eager_parts_do_not_run_compiled_code(toml):
-    """One model serves both: inside `eager()` its compiled forward methods are bypassed."""
+def test_eager_parts_do_not_run_compiled_code(tmp_path, toml):
     calls = []
 
     def backend(graph, inputs):
@@ -203,33 +211,48 @@ def test_eager_parts_do_not_run_compiled_code(toml):
 
         return counted
 
-    config = configs.load(toml, ["--training.threads=1"])
+    bench = Bench(configs.load(toml, ["--training.threads=1"]), torch.device("cpu"), 1, 1, tmp_path, backend)
     try:
-        run = workload.Workload(config, torch.device("cpu"), compile=True, backend=backend).runner(2)
-        with workload.eager():
-            run()
+        bench.using(False, lambda: bench.work.runner(2)())
         assert not calls
-        run()
+        bench.using(True, lambda: bench.work.runner(2)())
         assert calls
     finally:
         torch._dynamo.reset()
 
 
+def test_the_floor_counts_and_times_every_operation():
+    convolution = torch.nn.Conv2d(3, 4, 3)
+
+    def step():
+        maps = convolution(torch.zeros(2, 3, 8, 8))
+        q = maps.flatten(2).mT[:, None].contiguous()  # (2, 1, 36, 4)
+        loss = torch.nn.functional.scaled_dot_product_attention(q, q, q).square().sum()
+        (torch.zeros(2, 3) @ torch.zeros(3, 4)).sum().add(loss).backward()
+
+    with floor.Operations() as operations:
+        step()
+        step()
+    expected = {"products", "convolutions, forward", "convolutions, backward", floor.FORWARD, floor.BACKWARD}
+    assert {kind: count for (kind, *_), count in operations.seen.items()} == dict.fromkeys(expected, 2)
+    found = floor.measure(operations.seen, torch.device("cpu"), lambda run, count: run() is None or 1.0)
+    assert found["ms"] == 10.0 and found["by kind"] == dict.fromkeys(expected, 2.0)
+
+
 def test_the_plain_step_leaves_no_memory(tmp_path, toml):
     """Otherwise its weights would count as memory of every later part."""
     config = configs.load(toml, ["--training.threads=1"])
-    bench = gpu.Bench(config, torch.device("cpu"), 1, 1, tmp_path, "eager")
+    bench = Bench(config, torch.device("cpu"), 1, 1, tmp_path, "eager")
     build, built = bench.plain, []
 
-    def plain(recipe):
-        work = build(recipe)
+    def plain(*arguments):
+        work = build(*arguments)
         built.append(weakref.ref(work.plain.model))
         return work
 
     bench.plain = plain
     try:
-        bench.build()
-        bench.beside_plain(2)
+        bench.using(False, bench.beside_plain, 2)
         bench.clear()
         assert built[0]() is None
     finally:
@@ -237,15 +260,14 @@ def test_the_plain_step_leaves_no_memory(tmp_path, toml):
 
 
 def test_a_broken_build_does_not_end_the_run(tmp_path, toml):
-    """Parts that need the model are skipped; only the build reports a traceback."""
-    out, options = tmp_path / "out", ["--only", "ceilings", "sampling", "--tiny"]
+    """Parts that need the model fail, each with the reason."""
+    out, options = tmp_path / "out", ["--only", "ceilings", "build", "sampling", "--tiny"]
     assert gpu.main(["--out", str(out), "--config", toml, *options, "--training.resolution=30"]) == 0
     parts = read(out / "gpu.json")["parts"]
     assert {name: entry["status"] for name, entry in parts.items()} == {
-        "machine": "done", "ceilings": "done", "build": "failed", "sampling, eager, batch 6": "left out",
+        "machine": "done", "ceilings": "done", "build": "failed", "sampling, eager, batch 6": "failed",
     }  # fmt: skip
     assert "training.resolution = 30" in parts["build"]["error"]
-    assert "'build' did not succeed" in parts["sampling, eager, batch 6"]["error"]
 
 
 def test_bad_arguments_are_named(tmp_path, toml, capsys):

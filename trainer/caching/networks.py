@@ -20,7 +20,7 @@ from components.latent_cache.cache import DTYPES, FLIPPED, FORMAT
 from trainer.caching import cached
 from trainer.models.source import LoadedModel
 from trainer.run.first_use import checked
-from trainer.run.prepare import autocast_dtype
+from trainer.run.prepare import autocast_dtype, channels_last
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Networks:
         m, training = checked(source.parts.modules, source.parts.places), source.config.training
         self.tokenizer = m.tokenizer
         self.encoders: dict[str, Callable] = m.encoders if choices.features else {}
-        self.layout = torch.channels_last if training.channels_last else torch.contiguous_format
+        wanted = channels_last(source.config, world.device, compiled=False)
+        self.layout = torch.channels_last if wanted else torch.contiguous_format
         self.tokenizer.to(memory_format=self.layout)
         self.autocast = autocast_dtype(source.config, world.device)
         with self._computing():

@@ -82,8 +82,9 @@ class Training(Table):
     """Apply torch.compile to each block, stage and encoder."""
     deterministic: bool = False
     """Use only deterministic kernels; slower on GPUs. CPU runs are bit-for-bit reproducible without it."""
-    channels_last: bool = True
-    """Use the channels-last memory format in convolutional modules."""
+    channels_last: bool | Literal["auto"] = "auto"
+    """Use the channels-last memory format in convolutional modules. auto: except in eager mode on a GPU, where
+    PyTorch's group norm would copy every feature map."""
     threads: NotNegative = 0
     """CPU threads per process; 0: PyTorch's default."""
     gc_every: NotNegative = 500

@@ -63,9 +63,17 @@ def precision_note(config: Config, device: torch.device) -> str | None:
     return 'training.precision = "bf16": computed in fp32, as this CPU has no fast bf16 products (AMX)'
 
 
-def image_format(config: Config) -> dict[str, Any]:
+def channels_last(config: Config, device: torch.device, compiled: bool | None = None) -> bool:
+    """Whether convolutional networks of a run, compiled or not (None: as configured), use channels-last layout."""
+    chosen = config.training.channels_last
+    if chosen != "auto":
+        return chosen
+    return device.type != "cuda" or (config.training.compile if compiled is None else compiled)
+
+
+def image_format(config: Config, device: torch.device) -> dict[str, Any]:
     """Return ``image_dtype`` and ``memory_format``, keyword arguments of :class:`trainer.run.step.Step`."""
-    layout = torch.channels_last if config.training.channels_last else torch.contiguous_format
+    layout = torch.channels_last if channels_last(config, device) else torch.contiguous_format
     dtype = torch.float64 if config.training.precision == "fp64" else torch.float32
     return {"image_dtype": dtype, "memory_format": layout}
 
@@ -193,7 +201,7 @@ class Preparation:
                     nn.init.normal_(parallel.local(parameter), std=0.02)
             # FSDP needs contiguous weights; a sharded convolution takes its layout from its input instead.
             convolutional = role.startswith(CONVOLUTIONAL)
-            if self.config.training.channels_last and convolutional and not sharded:
+            if convolutional and not sharded and channels_last(self.config, device):
                 network.to(memory_format=torch.channels_last)
 
 

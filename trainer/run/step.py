@@ -53,7 +53,7 @@ def make_step(
         device=device,
         clock=clock,
         places=parts.places,
-        **prepare.image_format(config),
+        **prepare.image_format(config, device),
     )
 
 

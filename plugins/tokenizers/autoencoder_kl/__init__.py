@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from components.contracts import Posterior, Tokenizer
 from components.files.adapter import load_module
-from components.nn.group_norm import GroupNorm
-from components.nn.precision import at_least_fp32
+from components.nn.group_norm import GroupNorm, GroupNormSiLU
+from components.nn.precision import at_least_fp32, computed_on_cpu
 from components.registry import File, tokenizers
 from plugins.tokenizers.autoencoder_kl.diffusers_format import Diffusers
 
@@ -142,6 +142,8 @@ class AutoencoderKL(Tokenizer):
 class Encoder(nn.Module):
     """Image (B, 3, R, R) -> mean and log-variance, concatenated (B, out_channels, h, w)."""
 
+    compiled_methods = ("head",)
+
     def __init__(
         self,
         widths: list[int],
@@ -159,18 +161,23 @@ class Encoder(nn.Module):
             attention = level in attention_levels
             self.down.append(Stage(width_in, width, res_blocks, attention, norm_groups, None if last else Downsample))
         self.mid = Middle(widths[-1], mid_attention, norm_groups)
-        self.norm_out = group_norm(widths[-1], norm_groups)
+        self.norm_out = norm_silu(widths[-1], norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for stage in self.down:
             x = stage(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.head(self.mid(x))
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.conv_out(self.norm_out(x))
 
 
 class Decoder(nn.Module):
     """Latent -> image. ``up`` is indexed by level (0 is full resolution) and runs in reverse order."""
+
+    compiled_methods = ("head",)
 
     def __init__(
         self,
@@ -189,14 +196,17 @@ class Decoder(nn.Module):
             attention = level in attention_levels
             resample = None if level == 0 else Upsample
             self.up.append(Stage(width_in, width, res_blocks, attention, norm_groups, resample))
-        self.norm_out = group_norm(widths[0], norm_groups)
+        self.norm_out = norm_silu(widths[0], norm_groups)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
         for stage in reversed(self.up):
             x = stage(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.head(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.conv_out(self.norm_out(x))
 
 
 class Stage(nn.Module):
@@ -245,22 +255,32 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width_in: int, width: int, norm_groups: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(width_in, norm_groups)
+        self.norm1 = norm_silu(width_in, norm_groups)
         self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
-        self.norm2 = group_norm(width, norm_groups)
+        self.norm2 = norm_silu(width, norm_groups)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         if width_in != width:
             self.nin_shortcut = nn.Conv2d(width_in, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
         shortcut = self._modules.get("nin_shortcut")
         return h + (x if shortcut is None else shortcut(x))
 
 
 class SpatialAttention(nn.Module):
-    """Single-head self-attention over the positions of a feature map."""
+    """Single-head self-attention over the positions of a feature map.
+
+    Heads of 512 features are too wide for the fast attention kernels of a GPU. In bf16, three products are faster
+    there, and are what the published code computes; their memory is quadratic in the positions.
+
+    Attributes:
+        fast: whether to do so, for at most ``MAX_POSITIONS``.
+    """
+
+    fast = True
+    MAX_POSITIONS = 4096
 
     def __init__(self, width: int, norm_groups: int) -> None:
         super().__init__()
@@ -274,8 +294,16 @@ class SpatialAttention(nn.Module):
         normed = self.norm(x)
         # (B, 1 head, positions, width)
         q, k, v = (f(normed).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
-        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+        small = q.shape[2] <= self.MAX_POSITIONS
+        explicit = self.fast and small and q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+        h = explicit_attention(q, k, v) if explicit else F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h[:, 0].transpose(1, 2).reshape(x.shape))
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(width)) v for (B, heads, positions, width), with a softmax in at least fp32."""
+    logits = at_least_fp32((q * q.shape[-1] ** -0.5) @ k.mT)
+    return logits.softmax(-1).to(v.dtype) @ v
 
 
 class Downsample(nn.Module):
@@ -289,12 +317,20 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
+def doubled(x: Tensor) -> Tensor:
+    """Nearest-neighbor upsampling by 2, whose backward pass is a sum; the compiler's of interpolate uses atomics."""
+    b, c, h, w = x.shape
+    x = x.permute(0, 2, 3, 1)[:, :, None, :, None]  # in channels-last layout, as the convolution wants it
+    return x.expand(b, h, 2, w, 2, c).reshape(b, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
+
+
 class Upsample(nn.Module):
     """Nearest-neighbor upsampling by 2 and a 3 x 3 convolution.
 
     In fp32 training on a CPU both are one transposed convolution, with 4 products per output instead of 9: equal
     neighbors are multiplied once, by the sum of their weights. Equal up to rounding, and 1.1 to 1.6 times as fast
-    forward and backward; in bf16, or forward only with many channels, it is slower.
+    forward and backward; in bf16, or forward only with many channels, it is slower. Compiled for a GPU, upsampling
+    is a copy whose backward pass is a sum.
 
     Attributes:
         merges: whether to do so.
@@ -307,16 +343,24 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        on_cpu = x.device.type == "cpu" and x.dtype != torch.bfloat16 and not torch.is_autocast_enabled("cpu")
-        if self.merges and on_cpu and torch.is_grad_enabled():
+        in_fp32 = x.dtype != torch.bfloat16 and not torch.is_autocast_enabled("cpu")
+        if self.merges and in_fp32 and computed_on_cpu(x) and torch.is_grad_enabled():
             weight = self.conv.weight.transpose(0, 1).flip(2, 3)
             merged = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # sums of 2 x 2: now 4 x 4
             return F.conv_transpose2d(x, merged, self.conv.bias, stride=2, padding=1)
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if self.merges and torch.compiler.is_compiling() and x.device.type == "cuda":
+            x = doubled(x)
+        else:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x)
 
 
 def group_norm(width: int, groups: int) -> GroupNorm:
     return GroupNorm(groups, width, eps=1e-6)
+
+
+def norm_silu(width: int, groups: int) -> GroupNormSiLU:
+    return GroupNormSiLU(groups, width, eps=1e-6)
 
 
 def _check(

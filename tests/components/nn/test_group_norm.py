@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 from components.nn import group_norm
-from components.nn.group_norm import GroupNorm, from_channel_statistics
+from components.nn.group_norm import FromChannels, GroupNorm, GroupNormSiLU
 
 SHAPE, GROUPS = (3, 12, 5, 7), 4
 
 
-def pair(dtype: torch.dtype = torch.float64) -> tuple[GroupNorm, nn.GroupNorm]:
+def pair(dtype: torch.dtype = torch.float64, kind: type[GroupNorm] = GroupNorm) -> tuple[GroupNorm, nn.GroupNorm]:
     """The project's module and PyTorch's, with the same random weights."""
-    ours, theirs = GroupNorm(GROUPS, SHAPE[1], eps=1e-6), nn.GroupNorm(GROUPS, SHAPE[1], eps=1e-6)
+    ours, theirs = kind(GROUPS, SHAPE[1], eps=1e-6), nn.GroupNorm(GROUPS, SHAPE[1], eps=1e-6)
     for p in ours.parameters():
         nn.init.normal_(p, 0.5)
     theirs.load_state_dict(ours.state_dict())
@@ -37,18 +37,32 @@ def layout(request) -> torch.memory_format:
     return request.param
 
 
+@pytest.mark.parametrize("kind", [GroupNorm, GroupNormSiLU])
 @pytest.mark.parametrize("path", ["module", "channel statistics", "compiled channel statistics"])
-def test_fp64_values_and_gradients(layout, path):
-    ours, theirs = pair()
+def test_fp64_values_and_gradients(layout, path, kind):
+    ours, theirs = pair(kind=kind)
 
     def statistics(x):
-        return from_channel_statistics(x, ours.weight, ours.bias, GROUPS, ours.eps)
+        return FromChannels.apply(x, ours.weight, ours.bias, GROUPS, ours.eps, ours.silu)
+
+    def expected_of(x):
+        return nn.functional.silu(theirs(x)) if kind.silu else theirs(x)
 
     compiled = torch.compile(statistics, backend="aot_eager", fullgraph=True)
     call = {"module": ours, "channel statistics": statistics, "compiled channel statistics": compiled}[path]
     x, grad = maps(torch.float64, layout)
-    for got, expected in zip(results(ours, call, x, grad), results(theirs, theirs, x, grad)):
+    for got, expected in zip(results(ours, call, x, grad), results(theirs, expected_of, x, grad)):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_derivative_of_the_backward_pass_is_refused():
+    """It is written out by hand; a wrong second derivative without an error would be worse."""
+    ours, _ = pair()
+    x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    y = FromChannels.apply(x, ours.weight, ours.bias, GROUPS, ours.eps, False)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
 
 
 def test_bf16_on_a_cpu(layout):

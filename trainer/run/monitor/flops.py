@@ -44,7 +44,7 @@ def flops_per_image(config: Config, parts: Parts, cached: Collection[str] | None
     size = 2  # batch size; a batch norm needs more than one value per channel
     counter = FlopCounter()
     learns = trained_modules(parts.recipe)
-    layout = image_format(config)["memory_format"]
+    layout = image_format(config, torch.device("cpu"))["memory_format"]
     for name, module in m.named().items():
         sharded = name.split(".")[0] in learns and (world_size > 1 or config.parallel.cpu_offload)
         if name.startswith(CONVOLUTIONAL) and not sharded:
