@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +23,6 @@ class Network(nn.Module):
     Attributes:
         forward_methods: methods other than ``forward`` that use the parameters; FSDP must wrap them.
         keep_fp32: compute in fp32 even in a bf16 run; may also be set on a unit that is a ``Network``.
-        compiled_methods: methods outside the units that are compiled, too; any submodule may have this attribute.
         adapters: classes derived from :class:`components.files.adapter.StateDictAdapter`: file formats of other
             programs that a tokenizer, denoiser or discriminator is read from and written to, besides its own keys.
         given: names of the constructor arguments that the trainer passes; options follow after a bare ``*``.
@@ -31,7 +31,6 @@ class Network(nn.Module):
     given: ClassVar[tuple[str, ...]] = ()
     forward_methods: ClassVar[tuple[str, ...]] = ()
     keep_fp32: ClassVar[bool] = False
-    compiled_methods: ClassVar[tuple[str, ...]] = ()
     adapters: ClassVar[tuple[Any, ...]] = ()
 
     def __init__(self) -> None:  # that of nn.Module accepts any arguments, so a plugin's options would not be checked
@@ -39,6 +38,10 @@ class Network(nn.Module):
 
     def units(self) -> Sequence[nn.Module]:
         """Submodules to compile, checkpoint and shard separately, called only through ``forward``; none: one unit."""
+        return ()
+
+    def compiled_methods(self) -> Sequence[MethodType]:
+        """Methods of submodules to compile beside the units: costly layers outside of them."""
         return ()
 
     def init_weights(self) -> None:

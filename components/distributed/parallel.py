@@ -258,7 +258,7 @@ def settle(*modules: nn.Module) -> None:
 def compile_units(module: nn.Module, backend: str | Callable = "inductor") -> None:
     """Compile each of ``module.units()``, or the whole module if it has none; compile time does not grow with depth.
 
-    Beside the units, the methods that submodules name in ``compiled_methods`` are compiled.
+    Beside the units, the methods that ``module.compiled_methods()`` returns are compiled.
 
     All dimensions except the batch are marked static. Stages of one class share code, and the compiler would otherwise
     make the spatial sizes of all but the first stage symbolic: slower kernels, no layout optimization for
@@ -284,9 +284,8 @@ def compile_units(module: nn.Module, backend: str | Callable = "inductor") -> No
         # Not unit.compile(), which also traces hooks: FSDP2's break the graph if forward is defined by PyTorch's own
         # classes (nn.Sequential).
         unit.forward = compiled(unit.forward)
-    for part in module.modules() if units else ():
-        for name in getattr(part, "compiled_methods", ()):
-            setattr(part, name, compiled(getattr(part, name)))
+    for method in module.compiled_methods() if isinstance(module, Network) and units else ():
+        setattr(method.__self__, method.__name__, compiled(method))
 
 
 def _static_but_for_batch(compiled: Callable) -> Callable:

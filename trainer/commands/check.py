@@ -13,8 +13,9 @@ SUMMARY = "validate a config and estimate memory, communication and FLOPs for an
 GIB = 2**30
 # Not part of the estimate: CUDA context and libraries, NCCL buffers, kernel workspaces; allocator fragmentation.
 RESERVE_GIB, RESERVE_SHARE = 2.0, 0.05
-# NeMo DFM's figures for Wan 2.1 14B on H100s: 176 to 229 TFLOP/s with FSDP, 326 with Megatron, of 989.
-UTILIZATION = (0.18, 0.33)
+# The low end is NeMo DFM's for Wan 2.1 14B on H100s with FSDP (176 to 229 of 989 TFLOP/s; 326 with Megatron), the high
+# end that of train_configs/repae_sit_xl.toml on one H200 (docs/performance.md).
+UTILIZATION = (0.18, 0.38)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=UTILIZATION,
         metavar="FRACTION",
         help="fraction of the GPU's peak bf16 FLOP/s assumed for the GPU-hours; LOW-HIGH for a range (default: "
-        "0.18-0.33, what NVIDIA published for a 14B video diffusion transformer on H100s)",
+        "0.18-0.38: published for a 14B video diffusion transformer with FSDP, and measured on one H200)",
     )
     parser.add_argument(
         "--measure",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MethodType
 from typing import Literal
 
 import torch
@@ -138,11 +139,13 @@ class AutoencoderKL(Tokenizer):
         """Return the stages in the order in which they run."""
         return [*self.encoder.down, self.encoder.mid, self.decoder.mid, *reversed(self.decoder.up)]
 
+    def compiled_methods(self) -> Sequence[MethodType]:
+        """Return the output layers of encoder and decoder."""
+        return [self.encoder.head, self.decoder.head]
+
 
 class Encoder(nn.Module):
     """Image (B, 3, R, R) -> mean and log-variance, concatenated (B, out_channels, h, w)."""
-
-    compiled_methods = ("head",)
 
     def __init__(
         self,
@@ -176,8 +179,6 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """Latent -> image. ``up`` is indexed by level (0 is full resolution) and runs in reverse order."""
-
-    compiled_methods = ("head",)
 
     def __init__(
         self,
