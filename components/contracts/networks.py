@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +39,7 @@ class Network(nn.Module):
         """Submodules to compile, checkpoint and shard separately, called only through ``forward``; none: one unit."""
         return ()
 
-    def compiled_methods(self) -> Sequence[MethodType]:
+    def compiled_methods(self) -> Sequence[Any]:
         """Methods of submodules to compile beside the units: costly layers outside of them."""
         return ()
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import MethodType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +138,7 @@ class AutoencoderKL(Tokenizer):
         """Return the stages in the order in which they run."""
         return [*self.encoder.down, self.encoder.mid, self.decoder.mid, *reversed(self.decoder.up)]
 
-    def compiled_methods(self) -> Sequence[MethodType]:
+    def compiled_methods(self) -> Sequence[Any]:
         """Return the output layers of encoder and decoder."""
         return [self.encoder.head, self.decoder.head]
 
