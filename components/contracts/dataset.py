@@ -25,7 +25,7 @@ class Dataset:
     """
 
     given: ClassVar[tuple[str, ...]] = ("resolution",)
-    has_judge: ClassVar[bool] = False
+    has_judge: bool = False
     judge_dim: ClassVar[int] = 0
     conditions: ClassVar[tuple[str, ...]] = ()
 

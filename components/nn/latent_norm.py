@@ -21,12 +21,14 @@ class LatentNorm(Network):
         channels: latent channels C.
         momentum: weight of a batch in the running statistics.
         eps: added to the variance.
+        fixed: keep the statistics as they are, and normalize with them everywhere: without batch norm.
     """
 
-    def __init__(self, channels: int, *, momentum: float = 0.1, eps: float = 1e-4) -> None:
+    def __init__(self, channels: int, *, momentum: float = 0.1, eps: float = 1e-4, fixed: bool = False) -> None:
         super().__init__()
         self.momentum = momentum
         self.eps = eps
+        self.fixed = fixed
         # Named as in nn.BatchNorm2d, because published checkpoints have this module as `bn`.
         self.register_buffer("running_mean", torch.empty(channels))
         self.register_buffer("running_var", torch.empty(channels))
@@ -47,12 +49,14 @@ class LatentNorm(Network):
     def batch(self, z: Tensor, update: bool = True) -> Tensor:
         """Normalize latents (B, C, h, w) with batch statistics over all ranks, through which gradients flow.
 
-        Collective.
+        If ``fixed``, the same as ``forward``. Collective.
 
         Args:
             z: latents of this rank.
             update: update the running statistics (with the unbiased variance).
         """
+        if self.fixed:
+            return self(z)
         observe(z)
         if not update:
             return batch_norm(z, eps=self.eps)

@@ -18,6 +18,7 @@ from components.files.fingerprint import fingerprint
 from components.files.weights import load_strict, read_state
 
 SPLITS = ("train", "heldout", "judge")
+SHAPES = 10
 LUMA = (0.299, 0.587, 0.114)
 
 
@@ -36,6 +37,8 @@ class Shapes(Dataset):
         seed: seed of the stream of images, at least 0.
         flip: allow horizontal flips in training.
         variety: how much position, size and rotation vary: 1: fully; 0: all shapes are large, centered and upright.
+        labels: false: the images have one class and no judge of it, so that a model must find the shapes by itself. The
+            judge's features remain, for the Frechet distance.
 
     Raises:
         ValueError: the resolution is below 16, ``size`` below 10, ``seed`` negative, ``split`` unknown, or
@@ -54,7 +57,7 @@ class Shapes(Dataset):
         "moon",
         "arrow",
     )
-    num_classes = len(class_names)
+    num_classes = SHAPES
     has_judge = True
     judge_dim = 96
 
@@ -67,10 +70,11 @@ class Shapes(Dataset):
         seed: int = 0,
         flip: bool = False,
         variety: float = 1.0,
+        labels: bool = True,
     ) -> None:
         for allowed, key, value, bound in (
             (resolution >= 16, "resolution", resolution, "at least 16, so that the shapes are distinguishable"),
-            (size >= self.num_classes, "size", size, f"at least {self.num_classes}, one image per class"),
+            (size >= SHAPES, "size", size, f"at least {SHAPES}, one image per class"),
             (0 <= seed < 2**64, "seed", seed, "at least 0 and below 2**64"),
             (split in SPLITS, "split", repr(split), f"one of {', '.join(SPLITS)}"),
             (0 <= variety <= 1, "variety", variety, "between 0 and 1"),
@@ -83,6 +87,9 @@ class Shapes(Dataset):
         self.seed = seed
         self.flip = flip
         self.variety = variety
+        self.has_judge = labels
+        if not labels:
+            self.class_names, self.num_classes = ("shape",), 1
         centers = (np.arange(resolution, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / resolution) - 1
         self._x, self._y = centers[None, :], -centers[:, None]  # x to the right, y up, both in (-1, 1)
 
@@ -102,12 +109,13 @@ class Shapes(Dataset):
             raise IndexError(f"dataset shapes: index {index} is outside its {self.size} images")
         index %= self.size
         u = self._uniform(index)
-        label = index % self.num_classes
-        return DatasetItem(torch.from_numpy(self._paint(u, self._coverage(u, label))), label)
+        shape = index % SHAPES
+        image = torch.from_numpy(self._paint(u, self._coverage(u, shape)))
+        return DatasetItem(image, shape % self.num_classes)
 
     def mask(self, index: int) -> Tensor:
         """Return the fraction of each pixel of image ``index`` that the shape covers: float (R, R) in [0, 1]."""
-        return torch.from_numpy(self._coverage(self._uniform(index), index % self.num_classes))
+        return torch.from_numpy(self._coverage(self._uniform(index), index % SHAPES))
 
     @torch.no_grad()
     def judge(self, images: Tensor) -> Tensor:
@@ -285,7 +293,7 @@ class Judge(nn.Module):
             conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
             layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
-        self.head = nn.Linear(Shapes.judge_dim, Shapes.num_classes)
+        self.head = nn.Linear(Shapes.judge_dim, SHAPES)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))

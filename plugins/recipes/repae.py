@@ -20,6 +20,9 @@ class RepaE(Recipe):
     """Train tokenizer, discriminator, denoiser and alignment heads jointly (REPA-E).
 
     The alignment loss reaches the tokenizer through the denoiser's first blocks; the diffusion loss does not reach it.
+
+    Args:
+        stop_gradient: false: the diffusion loss reaches the tokenizer, too, which ruins it: an ablation of the paper.
     """
 
     uses = frozenset(
@@ -40,6 +43,9 @@ class RepaE(Recipe):
         "denoiser": ("denoiser", "heads"),
     }
 
+    def __init__(self, *, stop_gradient: bool = True) -> None:
+        self.stop_gradient = stop_gradient
+
     def step(self, m: Modules, batch: Batch, random: RandomNumbers, update: Update, step: int) -> None:
         x, condition = batch.images, batch.condition
         targets = encode_targets(m, batch, step)
@@ -55,6 +61,9 @@ class RepaE(Recipe):
             if targets:
                 tokens = m.denoiser.tokens(path.x_t, t, condition)
                 terms |= alignment(m, tokens, targets, m.alignment.tokenizer_weight, step)
+            if not self.stop_gradient:
+                path = m.flow.sample(m.latent_norm.batch(z, update=False), t, random["noise"])
+                terms |= denoising(m, path, t, drop_condition(m, condition, random["label"]))
             update("tokenizer", terms)
 
         discriminate(m, x, x_hat, step, update)

@@ -190,6 +190,8 @@ class LatentNormTable(Table):
     measure them before the first step."""
     images: Positive = 2048
     """Number of training images used to measure the initial statistics."""
+    fixed: bool = False
+    """Normalize with the initial statistics throughout, instead of a batch norm: an ablation of the paper."""
 
 
 class OptimizerTable(Table):

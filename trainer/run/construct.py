@@ -69,9 +69,8 @@ def construct_parts(
             if "denoiser" in uses:
                 m.denoiser = denoiser
                 with seeded(config.training.seed, "latent_norm"), torch.device("meta"):
-                    m.latent_norm = LatentNorm(
-                        latent.channels, momentum=config.latent_norm.momentum, eps=config.latent_norm.eps
-                    )
+                    norm = config.latent_norm
+                    m.latent_norm = LatentNorm(latent.channels, momentum=norm.momentum, eps=norm.eps, fixed=norm.fixed)
                 if "heads" in uses:
                     m.heads = _heads(config, recipe, m)
         if "reconstruction" in uses and not m.reconstruction:

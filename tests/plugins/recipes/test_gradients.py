@@ -58,9 +58,12 @@ def test_gradients_of_a_step_are_those_of_the_single_updates(name):
             assert all(torch.equal(a, b) for a, b in zip(together[member], alone[member]))
 
 
-@pytest.mark.parametrize(("name", "reaches"), [("repae", False), ("naive_e2e", True)])
-def test_only_the_naive_recipe_sends_the_diffusion_loss_into_the_tokenizer(name, reaches):
-    recipe = recipes.get(name).cls()
+@pytest.mark.parametrize(
+    ("name", "options", "reaches"),
+    [("repae", {}, False), ("repae", {"stop_gradient": False}, True), ("naive_e2e", {}, True)],
+)
+def test_the_diffusion_loss_reaches_the_tokenizer_only_where_asked(name, options, reaches):
+    recipe = recipes.get(name).cls(**options)
     m = toys.modules()
     touched = []
 
@@ -136,3 +139,14 @@ def test_sharded_ranks_compute_no_more_than_one_process(shape, monkeypatch):
     assert sum(run_ranks(flops_of_a_step, 2, shape)) == alone
     monkeypatch.setattr("plugins.recipes.repae.frozen", lambda *modules: contextlib.nullcontext())
     assert flops_of_a_step(0, 1, (1, 1)) > 1.02 * alone
+
+
+def test_a_fixed_latent_norm_keeps_its_statistics():
+    """The paper's ablation without batch norm: every pass normalizes with the initial statistics."""
+    m = toys.modules()
+    m.latent_norm.set_statistics(torch.arange(1.0, 5), torch.arange(2.0, 6))
+    m.latent_norm.fixed, before = True, {k: v.clone() for k, v in m.latent_norm.state_dict().items()}
+    z = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    assert torch.equal(m.latent_norm.batch(z), m.latent_norm(z))
+    recipes.get("repae").cls().step(m, *toys.batch(), lambda *a, **k: None, step=0)
+    assert all(torch.equal(v, before[k]) for k, v in m.latent_norm.state_dict().items())
