@@ -142,3 +142,10 @@ def test_loading_the_judge_draws_no_random_numbers():
 
 def test_judge_is_small():
     assert Path(shapes.__file__).with_name("shapes_judge.safetensors").stat().st_size <= 300 * 1024
+
+
+def test_without_labels_the_images_are_the_same_and_of_one_class():
+    labeled, plain = (Shapes(32, size=30, labels=labels) for labels in (True, False))
+    assert all(torch.equal(labeled[i].image, plain[i].image) and plain[i].label == 0 for i in range(30))
+    assert plain.num_classes == 1 and plain.class_names == ("shape",) and plain.class_counts() == [30]
+    assert labeled.has_judge and not plain.has_judge and plain.judge_dim == labeled.judge_dim
