@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reconstruction", action="store_true", help="evaluate the source's tokenizer on its dataset")
     parser.add_argument(
         "--metrics",
-        help="comma-separated, from fid,sfid,is,precision,recall; with --reconstruction from rfid,psnr,ssim,lpips "
-        "(default: all; with --encoder: only those that do not need Inception)",
+        help="comma-separated, from fid,sfid,is,precision,recall,mind; with --reconstruction from rfid,psnr,ssim,"
+        "lpips (default: all but mind; with --encoder: only those that do not need Inception)",
     )
     parser.add_argument(
         "--encoder",
@@ -46,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-images", "--images", type=int, default=0, help="use only the first N samples (default: all)"
     )
     parser.add_argument("--reference-images", type=int, default=0, help="the same for the reference (default: all)")
+    parser.add_argument(
+        "--mind-images", type=int, default=5000, help="images of each side for MIND; 0: all (default: 5000)"
+    )
     parser.add_argument(
         "--allow-singular", action="store_true", help="allow fewer images than features, with a warning"
     )
@@ -63,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    for name, least in (("batch_size", 1), ("max_images", 0), ("reference_images", 0)):
+    for name, least in (("batch_size", 1), ("max_images", 0), ("reference_images", 0), ("mind_images", 0)):
         if (value := vars(arguments)[name]) < least:
             option = f"--{name.replace('_', '-')}"
             raise configs.ConfigError(f"{option}={value}: expected at least {least}")
@@ -135,7 +138,7 @@ def _samples(
             f"use the first ones: --max-images={wanted}"
         )
     images = first_images(images, arguments.max_images)
-    metrics = choose_metrics(named, arguments.encoder, INCEPTION)
+    metrics = choose_metrics(named, arguments.encoder, INCEPTION, [name for name in INCEPTION if name != "mind"])
     resolution = images[0].shape[-1]
     networks = make_networks(metrics, arguments.encoder, arguments.inception_weights, resolution, world.device)
     classes = SampleFolder(there.parent if there.is_file() else there).classes()
@@ -151,7 +154,8 @@ def _samples(
     theirs, others = compute_statistics(reference.images, networks, output.parent, **common)
     if arguments.save_statistics and world.is_main:
         save_reference(arguments.save_statistics, networks, theirs)
-    values, warnings = compare(networks, ours, theirs, world.device, allow_singular=arguments.allow_singular)
+    options = {"allow_singular": arguments.allow_singular, "mind_images": arguments.mind_images}
+    values, warnings = compare(networks, ours, theirs, world.device, **options)
     warnings = reference.warnings(networks) + warnings
     if reference.images is not None and (size := reference.images[0].shape[-1]) != resolution:
         warnings.append(f"the reference images have {size} pixels per side, the samples {resolution}")
@@ -166,6 +170,7 @@ def _samples(
         },
         "networks": {m.label or "inception": m.network.about for m in networks},
         "batch_size": arguments.batch_size,
+        "mind_images": arguments.mind_images if "mind" in metrics else None,
     }
     title = f"{arguments.samples}: {len(images)} images against {arguments.reference}"
     run_folder = Path(settings["run"]) if settings.get("run") else None
@@ -193,7 +198,7 @@ def _reconstruction(
                 f"--{option.replace('_', '-')} cannot be used with --reconstruction: the reference is the source's "
                 "own dataset (--dataset.KEY=VALUE changes it)"
             )
-    metrics = choose_metrics(named, (), METRICS)
+    metrics = choose_metrics(named, (), METRICS, METRICS)
     if arguments.metrics is None and arguments.encoder:
         metrics = ("psnr", "ssim")  # the metrics that need no weight files
     source = open_source(

@@ -256,8 +256,8 @@ class EvaluationTable(Table):
     """Samples per evaluation, cycling through the classes; must exceed the feature dimension of each distance."""
     batch_size: Positive = 64
     """Samples per batch and rank."""
-    metrics: list[Literal["fid", "sfid", "is", "precision", "recall", "fd_judge", "judged_right"]] = ["fid"]
-    """Metrics of the samples. fid to recall: on Inception features; fd_judge: Frechet distance on features of the
+    metrics: list[Literal["fid", "sfid", "is", "precision", "recall", "mind", "fd_judge", "judged_right"]] = ["fid"]
+    """Metrics of the samples. fid to mind: on Inception features; fd_judge: Frechet distance on features of the
     dataset's own classifier; judged_right: fraction that it assigns to their class."""
     encoders: list[str] = []
     """Additional Frechet distances of the samples on encoders, e.g. "dinov2:size=l"."""

@@ -142,9 +142,7 @@ class TrainingEvaluation:
             self.reference.statistics, self.reference.about = read_statistics(kept)
         for m in self.networks:
             pool = (
-                torch.from_numpy(np.load(kept.with_suffix(".pool.npy"), allow_pickle=False))
-                if m.needs_neighbors
-                else None
+                torch.from_numpy(np.load(kept.with_suffix(".pool.npy"), allow_pickle=False)) if m.needs_pool else None
             )
             self.statistics.append(FeatureStatistics(self.reference.known(m), pool))
 

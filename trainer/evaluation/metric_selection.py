@@ -57,14 +57,16 @@ class EncoderSpec:
         return EncoderSpec(re.sub(r"[^0-9a-zA-Z]+", "_", text).strip("_"), name, options, grid)
 
 
-def choose_metrics(metrics: Sequence[str] | None, encoders: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    """Metrics to compute: those named, without duplicates; if ``metrics`` is None, all known, or none with encoders.
+def choose_metrics(
+    metrics: Sequence[str] | None, encoders: Sequence[str], known: Sequence[str], default: Sequence[str]
+) -> tuple[str, ...]:
+    """Metrics to compute: those named, without duplicates; if ``metrics`` is None, ``default``, or none with encoders.
 
     Raises:
         ConfigError: a name is unknown.
     """
     if metrics is None:
-        return () if encoders else tuple(known)
+        return () if encoders else tuple(default)
     for metric in metrics:
         if metric not in known:
             raise ConfigError(f"--metrics: unknown metric '{metric}'{nearest(metric, known)}")

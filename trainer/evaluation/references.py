@@ -76,6 +76,11 @@ class Reference:
                 few = few_images(samples, dim, "the samples"), few_images(count, dim, "the reference")
                 if not allow_singular:
                     problems += [f"{m.name(metric)}: {text}" for text in few if text]
+            if "mind" in m.metrics and self.images is None:
+                problems.append(
+                    f"mind: '{self.name}' holds statistics only, but MIND needs reference images; remove it from "
+                    "--metrics, or use a reference with images"
+                )
             if m.needs_neighbors and self.images is None:
                 problems.append(
                     f"precision, recall: '{self.name}' holds statistics only, but these metrics need reference "

@@ -20,6 +20,7 @@ TITLES = {
     "fid": "FID",
     "sfid": "sFID",
     "is": "Inception Score",
+    "mind": "MIND",
     "precision": "precision",
     "recall": "recall",
     "psnr": "PSNR (dB)",
