@@ -21,6 +21,7 @@ TITLES = {
     "sfid": "sFID",
     "is": "Inception Score",
     "mind": "MIND",
+    "fdr6": "FDr6",
     "precision": "precision",
     "recall": "recall",
     "psnr": "PSNR (dB)",
