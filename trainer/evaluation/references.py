@@ -32,6 +32,7 @@ class Reference:
         statistics: precomputed moments by key suffix; they take precedence over images.
         about: networks that the statistics were computed with, by label; none for those of unknown ones (ADM's files).
         classes: of the dataset, if the reference is one.
+        given: labels of the networks whose moments were given separately.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Reference:
     statistics: dict[str, Gaussian] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     classes: Classes = field(default_factory=Classes)
+    given: list[str] = field(default_factory=list)
 
     def known(self, m: NetworkMetrics) -> dict[str, Gaussian]:
         """Precomputed moments by feature name, of those that a network's metrics need.
@@ -64,6 +66,12 @@ class Reference:
             ConfigError: see :meth:`known`.
         """
         problems = []
+        labels = [m.label for m in networks]
+        if unused := [label for label in self.given if label not in labels]:
+            raise ConfigError(
+                f"--reference-moments={unused[0] or 'inception'}=...: no such network among those of the metrics; "
+                f"expected one of: {', '.join(label or 'inception' for label in labels)}"
+            )
         for m in networks:
             known = self.known(m)
             for metric, feature in ((x, FRECHET[x]) for x in m.metrics if x in FRECHET):
@@ -157,6 +165,7 @@ def open_reference(
         reference.statistics[suffix] = found[key]
         if not label:
             reference.statistics |= {spatial: found[spatial] for spatial in SUFFIXES.values() if spatial in found}
+        reference.given.append(label)
         reference.about.pop(label, None)
         if suffix in found and label in about:
             reference.about[label] = about[label]

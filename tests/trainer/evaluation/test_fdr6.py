@@ -174,6 +174,10 @@ def test_moments_of_another_network_are_refused(small, capsys):
         (["--reference", small / "wrong.npz", "--metrics=fid"], "holds moments of 3 features, but this network has 12"),
         (["--reference", small / "wrong.npz", "--metrics=mind"], "MIND needs reference images"),
         (["--reference", small / "samples", "--reference-moments=fid"], "expected LABEL=FILE"),
+        (
+            ["--reference", small / "samples", f"--reference-moments=mae_l={small}/wrong.npz", "--metrics=fid"],
+            "--reference-moments=mae_l=...: no such network among those of the metrics; expected one of: inception",
+        ),
     ):
         assert main(["evaluate", str(small / "samples"), *map(str, words)]) == 2
         assert message in capsys.readouterr().err
