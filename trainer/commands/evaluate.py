@@ -12,7 +12,7 @@ from trainer import config as configs
 if TYPE_CHECKING:
     from components.distributed.parallel import World
 
-SUMMARY = "compute FID, sFID, IS, precision, recall of samples, or rFID, PSNR, SSIM, LPIPS of a tokenizer"
+SUMMARY = "compute FID, sFID, FDr6, MIND, IS, precision, recall of samples, or rFID, PSNR, SSIM, LPIPS of a tokenizer"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
