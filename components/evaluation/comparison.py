@@ -11,6 +11,7 @@ from torch import Tensor
 
 from components.distributed.ranks import Ranks
 from components.evaluation import EvaluationError
+from components.evaluation.mind import MIND_IMAGES, monge_inception_distance
 from components.evaluation.precision_recall import precision_recall
 from components.evaluation.statistics import FRECHET, FeatureStatistics, Gaussian, NetworkMetrics, few_images
 
@@ -25,6 +26,7 @@ def compare(
     *,
     allow_singular: bool = False,
     names: tuple[str, str] = NAMES,
+    mind_images: int = MIND_IMAGES,
 ) -> tuple[dict[str, float | None], list[str]]:
     """Compute the metrics of every network. Collective.
 
@@ -32,9 +34,10 @@ def compare(
         networks: feature networks and their metrics.
         samples: statistics of the evaluated images for each network.
         reference: statistics of the reference images for each network.
-        device: device on which precision and recall are computed.
+        device: device on which precision, recall and MIND are computed.
         allow_singular: see :func:`frechet_distance`.
         names: names of the two sets in messages.
+        mind_images: images of each side for MIND; 0: as many as the smaller side has.
 
     Returns:
         Values by name, None if one cannot be computed, and warnings "NAME: TEXT"; the same on every rank.
@@ -45,6 +48,11 @@ def compare(
         if m.needs_neighbors:
             pools = a.pool.to(device), b.pool.to(device)
             found |= precision_recall(*pools, rank=ranks.rank, world=ranks.size)._asdict()
+        if "mind" in m.metrics:
+            pools = a.pool, b.pool
+            found["mind"] = ranks.first(partial(monge_inception_distance, *pools, images=mind_images, device=device))
+            if (count := min(map(len, pools))) < mind_images:
+                said = [*said, f"mind: from {count} images of each side, not {mind_images}, which raises it"]
         values |= {m.name(metric): found[metric] for metric in m.metrics}
         warnings += said
     return values, warnings

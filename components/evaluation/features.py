@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -86,24 +86,26 @@ class FeatureCache:
         return self.folder / f"{unit:06d}.safetensors"
 
 
+Compute = Callable[[Tensor], dict[str, Tensor]]
+
+
 def extract(
     images: ImageSet,
-    compute: Callable[[Tensor], dict[str, Tensor]],
-    cache: FeatureCache,
+    tasks: Sequence[tuple[Compute, FeatureCache]],
     *,
     batch_size: int,
     device: torch.device,
     title: str,
-) -> Iterator[dict[str, Tensor]]:
-    """Compute the units missing in the cache, then yield the values of all units in order.
+) -> list[Iterator[dict[str, Tensor]]]:
+    """Compute the units missing in the caches in one pass over the images; return those of each cache, in order.
 
-    Collective until it returns the iterator. A unit is the same batch on any rank, so values depend neither on the
+    Collective until it returns the iterators. A unit is the same batch on any rank, so values depend neither on the
     number of ranks nor on what was already cached.
 
     Args:
         images: N images.
-        compute: maps a batch uint8 (B, 3, H, W) on ``device`` to tensors to store.
-        cache: cache for these images and this function.
+        tasks: functions that map a batch uint8 (B, 3, H, W) on ``device`` to tensors to store, each with the cache for
+            these images and this function.
         batch_size: images per unit.
         device: device to compute on.
         title: label of the progress bar.
@@ -112,18 +114,22 @@ def extract(
         EvaluationError: an image cannot be read.
     """
     ranks = patient_ranks()
-    units = -(-len(images) // batch_size)
-    missing = ranks.first(lambda: [u for u in range(units) if not cache.has(u)])
+    units = range(-(-len(images) // batch_size))
+    lacking = ranks.first(lambda: [{u for u in units if not cache.has(u)} for _, cache in tasks])
+    missing = sorted(set().union(*lacking))
     mine = missing[ranks.rank :: ranks.size]
     disable = None if ranks.rank == 0 else True  # None: disabled unless on a terminal
     with tqdm(total=len(images), unit="image", desc=title, disable=disable, dynamic_ncols=True) as bar:
         bar.update(len(images) - sum(min(batch_size, len(images) - u * batch_size) for u in missing))
         if mine:
             for unit, batch in read_batches(images, mine, batch_size):
-                cache.write(unit, compute(batch.to(device)))
+                batch = batch.to(device)
+                for (compute, cache), lacks in zip(tasks, lacking):
+                    if unit in lacks:
+                        cache.write(unit, compute(batch))
                 bar.update(min(len(batch) * ranks.size, len(images) - bar.n))
     ranks.first(lambda: None)  # barrier: all ranks' files exist
-    return (cache.read(unit) for unit in range(units))
+    return [map(cache.read, units) for _, cache in tasks]
 
 
 def read_batches(images: ImageSet, units: Iterable[int], batch_size: int) -> Iterator[tuple[int, Tensor]]:

@@ -20,7 +20,7 @@ from components.finite import count_of, faulty_rows
 # Features that each Frechet distance is computed on, and their suffixes in ADM's statistics files.
 FRECHET = {"fid": "pool", "sfid": "spatial", "fd": "embedding"}
 SUFFIXES = {"pool": "", "spatial": "_s"}
-INCEPTION = ("fid", "sfid", "is", "precision", "recall")
+INCEPTION = ("fid", "sfid", "is", "precision", "recall", "mind")
 KEYS = "content_keys"
 
 
@@ -63,8 +63,13 @@ class NetworkMetrics:
         return [FRECHET[metric] for metric in self.metrics if metric in FRECHET]
 
     @property
-    def needs_neighbors(self) -> bool:
+    def needs_pool(self) -> bool:
         """Whether the metrics need the features of every image, not only their moments."""
+        return self.needs_neighbors or "mind" in self.metrics
+
+    @property
+    def needs_neighbors(self) -> bool:
+        """Whether the metrics are based on nearest neighbors."""
         return "precision" in self.metrics or "recall" in self.metrics
 
     def with_keys(self, images: Tensor) -> dict[str, Tensor]:
@@ -150,7 +155,7 @@ class FeatureStatistics:
 
     Attributes:
         moments: moments by feature name.
-        pool: features (N, 2048) float32 on the host; None unless precision or recall is computed.
+        pool: features (N, 2048) float32 on the host; None unless precision, recall or MIND is computed.
         score: Inception Score; None unless it is computed.
     """
 
@@ -162,7 +167,7 @@ class FeatureStatistics:
 class StatisticsBuilder:
     """Accumulates features, in the order of the images, into :class:`FeatureStatistics`.
 
-    Only rank 0 computes moments and the Inception Score; all ranks keep the features for precision and recall.
+    Only rank 0 computes moments and the Inception Score; all ranks keep the features for precision, recall and MIND.
 
     Args:
         m: the network and its metrics.
@@ -175,7 +180,7 @@ class StatisticsBuilder:
         features = m.features if world.is_main else []
         self._moments = {name: Moments(m.network.dims[name], world.device) for name in features}
         self._score = InceptionScore() if world.is_main and generated and "is" in m.metrics else None
-        self._pool: list[Tensor] | None = [] if m.needs_neighbors else None
+        self._pool: list[Tensor] | None = [] if m.needs_pool else None
         self._count = 0
 
     def add(self, features: dict[str, Tensor]) -> None:
@@ -217,7 +222,7 @@ def compute_statistics(
     generated: bool,
     known: Sequence[dict[str, Gaussian]] | None = None,
 ) -> tuple[list[FeatureStatistics], list[FeatureCache]]:
-    """Compute the statistics of ``images`` that the metrics need. Collective.
+    """Compute the statistics of ``images`` that the metrics need, in one pass over them. Collective.
 
     Args:
         images: the images; None if all moments are known.
@@ -234,22 +239,27 @@ def compute_statistics(
     Raises:
         EvaluationError: an image cannot be read, or a feature is not finite.
     """
-    found, caches = [], []
-    for m, moments in zip(networks, known or [{}] * len(networks)):
+    known = known or [{}] * len(networks)
+    found = [FeatureStatistics(dict(moments)) for moments in known]
+    work = []  # of the networks whose features are needed: place in ``networks``, the network, its function and cache
+    for place, (m, moments) in enumerate(zip(networks, known)):
         metrics = tuple(x for x in m.metrics if FRECHET.get(x) not in moments and (generated or x != "is"))
-        statistics = FeatureStatistics()
         if metrics:
-            builder = StatisticsBuilder(replace(m, metrics=metrics), world, generated=generated)
-            compute = m.with_keys if "is" in metrics else m.network
             about = {"images": images.identity, "network": m.identity, "batch_size": batch_size, KEYS: "is" in metrics}
-            cache = FeatureCache(folder, about)
-            title = f"{'samples' if generated else 'reference'}, {m.label or 'inception'}"
-            for values in extract(images, compute, cache, batch_size=batch_size, device=world.device, title=title):
-                builder.add(values)
-                if not world.is_main and not m.needs_neighbors:
-                    break
-            statistics = builder.build()
-            caches.append(cache)
-        statistics.moments |= moments
-        found.append(statistics)
-    return found, caches
+            compute = m.with_keys if "is" in metrics else m.network
+            work.append((place, replace(m, metrics=metrics), (compute, FeatureCache(folder, about))))
+    if not work:
+        return found, []
+    tasks = [task for *_, task in work]
+    title = "samples" if generated else "reference"
+    streams = extract(images, tasks, batch_size=batch_size, device=world.device, title=title)
+    for (place, m, _), stream in zip(work, streams):
+        builder = StatisticsBuilder(m, world, generated=generated)
+        for values in stream:
+            builder.add(values)
+            if not world.is_main and not m.needs_pool:
+                break
+        built = builder.build()
+        built.moments |= known[place]
+        found[place] = built
+    return found, [cache for _, cache in tasks]

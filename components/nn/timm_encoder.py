@@ -44,15 +44,17 @@ class TimmEncoder(Encoder):
         final_norm: whether to apply the model's final norm to the features.
         resize_first: resize before normalization instead of after it. The resize weights sum to one, so the order
             affects only the last bits.
-        resize: interpolation mode, without antialiasing except for "bilinear_antialias".
+        resize: interpolation mode, without antialiasing unless it ends in "_antialias".
         layer: block whose tokens are returned (stage, for models with feature maps); negative values count from the
             last.
-        image_size: input pixels per side; overrides the sizes above.
+        image_size: pixels per side to resize images to; overrides the sizes above.
+        pad: allow an ``image_size`` that is no multiple of the patch size: resized and normalized images are padded
+            with zeros at the right and at the bottom, as by timm's ``dynamic_img_pad``.
         options: further arguments of timm's model constructor, such as {"global_pool": "token"}.
 
     Attributes:
         embed_dim: embedding dimension D of a token.
-        side: input pixels per side.
+        side: pixels per side that images are resized to.
         position_resize: options of timm's ``resample_abs_pos_embed``; its defaults are bicubic and antialiased.
 
     Raises:
@@ -71,9 +73,10 @@ class TimmEncoder(Encoder):
         checkpoint: File | None = None,
         final_norm: bool = True,
         resize_first: bool = False,
-        resize: Literal["bicubic", "bilinear", "bilinear_antialias"] = "bicubic",
+        resize: Literal["bicubic", "bicubic_antialias", "bilinear", "bilinear_antialias"] = "bicubic",
         layer: int = -1,
         image_size: int | None = None,
+        pad: bool = False,
         options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -87,15 +90,20 @@ class TimmEncoder(Encoder):
         self.model = self._made(model, options)
         self.patch_tokens = all(hasattr(self.model, name) for name in ("set_input_size", "num_prefix_tokens"))
         self.layer = layer
+        self.padding = 0
         if self.patch_tokens:
             depth, patch = len(self.model.blocks), self.model.patch_embed.feat_ratio()
             if not -depth <= layer < depth:
                 raise ValueError(f"{self._what}: layer = {layer}, but '{model}' has {depth} blocks: 0 to {depth - 1}")
-            if image_size is not None and (image_size <= 0 or image_size % patch):
-                raise ValueError(f"{self._what}: image_size = {image_size} is no multiple of the patch size {patch}")
+            if image_size is not None and (image_size <= 0 or (image_size % patch and not pad)):
+                raise ValueError(
+                    f"{self._what}: image_size = {image_size} is no multiple of the patch size {patch} "
+                    "(pad = true fills it up)"
+                )
             self.is_last = layer % depth == depth - 1
             self.side = image_size or grid * patch
-            self.model.set_input_size(img_size=self.side)
+            self.padding = -self.side % patch
+            self.model.set_input_size(img_size=self.side + self.padding)
             self.embed_dim: int = self.model.embed_dim
         else:
             self.is_last = layer == -1
@@ -216,6 +224,8 @@ class TimmEncoder(Encoder):
             x = self._normalized(self._resized(x))
         else:
             x = self._resized(self._normalized(x))
+        if self.padding:
+            x = F.pad(x, (0, self.padding, 0, self.padding))
         return x.to(next(self.model.parameters()).dtype)
 
     def _resized(self, x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from components.nn.timm_encoder import TimmEncoder
 from components.registry import File, encoders
 
@@ -14,10 +16,9 @@ class Timm(TimmEncoder):
       model with feature maps (Swin, Hiera, ConvNeXt, ResNet, ...), one token per position of stage ``layer``; the last
       stage is often coarser than the denoiser's grid, and ``layer = -2`` usually has twice its resolution;
     - norm: the model's final norm, as timm applies it to the features; some models with feature maps do not allow it;
-    - images: scaled to [0, 1], normalized with the mean and std of the model's weights, resized (bicubic, not
-      antialiased) to one patch per token, or to the pretraining size for models with feature maps. Features whose size
-      differs from the grid are averaged over blocks if it is a multiple of the grid, and otherwise resized (bilinear,
-      antialiased);
+    - images: scaled to [0, 1], normalized with the mean and std of the model's weights, resized to one patch per
+      token, or to the pretraining size for models with feature maps. Features whose size differs from the grid are
+      averaged over blocks if it is a multiple of the grid, and otherwise resized (bilinear, antialiased);
     - image embedding: timm's pooled output (class token, mean or attention pool) after a transformer's last block; in
       all other cases the mean of the features.
 
@@ -28,7 +29,9 @@ class Timm(TimmEncoder):
         model: timm model name with the tag of the weights, such as "vit_base_patch16_224.augreg_in21k".
         layer: block or stage, counted from 0; negative values count from the end.
         norm: apply the model's final norm to the features.
-        image_size: side in pixels of the model's input; none: one patch per token, or the pretraining size.
+        image_size: side in pixels to resize images to; none: one patch per token, or the pretraining size.
+        pad: allow an image size that is no multiple of the patch size, and fill up the last patches with zeros.
+        resize: interpolation of images; without antialiasing unless it says so.
         pretrained: load published weights from the Hugging Face cache, downloading if needed; false: random weights.
         checkpoint: weights file to load instead, in timm's layout or one that timm converts.
     """
@@ -42,6 +45,8 @@ class Timm(TimmEncoder):
         layer: int = -1,
         norm: bool = True,
         image_size: int | None = None,
+        pad: bool = False,
+        resize: Literal["bicubic", "bicubic_antialias", "bilinear", "bilinear_antialias"] = "bicubic",
         pretrained: bool = True,
         checkpoint: File | None = None,
     ) -> None:
@@ -53,4 +58,6 @@ class Timm(TimmEncoder):
             final_norm=norm,
             layer=layer,
             image_size=image_size,
+            pad=pad,
+            resize=resize,
         )

@@ -39,7 +39,7 @@ class LPIPS(ReconstructionLoss):
     Args:
         weight: weight in the tokenizer's loss.
         input_range: range of VGG16's input for images x in [-1, 1]: "unit": x, which LPIPS was trained with;
-            "published": 2x - 1 in [-3, 1], as in the published REPA-E runs.
+            "published": 2x - 1 in [-3, 1], as in the runs of the REPA-E paper; its code has passed x since July 2025.
         vgg_checkpoint: VGG16 weights file in torchvision's or timm's layout; none: timm's weights, from the Hugging
             Face cache or downloaded.
         linear_checkpoint: file of LPIPS's linear weights; none: the published ones, which ship with the plugin.
@@ -57,7 +57,7 @@ class LPIPS(ReconstructionLoss):
         self,
         *,
         weight: float = 1.0,
-        input_range: Literal["published", "unit"] = "published",
+        input_range: Literal["published", "unit"] = "unit",
         vgg_checkpoint: File | None = None,
         linear_checkpoint: File | None = None,
         precision: Literal["fp32", "run"] = "fp32",

@@ -34,7 +34,7 @@ SETTINGS = SimpleNamespace(lr=LR, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01
 def modules() -> Modules:
     m = toys.modules()
     torch.manual_seed(1)
-    lpips = LPIPS().double()
+    lpips = LPIPS(input_range="published").double()
     for p in lpips.parameters():
         torch.nn.init.normal_(p, std=0.05)
     lpips._fill_buffers()

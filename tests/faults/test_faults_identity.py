@@ -259,6 +259,16 @@ def test_labels_as_in_the_dataset(trained, tmp_path):
     out = tmp_path / "out"
     assert main(["sample", str(trained / "run"), "--num-samples=3", "--labels=dataset", f"--out={out}"]) == 0
     assert json.loads((out / "samples.json").read_text())["class_counts"] == [6, 2, 4]
+    balanced = labels_of(range(5000), "balanced", range(1000), 0)
+    assert np.bincount(balanced).tolist() == [5] * 1000
+    drawn = labels_of(range(20_000), "random", range(10), 3)
+    assert np.bincount(drawn) / 20_000 == pytest.approx([0.1] * 10, abs=0.01)
+    in_parts = [
+        label
+        for part in torch.arange(20_000).split(7)[:50]
+        for label in labels_of(part.tolist(), "random", range(10), 3)
+    ]
+    assert in_parts == drawn[:350] and drawn != labels_of(range(20_000), "random", range(10), 4)
     labels = labels_of(range(12_000), "dataset", [0, 1, 2], 0, (6, 2, 4))
     assert np.bincount(labels) / 12_000 == pytest.approx([1 / 2, 1 / 6, 1 / 3], abs=0.02)
     assert labels[100:110] == labels_of(range(100, 110), "dataset", [0, 1, 2], 0, (6, 2, 4))

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="also show the steps until a metric reaches a value; may be repeated",
+        help="also show the steps and epochs until a metric reaches a value, such as fid=2; may be repeated",
     )
     parser.add_argument(
         "--reach",

@@ -12,15 +12,16 @@ from trainer import config as configs
 if TYPE_CHECKING:
     from components.distributed.parallel import World
 
-SUMMARY = "compute FID, sFID, IS, precision, recall of samples, or rFID, PSNR, SSIM, LPIPS of a tokenizer"
+SUMMARY = "compute FID, sFID, FDr6, MIND, IS, precision, recall of samples, or rFID, PSNR, SSIM, LPIPS of a tokenizer"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "samples",
+        nargs="?",
         metavar="SAMPLES|SOURCE",
         help="folder of PNG or JPEG images (as written by sample), or an .npz with arr_0; with --reconstruction: a run "
-        "folder, a checkpoint, a model folder or a TOML config",
+        "folder, a checkpoint, a model folder or a TOML config; none: only save the statistics of --reference",
     )
     parser.add_argument(
         "--reference",
@@ -30,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reconstruction", action="store_true", help="evaluate the source's tokenizer on its dataset")
     parser.add_argument(
         "--metrics",
-        help="comma-separated, from fid,sfid,is,precision,recall; with --reconstruction from rfid,psnr,ssim,lpips "
-        "(default: all; with --encoder: only those that do not need Inception)",
+        help="comma-separated, from fid,sfid,is,precision,recall,mind,fdr6; with --reconstruction from rfid,psnr,ssim,"
+        "lpips (default: all but mind and fdr6; with --encoder: only those that do not need Inception)",
     )
     parser.add_argument(
         "--encoder",
@@ -46,6 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-images", "--images", type=int, default=0, help="use only the first N samples (default: all)"
     )
     parser.add_argument("--reference-images", type=int, default=0, help="the same for the reference (default: all)")
+    parser.add_argument(
+        "--reference-moments",
+        action="append",
+        default=[],
+        metavar="LABEL=FILE",
+        help="take the reference moments of one network from an .npz with mu and sigma: inception, or the label after "
+        "fd_ (dinov2_l_cls); may be repeated",
+    )
+    parser.add_argument(
+        "--mind-images", type=int, default=5000, help="images of each side for MIND; 0: all (default: 5000)"
+    )
     parser.add_argument(
         "--allow-singular", action="store_true", help="allow fewer images than features, with a warning"
     )
@@ -63,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    for name, least in (("batch_size", 1), ("max_images", 0), ("reference_images", 0)):
+    for name, least in (("batch_size", 1), ("max_images", 0), ("reference_images", 0), ("mind_images", 0)):
         if (value := vars(arguments)[name]) < least:
             option = f"--{name.replace('_', '-')}"
             raise configs.ConfigError(f"{option}={value}: expected at least {least}")
@@ -71,6 +83,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise configs.ConfigError(
             "--reference is missing: expected a folder of images, an .npz, or the word dataset (to evaluate a "
             "tokenizer, use --reconstruction, which needs no reference)"
+        )
+    if not arguments.samples and (arguments.reconstruction or not arguments.save_statistics):
+        raise configs.ConfigError(
+            "SAMPLES is missing: expected a folder of images or an .npz (with --save-statistics=FILE, none is needed)"
         )
     from components.distributed import parallel
 
@@ -87,7 +103,8 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str], world: World) 
     """Run the command on one rank."""
     named = None if arguments.metrics is None else [w.strip() for w in arguments.metrics.split(",") if w.strip()]
     with contextlib.ExitStack() as stack:
-        (_reconstruction if arguments.reconstruction else _samples)(arguments, named, overrides, world, stack)
+        command = _reconstruction if arguments.reconstruction else _samples if arguments.samples else _statistics
+        command(arguments, named, overrides, world, stack)
 
 
 def _own_cache(stack: contextlib.ExitStack, output: Path) -> None:
@@ -117,6 +134,7 @@ def _samples(
     from components.evaluation.images import first_images, open_images
     from components.evaluation.statistics import INCEPTION, compute_statistics
     from trainer.evaluation import results
+    from trainer.evaluation.fdr6 import fdr6
     from trainer.evaluation.metric_selection import choose_metrics, make_networks
     from trainer.evaluation.references import open_reference, save_reference
     from trainer.models.sample_folder import SampleFolder
@@ -135,11 +153,13 @@ def _samples(
             f"use the first ones: --max-images={wanted}"
         )
     images = first_images(images, arguments.max_images)
-    metrics = choose_metrics(named, arguments.encoder, INCEPTION)
+    default = [name for name in INCEPTION if name != "mind"]
+    metrics = choose_metrics(named, arguments.encoder, (*INCEPTION, "fdr6"), default)
     resolution = images[0].shape[-1]
     networks = make_networks(metrics, arguments.encoder, arguments.inception_weights, resolution, world.device)
     classes = SampleFolder(there.parent if there.is_file() else there).classes()
-    reference = open_reference(arguments.reference, config, arguments.reference_images, classes)
+    moments = arguments.reference_moments
+    reference = open_reference(arguments.reference, config, arguments.reference_images, classes, moments)
     reference.check(networks, len(images), arguments.allow_singular)
 
     default = there / "evaluation.json" if there.is_dir() else there.with_suffix(".evaluation.json")
@@ -151,7 +171,10 @@ def _samples(
     theirs, others = compute_statistics(reference.images, networks, output.parent, **common)
     if arguments.save_statistics and world.is_main:
         save_reference(arguments.save_statistics, networks, theirs)
-    values, warnings = compare(networks, ours, theirs, world.device, allow_singular=arguments.allow_singular)
+    options = {"allow_singular": arguments.allow_singular, "mind_images": arguments.mind_images}
+    values, warnings = compare(networks, ours, theirs, world.device, **options)
+    if "fdr6" in metrics:
+        values["fdr6"] = fdr6(values)
     warnings = reference.warnings(networks) + warnings
     if reference.images is not None and (size := reference.images[0].shape[-1]) != resolution:
         warnings.append(f"the reference images have {size} pixels per side, the samples {resolution}")
@@ -162,15 +185,49 @@ def _samples(
         "reference": {
             "path": arguments.reference,
             "images": len(reference.images) if reference.images is not None else None,
+            "moments": arguments.reference_moments or None,
             "config": str(arguments.config or settings.get("run") or "") if arguments.reference == "dataset" else None,
         },
         "networks": {m.label or "inception": m.network.about for m in networks},
         "batch_size": arguments.batch_size,
+        "mind_images": arguments.mind_images if "mind" in metrics else None,
     }
     title = f"{arguments.samples}: {len(images)} images against {arguments.reference}"
     run_folder = Path(settings["run"]) if settings.get("run") else None
     step = settings.get("step", 0)
     results.publish(title, output, values, warnings, about, caches + others, run_folder, there.name, step)
+
+
+def _statistics(
+    arguments: argparse.Namespace,
+    named: list[str] | None,
+    overrides: list[str],
+    world: World,
+    stack: contextlib.ExitStack,
+) -> None:
+    """Compute and save the moments of the reference, without samples."""
+    from components.evaluation import EvaluationError
+    from components.evaluation.statistics import FRECHET, compute_statistics
+    from trainer.evaluation.metric_selection import choose_metrics, make_networks
+    from trainer.evaluation.references import open_reference, save_reference
+
+    known = ("fid", "sfid", "fdr6")
+    metrics = choose_metrics(named, arguments.encoder, known, [name for name in known if name in FRECHET])
+    reference = open_reference(arguments.reference, _config(arguments, {}, overrides), arguments.reference_images)
+    if reference.images is None:
+        raise EvaluationError(f"--reference={arguments.reference} holds no images to compute statistics of")
+    resolution = reference.images[0].shape[-1]
+    networks = make_networks(metrics, arguments.encoder, arguments.inception_weights, resolution, world.device)
+    output = Path(arguments.save_statistics)
+    _own_cache(stack, output)
+    common = {"batch_size": arguments.batch_size, "world": world, "generated": False}
+    statistics, caches = compute_statistics(reference.images, networks, output.parent, **common)
+    if world.is_main:
+        save_reference(output, networks, statistics)
+        for cache in caches:
+            cache.remove()
+        labels = ", ".join(m.label or "inception" for m in networks)
+        print(f"statistics of {len(reference.images)} images ({labels}) written to {output}", flush=True)
 
 
 def _reconstruction(
@@ -187,13 +244,13 @@ def _reconstruction(
     from trainer.evaluation.tokenizer_quality import METRICS, evaluate_reconstruction, make_metric
     from trainer.models.source import open_source
 
-    for option in ("reference", "config", "save_statistics"):
+    for option in ("reference", "reference_moments", "config", "save_statistics"):
         if vars(arguments)[option]:
             raise configs.ConfigError(
                 f"--{option.replace('_', '-')} cannot be used with --reconstruction: the reference is the source's "
                 "own dataset (--dataset.KEY=VALUE changes it)"
             )
-    metrics = choose_metrics(named, (), METRICS)
+    metrics = choose_metrics(named, (), METRICS, METRICS)
     if arguments.metrics is None and arguments.encoder:
         metrics = ("psnr", "ssim")  # the metrics that need no weight files
     source = open_source(

@@ -28,11 +28,13 @@ class Series:
         steps: (n,) int.
         values: (runs, n).
         seconds: (runs, n) of training until each step.
+        epochs: (runs, n) until each step; None if a run did not record them.
     """
 
     steps: np.ndarray
     values: np.ndarray
     seconds: np.ndarray
+    epochs: np.ndarray | None = None
 
     @property
     def mean(self) -> np.ndarray:
@@ -63,7 +65,9 @@ class Arm:
         if not steps:
             return None
         values = np.array([[points[step] for step in steps] for points in curves])
-        return Series(np.array(steps), values, np.array([run.seconds(steps) for run in self.runs]))
+        epochs = [run.epochs(steps) for run in self.runs]
+        seconds = np.array([run.seconds(steps) for run in self.runs])
+        return Series(np.array(steps), values, seconds, None if any(e is None for e in epochs) else np.array(epochs))
 
 
 def make_arms(words: Sequence[str]) -> list[Arm]:

@@ -15,7 +15,7 @@ import numpy as np
 from trainer.config import ConfigError, flatten
 
 Points = dict[int, float]  # value by step, ascending
-SPEED, OUTSIDE = "speed/images_per_s", "time/outside/"
+SPEED, EPOCH, OUTSIDE = "speed/images_per_s", "data/epoch", "time/outside/"
 
 
 @dataclass
@@ -39,6 +39,15 @@ class Run:
         steps = np.array([0, *speed], dtype=float)
         images = np.diff(steps) * self.settings["training.batch_size"]
         self._clock = steps, np.cumsum([0.0, *(images / np.array(list(speed.values())))])
+
+    def epochs(self, steps: Any) -> np.ndarray | None:
+        """Passes over the dataset until each of ``steps``; None if the run did not record them ("data/epoch")."""
+        points = {0: 0.0} | self.curves.get(EPOCH, {})
+        if len(points) < 2:
+            return None
+        (s1, e1), (s2, e2) = list(points.items())[-2:]
+        end = max(self.step, s2)  # an evaluation may follow the last record
+        return np.interp(steps, [*points, end], [*points.values(), e2 + (end - s2) * (e2 - e1) / (s2 - s1)])
 
     @property
     def seed(self) -> int:

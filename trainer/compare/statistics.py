@@ -37,6 +37,7 @@ class Reached:
         steps: of each seed; None: it did not reach it.
         step: mean over the seeds; None if one did not reach it. ``std`` likewise.
         seconds: of training until then, mean over the seeds.
+        epochs: passes over the dataset until then, mean over the seeds; None if a run did not record them.
         times_fewer: steps of the arm whose final score this is, divided by ``step``; None: a given threshold.
         times_faster: the same for the seconds of training.
     """
@@ -45,6 +46,7 @@ class Reached:
     step: float | None = None
     std: float | None = None
     seconds: float | None = None
+    epochs: float | None = None
     times_fewer: float | None = None
     times_faster: float | None = None
 
@@ -85,6 +87,8 @@ def reached(arm: Arm, goal: Goal) -> Reached | None:
     seconds = float(np.mean([series.seconds[seed, place] for seed, place in enumerate(places)]))
     std = float(np.std(steps, ddof=1)) if len(steps) > 1 else None
     found = Reached(steps, float(np.mean(steps)), std, seconds)
+    if series.epochs is not None:
+        found.epochs = float(np.mean([series.epochs[seed, place] for seed, place in enumerate(places)]))
     if goal.arm is not None and arm is not goal.arm:
         whole = goal.arm.series(goal.tag)
         found.times_fewer = float(whole.steps[-1]) / found.step

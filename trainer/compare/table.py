@@ -90,20 +90,21 @@ def _goals(arms: Sequence[Arm], goals: Sequence[Goal]) -> str:
 
 
 def reached_in(r: Reached) -> str:
-    """Such as "400 ± 50 (2.5x fewer steps, 2.1x less training time)"."""
+    """Such as "400 ± 50 (1.2 epochs, 2.5x fewer steps, 2.1x less training time)"."""
     if r.step is None:
         got = sum(step is not None for step in r.steps)
         return "not reached" if not got else f"reached by {got} of {len(r.steps)} seeds"
     text = f"{r.step:,.0f}" + (f" ± {r.std:,.0f}" if r.std is not None else "")
-    if r.times_fewer is None or r.times_fewer <= 1:
-        return text
-    parts = [f"{r.times_fewer:.3g}x fewer steps"]
-    if r.times_faster:
+    parts = [] if r.epochs is None else [f"{r.epochs:.4g} epochs"]
+    fewer = r.times_fewer is not None and r.times_fewer > 1
+    if fewer:
+        parts.append(f"{r.times_fewer:.3g}x fewer steps")
+    if fewer and r.times_faster:
         less = r.times_faster >= 1
         parts.append(
             f"{r.times_faster if less else 1 / r.times_faster:.3g}x {'less' if less else 'more'} training time"
         )
-    return f"{text} ({', '.join(parts)})"
+    return f"{text} ({', '.join(parts)})" if parts else text
 
 
 def number(mean: float, std: float | None = None) -> str:

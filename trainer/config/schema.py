@@ -255,11 +255,14 @@ class EvaluationTable(Table):
     every: NotNegative = 0
     """Evaluate the averaged weights every N steps, with samples generated as in [sampling]; 0: never."""
     images: Positive = 10_000
-    """Samples per evaluation, cycling through the classes; must exceed the feature dimension of each distance."""
+    """Samples per evaluation; must exceed the feature dimension of each distance."""
+    labels: Literal["balanced", "random", "dataset"] = "balanced"
+    """Classes of the samples: each equally often, drawn uniformly, or drawn as often as in the training data, as by
+    `sample --labels`. They depend on the run's seed and the number of the image only."""
     batch_size: Positive = 64
     """Samples per batch and rank."""
-    metrics: list[Literal["fid", "sfid", "is", "precision", "recall", "fd_judge", "judged_right"]] = ["fid"]
-    """Metrics of the samples. fid to recall: on Inception features; fd_judge: Frechet distance on features of the
+    metrics: list[Literal["fid", "sfid", "is", "precision", "recall", "mind", "fd_judge", "judged_right"]] = ["fid"]
+    """Metrics of the samples. fid to mind: on Inception features; fd_judge: Frechet distance on features of the
     dataset's own classifier; judged_right: fraction that it assigns to their class."""
     encoders: list[str] = []
     """Additional Frechet distances of the samples on encoders, e.g. "dinov2:size=l"."""

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from components import registry
 from components.contracts import Dataset
+from components.data.classes import Classes
 from components.data.pixels import to_float, to_uint8
 from components.distributed.parallel import World, gather_rows
 from components.distributed.ranks import Ranks, patient_ranks
@@ -36,6 +37,7 @@ from trainer.config import Config, ConfigError
 from trainer.evaluation.metric_selection import make_networks
 from trainer.evaluation.reconstruction_in_training import ReconstructionEvaluation
 from trainer.evaluation.references import Reference, dataset_images, read_statistics, save_reference
+from trainer.models.sample_folder import labels_of
 from trainer.run import pictures
 from trainer.run.parts import Parts
 
@@ -121,6 +123,14 @@ class TrainingEvaluation:
             ConfigError: the dataset has too few images, or training reads cached latents and there are no images.
         """
         e = self.settings
+        if self.samples and e.labels == "dataset" and not parts.classes.counts:
+            if parts.images is None:
+                raise ConfigError(
+                    'evaluation.labels = "dataset", but the cached latents of this run do not record how many images '
+                    'each class has; use "balanced" or "random"'
+                )
+            # Counted by one rank: it may read every item.
+            parts.classes = patient_ranks().first(lambda: Classes.of(parts.images, count=True))
         if not self.networks:
             return
         if self.reference.name == "dataset":
@@ -142,9 +152,7 @@ class TrainingEvaluation:
             self.reference.statistics, self.reference.about = read_statistics(kept)
         for m in self.networks:
             pool = (
-                torch.from_numpy(np.load(kept.with_suffix(".pool.npy"), allow_pickle=False))
-                if m.needs_neighbors
-                else None
+                torch.from_numpy(np.load(kept.with_suffix(".pool.npy"), allow_pickle=False)) if m.needs_pool else None
             )
             self.statistics.append(FeatureStatistics(self.reference.known(m), pool))
 
@@ -180,7 +188,7 @@ class TrainingEvaluation:
             with tqdm(total=e.images, unit="image", desc="evaluation", disable=disable, leave=False) as bar:
                 for first in range(0, e.images, world.size * e.batch_size):
                     ids = range(first + world.rank * e.batch_size, first + (world.rank + 1) * e.batch_size)
-                    condition = parts.sampling_condition(torch.tensor(ids, device=world.device))
+                    condition = parts.sampling_condition(torch.tensor(ids), self._labels(parts, ids))
                     images = sampler(ids, condition)
                     sound = gather_rows(sound_rows(images).float())[: e.images - first].tolist()
                     if faulty := [first + place for place, value in enumerate(sound) if not value]:
@@ -201,6 +209,12 @@ class TrainingEvaluation:
         if "judged_right" in e.metrics:
             values["judged_right"] = right / e.images
         return values, self.reference.warnings(self.networks) + warnings
+
+    def _labels(self, parts: Parts, ids: range) -> torch.Tensor:
+        """Labels (B,) of the samples with these numbers, on the device."""
+        classes, seed = parts.classes, self.config.training.seed
+        labels = labels_of(ids, self.settings.labels, classes.with_images(parts.num_classes), seed, classes.counts)
+        return torch.tensor(labels, device=self.world.device)
 
     def _without_values(self, faulty: list[int], sampled: int) -> tuple[dict[str, float | None], list[str]]:
         names = [m.name(metric) for m in self.networks for metric in m.metrics]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from components.registry import nearest
 from trainer import config as configs
 from trainer.config import ConfigError
 from trainer.config.schema import PluginTable
+from trainer.evaluation.fdr6 import MEMBERS
 from trainer.run.construct import make_plugin
 
 
@@ -57,14 +58,16 @@ class EncoderSpec:
         return EncoderSpec(re.sub(r"[^0-9a-zA-Z]+", "_", text).strip("_"), name, options, grid)
 
 
-def choose_metrics(metrics: Sequence[str] | None, encoders: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    """Metrics to compute: those named, without duplicates; if ``metrics`` is None, all known, or none with encoders.
+def choose_metrics(
+    metrics: Sequence[str] | None, encoders: Sequence[str], known: Sequence[str], default: Sequence[str]
+) -> tuple[str, ...]:
+    """Metrics to compute: those named, without duplicates; if ``metrics`` is None, ``default``, or none with encoders.
 
     Raises:
         ConfigError: a name is unknown.
     """
     if metrics is None:
-        return () if encoders else tuple(known)
+        return () if encoders else tuple(default)
     for metric in metrics:
         if metric not in known:
             raise ConfigError(f"--metrics: unknown metric '{metric}'{nearest(metric, known)}")
@@ -77,7 +80,7 @@ def make_networks(
     """Build the networks that the metrics need, and load their weights.
 
     Args:
-        metrics: on Inception features.
+        metrics: on Inception features; "fdr6" stands for "fid" and the distances on five more encoders.
         encoders: specs, see :class:`EncoderSpec`.
         weights: file of Inception weights; "": the published ones.
         resolution: pixels per side of the images.
@@ -87,8 +90,12 @@ def make_networks(
         ConfigError: an encoder or an option does not exist.
         WeightsError: weights are missing; the message says how to obtain them.
     """
+    specs = [EncoderSpec.parse(text) for text in dict.fromkeys(encoders)]
+    if "fdr6" in metrics:
+        specs += [replace(EncoderSpec.parse(member.encoder), label=member.label) for member in MEMBERS]
+        metrics = [name for name in dict.fromkeys(["fid", *metrics]) if name != "fdr6"]
     found = [NetworkMetrics("", Inception(weights).to(device), tuple(metrics))] if metrics else []
-    for spec in map(EncoderSpec.parse, dict.fromkeys(encoders)):
+    for spec in specs:
         table = PluginTable(name=spec.name, **spec.options)
         encoder = make_plugin(f"encoder {spec.name}", "encoder", table, resolution, spec.grid)
         encoder.load_weights()

@@ -30,15 +30,17 @@ class Reference:
         name: as the user wrote it.
         images: reference images, or None if there are only statistics.
         statistics: precomputed moments by key suffix; they take precedence over images.
-        about: networks that the statistics were computed with, by label; None: unknown (ADM's files).
+        about: networks that the statistics were computed with, by label; none for those of unknown ones (ADM's files).
         classes: of the dataset, if the reference is one.
+        given: labels of the networks whose moments were given separately.
     """
 
     name: str
     images: ImageSet | None = None
     statistics: dict[str, Gaussian] = field(default_factory=dict)
-    about: dict[str, Any] | None = None
+    about: dict[str, Any] = field(default_factory=dict)
     classes: Classes = field(default_factory=Classes)
+    given: list[str] = field(default_factory=list)
 
     def known(self, m: NetworkMetrics) -> dict[str, Gaussian]:
         """Precomputed moments by feature name, of those that a network's metrics need.
@@ -47,8 +49,8 @@ class Reference:
             ConfigError: the statistics were computed with another network.
         """
         found = {name: self.statistics[m.suffix(name)] for name in m.features if m.suffix(name) in self.statistics}
-        if found and self.about is not None:
-            theirs = {key: value for key, value in self.about.get(m.label, {}).items() if key != "file"}
+        if found and m.label in self.about:
+            theirs = {key: value for key, value in self.about[m.label].items() if key != "file"}
             if theirs != m.identity:
                 raise ConfigError(
                     f"the statistics of '{self.name}' were computed with another network:\n  file: {theirs}\n"
@@ -64,6 +66,12 @@ class Reference:
             ConfigError: see :meth:`known`.
         """
         problems = []
+        labels = [m.label for m in networks]
+        if unused := [label for label in self.given if label not in labels]:
+            raise ConfigError(
+                f"--reference-moments={unused[0] or 'inception'}=...: no such network among those of the metrics; "
+                f"expected one of: {', '.join(label or 'inception' for label in labels)}"
+            )
         for m in networks:
             known = self.known(m)
             for metric, feature in ((x, FRECHET[x]) for x in m.metrics if x in FRECHET):
@@ -76,6 +84,17 @@ class Reference:
                 few = few_images(samples, dim, "the samples"), few_images(count, dim, "the reference")
                 if not allow_singular:
                     problems += [f"{m.name(metric)}: {text}" for text in few if text]
+            for feature, g in known.items():
+                if len(g.mean) != m.network.dims[feature]:
+                    problems.append(
+                        f"{m.label or 'inception'}: '{self.name}' holds moments of {len(g.mean)} features, but this "
+                        f"network has {m.network.dims[feature]}"
+                    )
+            if "mind" in m.metrics and self.images is None:
+                problems.append(
+                    f"mind: '{self.name}' holds statistics only, but MIND needs reference images; remove it from "
+                    "--metrics, or use a reference with images"
+                )
             if m.needs_neighbors and self.images is None:
                 problems.append(
                     f"precision, recall: '{self.name}' holds statistics only, but these metrics need reference "
@@ -108,14 +127,16 @@ class Reference:
             "and related metrics are not comparable with published values"
             for about in ours
         ]
-        if ours and self.about is None and any(suffix in self.statistics for suffix in SUFFIXES.values()):
+        if ours and "" not in self.about and any(suffix in self.statistics for suffix in SUFFIXES.values()):
             found.append(
                 f"'{self.name}' does not state the network of its statistics; ADM's belong to the published one"
             )
         return found
 
 
-def open_reference(path: str, config: Config | None, count: int, classes: Classes = Classes()) -> Reference:
+def open_reference(
+    path: str, config: Config | None, count: int, classes: Classes = Classes(), moments: Sequence[str] = ()
+) -> Reference:
     """Open the reference: an image folder, the word "dataset", an ADM reference batch or a statistics file.
 
     Args:
@@ -123,11 +144,35 @@ def open_reference(path: str, config: Config | None, count: int, classes: Classe
         config: defines the dataset, for "dataset".
         count: use at most this many images; 0: all.
         classes: of the samples, which those of "dataset" must equal.
+        moments: "LABEL=FILE": a file whose mu and sigma are the moments of the network with that label, "inception" for
+            Inception; they take precedence.
 
     Raises:
-        EvaluationError: the path holds no reference; states what is allowed.
+        EvaluationError: the path holds no reference, or a file no moments; states what is allowed.
         ConfigError: "dataset" without a config, or with other classes.
     """
+    reference = _open(path, config, count, classes)
+    for word in moments:
+        label, equals, file = word.partition("=")
+        if not equals or not label or not Path(file).expanduser().is_file():
+            raise ConfigError(f"--reference-moments={word}: expected LABEL=FILE, such as inception=adm.npz")
+        label = "" if label == "inception" else label
+        found, about = read_statistics(Path(file).expanduser())
+        suffix = f"_{label}" if label else ""
+        key = suffix if suffix in found else ""
+        if key not in found:
+            raise EvaluationError(f"'{file}' holds neither mu and sigma nor mu{suffix} and sigma{suffix}")
+        reference.statistics[suffix] = found[key]
+        if not label:
+            reference.statistics |= {spatial: found[spatial] for spatial in SUFFIXES.values() if spatial in found}
+        reference.given.append(label)
+        reference.about.pop(label, None)
+        if suffix in found and label in about:
+            reference.about[label] = about[label]
+    return reference
+
+
+def _open(path: str, config: Config | None, count: int, classes: Classes) -> Reference:
     if path == "dataset":
         if config is None:
             raise ConfigError("--reference=dataset: the samples name no run; add --config=TOML_OR_RUN")
@@ -199,8 +244,11 @@ def save_statistics(path: str | Path, statistics: dict[str, Gaussian], about: di
         np.savez(file, **arrays)
 
 
-def read_statistics(path: str | Path) -> tuple[dict[str, Gaussian], dict[str, Any] | None]:
-    """Read a file from :func:`save_statistics` or ADM's suite: moments by key suffix, and ``about`` (None for ADM).
+def read_statistics(path: str | Path) -> tuple[dict[str, Gaussian], dict[str, Any]]:
+    """Read moments by key suffix, and the networks that they were computed with by label, as far as the file says.
+
+    Reads files from :func:`save_statistics`, ADM's suite (mu, sigma, mu_s, sigma_s) and others with mu and sigma, such
+    as JiT's, or ref_mu and ref_sigma.
 
     Raises:
         EvaluationError: the file cannot be read, or the shapes of its arrays do not match.
@@ -209,13 +257,14 @@ def read_statistics(path: str | Path) -> tuple[dict[str, Gaussian], dict[str, An
     try:
         with np.load(path, allow_pickle=False) as file:
             for key in file.files:
-                ending = key.removeprefix("mu")
-                if key == ending or f"sigma{ending}" not in file.files:
+                start, mu, ending = key.partition("mu")
+                if not mu or start not in ("", "ref_") or f"{start}sigma{ending}" not in file.files:
                     continue
-                mean, covariance = (torch.from_numpy(np.atleast_1d(file[f"{k}{ending}"])) for k in ("mu", "sigma"))
+                names = (f"{start}{k}{ending}" for k in ("mu", "sigma"))
+                mean, covariance = (torch.from_numpy(np.atleast_1d(file[name])) for name in names)
                 count = int(file[f"count{ending}"]) if f"count{ending}" in file.files else None
                 found[ending] = Gaussian(mean.double(), covariance.double(), count)
-            about = json.loads(str(file["about"])) if "about" in file.files else None
+            about = json.loads(str(file["about"])) if "about" in file.files else {}
     except (OSError, ValueError, KeyError) as error:
         raise EvaluationError(f"'{path}' cannot be read as an .npz of statistics ({error})") from error
     for ending, g in found.items():

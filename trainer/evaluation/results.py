@@ -20,6 +20,8 @@ TITLES = {
     "fid": "FID",
     "sfid": "sFID",
     "is": "Inception Score",
+    "mind": "MIND",
+    "fdr6": "FDr6",
     "precision": "precision",
     "recall": "recall",
     "psnr": "PSNR (dB)",

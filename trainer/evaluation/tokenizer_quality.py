@@ -111,9 +111,8 @@ def evaluate_reconstruction(
     cache = FeatureCache(folder, Ranks(None).first(lambda: settings))
     builders = {side: [StatisticsBuilder(m, world, generated=False) for m in networks] for side in "xy"}
     sums = dict.fromkeys(pixelwise, 0.0)
-    units = extract(
-        images, torch.no_grad()(compute), cache, batch_size=batch_size, device=world.device, title="reconstructions"
-    )
+    tasks = [(torch.no_grad()(compute), cache)]
+    (units,) = extract(images, tasks, batch_size=batch_size, device=world.device, title="reconstructions")
     for values in units if world.is_main else ():
         for name in sums:
             sums[name] += float(values[name].sum())

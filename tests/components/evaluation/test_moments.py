@@ -61,7 +61,7 @@ def test_adm_statistics_are_read_and_broken_ones_named(tmp_path):
     sigma = np.eye(4)
     np.savez(tmp_path / "adm.npz", mu=np.ones(4), sigma=sigma, mu_s=np.zeros(4), sigma_s=2 * sigma)
     found, about = read_statistics(tmp_path / "adm.npz")
-    assert about is None and set(found) == {"", "_s"} and found[""].count is None
+    assert about == {} and set(found) == {"", "_s"} and found[""].count is None
     assert torch.equal(found["_s"].covariance, 2 * torch.eye(4, dtype=torch.float64))
     np.savez(tmp_path / "bad.npz", mu=np.ones(3), sigma=sigma)
     with pytest.raises(EvaluationError, match=r"bad.npz.*\(4, 4\)"):

@@ -68,6 +68,21 @@ def test_images_of_another_size():
     assert outputs[0].shape[-2:] == (8, 8)
 
 
+@pytest.mark.parametrize("resize", ["bicubic", "bicubic_antialias", "bilinear_antialias"])
+def test_an_image_that_does_not_fill_its_patches_is_padded(resize):
+    """As by timm's dynamic_img_pad, after resizing and normalization."""
+    encoder = made(TOKENS, 8, image_size=120, pad=True, resize=resize)
+    dynamic = timm.create_model(TOKENS, num_classes=0, dynamic_img_size=True, dynamic_img_pad=True).eval()
+    encoder.model.load_state_dict(encoder._converted(dict(dynamic.state_dict())))
+    mode, _, antialias = resize.partition("_")
+    config, x = encoder.model.pretrained_cfg, images(256)
+    mean, std = (torch.tensor(config[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    resized = F.interpolate(((x + 1) / 2 - mean) / std, (120, 120), mode=mode, antialias=bool(antialias))
+    torch.testing.assert_close(encoder.embed(x), dynamic(resized))
+    tokens = dynamic.forward_features(resized)[:, dynamic.num_prefix_tokens :]
+    torch.testing.assert_close(encoder(x), tokens)
+
+
 @pytest.mark.parametrize("layer, block", [(0, 0), (-2, -2), (-1, -1)])
 @pytest.mark.parametrize("normed", [False, True])
 def test_tokens_of_a_block(layer, block, normed):

@@ -77,8 +77,8 @@ def test_matches_torchmetrics(unit, torchvision_features, monkeypatch):
 
 
 def test_published_range_shows_lpips_twice_the_image_less_one(unit, vgg_file):
-    loss = LPIPS(vgg_checkpoint=vgg_file)
-    assert loss.input_range == "published"
+    assert LPIPS().input_range == "unit"
+    loss = LPIPS(input_range="published", vgg_checkpoint=vgg_file)
     loss.load_weights()
     x, x_hat = images()
     published = loss.double()(x, x_hat, POSTERIOR)

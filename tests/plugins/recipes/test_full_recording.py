@@ -71,7 +71,7 @@ def load_lpips(recorded: dict) -> LPIPS:
             named[f"features.{match[1]}"] = value
         elif match := re.match(r"lpips\.lin(\d)\.model\.1\.weight", key):
             named[f"linear.{match[1]}.weight"] = value
-    lpips = LPIPS().double()
+    lpips = LPIPS(input_range="published").double()
     lpips.load_state_dict(named)
     lpips.shift.copy_(state["lpips.scaling_layer.shift"])
     lpips.scale.copy_(state["lpips.scaling_layer.scale"])

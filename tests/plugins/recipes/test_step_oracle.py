@@ -67,7 +67,7 @@ def modules():
         denoiser=SiT(latent, CLASSES, width=WIDTH, depth=DEPTH, heads=HEADS, align_depth=ALIGN, label_dropout=DROP),
         latent_norm=LatentNorm(4),
         encoders={"fixed": FixedEncoder()},
-        reconstruction={"l1": L1(), "lpips": LPIPS(), "kl": KL()},
+        reconstruction={"l1": L1(), "lpips": LPIPS(input_range="published"), "kl": KL()},
         discriminator=PatchGAN(channels=8, layers=2),
         alignment=Cosine(head_width=48),
         flow=Flow(),

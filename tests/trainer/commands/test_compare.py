@@ -82,7 +82,8 @@ def test_last_and_best_values_and_the_steps_to_scores(tmp_path, slow, fast):
     assert reached["slow"]["steps"] == [None] and reached["slow"]["step"] is None and reached["fast"]["step"] == 20
     reached = goals["evaluation/fid", "slow"]["reached"]
     assert reached["fast"] == {
-        "steps": [10], "step": 10.0, "std": None, "seconds": 20.0, "times_fewer": 4.0, "times_faster": 4.0
+        "steps": [10], "step": 10.0, "std": None, "seconds": 20.0, "epochs": None,
+        "times_fewer": 4.0, "times_faster": 4.0,
     }  # fmt: skip
     assert reached["slow"]["step"] == 40 and reached["slow"]["times_fewer"] is None
 
@@ -97,6 +98,25 @@ def test_the_table_shows_these_numbers(tmp_path, slow, fast, capsys):
     assert ["evaluation/fid ≤ 10", "not reached", "20"] in rows
     assert ["evaluation/fid ≤ 20", "40", "10 (4x fewer steps, 4x less training time)"] in rows
     assert page in capsys.readouterr().out
+
+
+def test_epochs_to_a_score(tmp_path, slow):
+    """From the passes over the dataset that the run recorded, also between and after its records."""
+    middle = enumerate((4.0, 2.0))
+    folders = [make_run(tmp_path / f"seed{seed}", {10: 8.0, 20: fid, 36: 2.0}, seed=seed) for seed, fid in middle]
+    for folder in folders:  # 10 images a step, 40 in the dataset
+        for step in (8, 32):
+            add(folder, step, {"data/epoch": step * 10 / 40})
+    for folder in folders:  # in the order of a run
+        lines = sorted((folder / "metrics.jsonl").read_text().splitlines(), key=lambda line: json.loads(line)["step"])
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    found = compare(tmp_path, *folders, slow, "--threshold=fid=2", "--threshold=fid=100")
+    first, second = (goal["reached"] for goal in found["goals"][:2])
+    (label,) = set(first) - {"slow"}
+    assert first[label]["steps"] == [36, 20] and first[label]["epochs"] == pytest.approx((9 + 5) / 2)
+    assert second["slow"]["step"] == 10 and second["slow"]["epochs"] is None, "not recorded"
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "28 ± 11 (7 epochs)" in table and "(7 epochs, " not in table
 
 
 def test_fewer_steps_can_take_more_time(tmp_path, slow):
@@ -132,7 +152,8 @@ def test_a_goal_that_some_seeds_miss_has_no_mean(tmp_path, slow):
         make_run(tmp_path / f"b{seed}", {20: 50.0, 40: last}, seed=seed)
     found = compare(tmp_path, slow, tmp_path / "b0", tmp_path / "b1", "--threshold=fid=20")
     assert found["goals"][0]["reached"]["b"] == {
-        "steps": [40, None], "step": None, "std": None, "seconds": None, "times_fewer": None, "times_faster": None
+        "steps": [40, None], "step": None, "std": None, "seconds": None, "epochs": None,
+        "times_fewer": None, "times_faster": None,
     }  # fmt: skip
     assert "reached by 1 of 2 seeds" in (tmp_path / "out" / "table.md").read_text()
 

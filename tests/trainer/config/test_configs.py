@@ -59,6 +59,14 @@ def test_published_hyper_parameters():
     assert m.reconstruction["lpips"].input_range == "published"
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_the_input_range_of_lpips_is_never_left_to_the_default(path):
+    for loss in config.load(str(path)).losses.values():
+        if loss.name == "lpips":
+            published = "published" if path.stem.startswith(("repae_", "ablation_", "naive_")) else "unit"
+            assert loss.options["input_range"] == published
+
+
 @pytest.mark.parametrize("recipe", ["repae", "repa", "ldm", "naive_e2e", "tokenizer"])
 def test_one_line_switches_the_recipe(recipe):
     parts = assemble.check(config.load("train_configs/repae_sit_xl.toml", [f"--recipe.name={recipe}"]), 1)

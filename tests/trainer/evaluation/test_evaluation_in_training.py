@@ -87,6 +87,22 @@ def test_the_number_is_that_of_sample_and_evaluate(run, tmp_path):
     assert distances(run)[4] == pytest.approx(found, rel=1e-4)
 
 
+@pytest.mark.parametrize("labels", ["random", "dataset"])
+def test_the_classes_of_the_samples_are_those_of_sample(tmp_path, labels):
+    # A large step away from the initial weights, for which labels have no effect.
+    options = ["--training.steps=2", "--run.checkpoint_every=2", "--optimizer.denoiser.lr=0.1", "--ema.decay=0.5"]
+    train(0, 1, tmp_path / "run", *options, f"--evaluation.labels={labels}", "--training.seed=5")
+    found = {}
+    for name in (labels, "balanced"):
+        out = tmp_path / name
+        words = ["--num-samples=110", "--batch-size=7", f"--labels={name}", "--seed=5", f"--out={out}"]
+        assert main(["sample", str(tmp_path / "run"), *words]) == 0
+        assert main(["evaluate", str(out), "--reference=dataset", "--encoder=tiny_vit", "--batch-size=24"]) == 0
+        found[name] = json.loads((out / "evaluation.json").read_text())["metrics"]["fd_tiny_vit"]
+    assert distances(tmp_path / "run") == {2: pytest.approx(found[labels], rel=1e-4)}
+    assert abs(found["balanced"] / found[labels] - 1) > 1e-3
+
+
 def test_reconstructions_of_held_out_images_are_those_of_evaluate(run, tmp_path):
     output = tmp_path / "found.json"
     options = ["--metrics=psnr,ssim", "--encoder=tiny_vit", "--max-images=105", "--dataset.split=heldout"]

@@ -82,6 +82,8 @@ _TABLE = (
     (r"evaluation/rfd_(\w+)", "Frechet distance of reconstructions to originals on {0}; lower is better."),
     (r"evaluation/fd_(\w+)", "Frechet distance to real images on {0}; lower is better."),
     (r"evaluation/is", "Inception Score of the samples; higher is better."),
+    (r"evaluation/mind", "Sliced Wasserstein distance to real images on Inception features (MIND); lower is better."),
+    (r"evaluation/fdr6", "Frechet distance relative to validation images, mean of six encoders; lower is better."),
     (r"evaluation/precision", "Fraction of samples within the manifold of real images; higher is better."),
     (r"evaluation/recall", "Fraction of real images within the manifold of samples; higher is better."),
     (r"evaluation/psnr", "Peak signal-to-noise ratio of reconstructions in dB; higher is better."),
