@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -24,7 +26,8 @@ class ImageDataset(Dataset):
     2105.05233), see :mod:`components.data.crop`. An unreadable image is replaced by the next readable one; the item's
     fields ``unreadable`` and ``reason`` say which and why.
 
-    A subclass calls this constructor, then sets ``class_names``, ``num_classes`` and ``_labels``.
+    A subclass calls this constructor, then sets ``class_names``, ``num_classes`` and ``_labels``, or calls
+    :meth:`_set_labels`.
 
     Args:
         resolution: side R of the items' images.
@@ -61,6 +64,10 @@ class ImageDataset(Dataset):
         """Where image ``index`` in [0, len) is stored, for messages; does not raise."""
         raise NotImplementedError
 
+    def label(self, index: int) -> int:
+        """The class of image ``index`` in [0, len)."""
+        return int(self._labels[index])
+
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         silence_decoders()
@@ -89,11 +96,38 @@ class ImageDataset(Dataset):
                 unreadable, why = unreadable or printable(self.place(index)), why or str(error)
                 reason = f"{printable(self.place(other))}: {error}"
                 continue
-            return DatasetItem(image, int(self._labels[other]), unreadable, reason=why)
+            return DatasetItem(image, self.label(other), unreadable, reason=why)
         raise DataError(
             f"{self.title}: {min(PATIENCE, len(self))} images in a row cannot be read, starting with {unreadable}; "
             f"the last: {reason}. Check that {self.path} still exists and is readable."
         )
+
+    def _set_labels(self, labels: Sequence[str], codes: np.ndarray, names: Sequence[str] | None, where: str) -> None:
+        """Set the classes from labels as text: indices of classes if all are numbers, else names of classes.
+
+        Args:
+            labels: distinct labels.
+            codes: number in ``labels`` of each image's label.
+            names: of the classes; None: the numbers up to the largest, or the labels, sorted.
+            where: what names the classes, for messages.
+
+        Raises:
+            DataError: a label is no class.
+        """
+        numbers = all(re.fullmatch(r"[+-]?[0-9]{1,9}", label) for label in labels)
+        if names is None:
+            last = max(map(int, labels)) if numbers else 0
+            names = [str(number) for number in range(last + 1)] if numbers else sorted(labels)
+        places = {name: number for number, name in enumerate(names)}
+        table = [int(label) if numbers else places.get(label, -1) for label in labels]
+        if wrong := [label for label, place in zip(labels, table) if not 0 <= place < len(names)]:
+            shown = ", ".join(f"'{label}'" for label in wrong[:3])
+            raise DataError(
+                f"{where}: {len(wrong)} of {len(labels)} labels are none of its {len(names)} classes: {shown}; "
+                "expected their indices from 0, or their names"
+            )
+        self.class_names, self.num_classes = list(names), len(names)
+        self._labels = np.array(table, np.int32)[codes]
 
     def _read(self, index: int) -> Tensor:
         """Read and crop an image: uint8 (3, R, R), channels last in memory; raises :class:`ImageError`."""

@@ -130,9 +130,7 @@ class Listing:
 
     def say(self, what: str) -> None:
         """Log what was left out, once in a process."""
-        counts = [f"{count} {reason}" for reason, count in self.left_out.most_common()]
-        if counts:
-            _warn_once(f"{what}: left out {', '.join(counts[:8])}{', ...' if len(counts) > 8 else ''}")
+        say_left_out(what, self.left_out)
 
     def _is_new(self, identity: tuple[int, int], seen: set[tuple[int, int]]) -> bool:
         if identity in seen:
@@ -160,6 +158,13 @@ class Listing:
                 else:
                     self.left_out[printable(extension) or "without extension"] += 1
         return folders, links, files
+
+
+def say_left_out(what: str, left_out: collections.Counter[str]) -> None:
+    """Log, once in a process, how much of ``what`` was left out, by reason."""
+    counts = [f"{count} {reason}" for reason, count in left_out.most_common()]
+    if counts:
+        _warn_once(f"{what}: left out {', '.join(counts[:8])}{', ...' if len(counts) > 8 else ''}")
 
 
 def read_rgb(source: str | os.PathLike | bytes) -> Image:
@@ -192,7 +197,7 @@ def read_rgb(source: str | os.PathLike | bytes) -> Image:
 
 
 def read_rgb_fast(source: str | os.PathLike | bytes) -> Image | Tensor:
-    """Read an image file, or its content, as 8-bit RGB, upright; JPEGs become tensors uint8 (3, H, W), with channels last in memory.
+    """Read an image file, or its content, as 8-bit RGB, upright; JPEGs become tensors uint8 (3, H, W), channels last.
 
     The pixels are those of :func:`read_rgb` if Pillow and torchvision contain the same JPEG library. Other formats,
     JPEGs in CMYK, rotated ones and those that torchvision refuses are read by Pillow. See :func:`check_fast_decoder`.
