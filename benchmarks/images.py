@@ -1,15 +1,18 @@
-"""Benchmark of reading images: images/s of `image_folder` beside torchvision's ImageFolder, and how far pixels differ.
+"""Benchmark of reading images: images/s of each dataset beside torchvision's ImageFolder, and how far pixels differ.
 
     python benchmarks/images.py --out FOLDER [--data FOLDER] [--resolutions 256 128] [--workers 0 1 2]
 
 Every reader goes from files to collated batches in one thread, alternating; times are CPU times of the process, which
 other processes disturb less. Without --data, it draws JPEGs of 500 x 375 with the spectrum and file size of photos.
+"Stores" are the same images in a random order from the original files, shards, Arrow, Parquet in row groups of 100
+(the latter two need pyarrow), and from what `pack` writes at that resolution.
 FOLDER/images.json holds the results.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import tempfile
@@ -31,11 +34,15 @@ from torch.utils.data import default_collate
 
 from benchmarks.results import Results
 from benchmarks.workload import machine
+from components.contracts import Dataset, DatasetItem
+from components.data import columns
 from components.data.loader import collate, make_loader
 from components.data.pixels import to_float
 from components.evaluation.comparison import frechet_distance
 from components.evaluation.statistics import Moments
+from plugins.datasets.hf_dataset import HFDataset
 from plugins.datasets.image_folder import ImageFolder
+from plugins.datasets.webdataset import WebDataset
 from plugins.encoders.tiny_vit import TinyViT
 
 Reader = Callable[[list[int]], Tensor]
@@ -99,8 +106,60 @@ def readers(data: str, resolution: int) -> dict[str, Reader]:
     }
 
 
-def speed(found: dict[str, Reader], batches: list[list[int]], rounds: int) -> dict[str, Any]:
-    """Images per CPU second of each reader, and the median over the rounds of its ratio to "plain"."""
+def stores(data: str, folder: Path, resolution: int) -> dict[str, Reader]:
+    """Readers of the same images from other files, written into ``folder``, by name; "image_folder" for comparison.
+
+    "shards", "arrow" and "parquet" (the latter two if pyarrow is installed) hold the original files; "packed png" and
+    "packed jpg" the crops.
+    """
+    from trainer.__main__ import main as trainer
+
+    def pack(name: str, *words: str) -> str:
+        if trainer(["pack", data, f"--out={folder / name}", f"--size={resolution}", "--workers=0", *words]):
+            raise RuntimeError("pack failed")
+        return str(folder / name)
+
+    images = ImageFolder(resolution, path=data)
+    found: dict[str, Dataset] = {
+        "image_folder": images,
+        "shards": WebDataset(resolution, path=pack("shards", "--format=original")),
+    }
+    if importlib.util.find_spec("pyarrow"):
+        for kind in ("arrow", "parquet"):
+            write_table(images, folder / f"{kind}/train.{kind}")
+            found[kind] = HFDataset(resolution, path=str(folder / kind))
+    for kind in ("png", "jpg"):
+        found[f"packed {kind}"] = WebDataset(resolution, path=pack(f"packed {kind}", f"--format={kind}"))
+
+    def item(dataset: Dataset, index: int) -> DatasetItem:
+        columns.forget()  # in a large dataset, hardly any row group is already decoded
+        return dataset[index]
+
+    def reader(dataset: Dataset) -> Reader:
+        return lambda indices: collate([item(dataset, i) for i in indices]).images
+
+    return {name: reader(dataset) for name, dataset in found.items()}
+
+
+def write_table(images: ImageFolder, file: Path) -> None:
+    """The files of an image folder as one Arrow or Parquet file, 100 to a block, as the datasets library does."""
+    import pyarrow
+    from pyarrow import parquet
+
+    file.parent.mkdir()
+    rows = [{"bytes": Path(images.file(i)).read_bytes(), "path": None} for i in range(len(images))]
+    table = pyarrow.table({"image": rows, "label": [images.label(i) for i in range(len(images))]})
+    if file.suffix == ".parquet":
+        parquet.write_table(table, file, row_group_size=100)
+    else:
+        with pyarrow.OSFile(str(file), "wb") as out, pyarrow.ipc.new_stream(out, table.schema) as writer:
+            writer.write_table(table, max_chunksize=100)
+
+
+def speed(
+    found: dict[str, Reader], batches: list[list[int]], rounds: int, base: str = "plain"
+) -> dict[str, dict[str, float]]:
+    """Images per CPU second of each reader, and the median over the rounds of its ratio to the reader ``base``."""
     count = sum(map(len, batches))
     seconds: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(rounds + 1):
@@ -114,7 +173,7 @@ def speed(found: dict[str, Reader], batches: list[list[int]], rounds: int) -> di
         name: {
             "images/s": round(count / median(times), 1),
             "most images/s": round(count / min(times), 1),
-            "ratio to plain": round(median(a / b for a, b in zip(seconds["plain"], times)), 3),
+            f"ratio to {base}": round(median(a / b for a, b in zip(seconds[base], times)), 3),
         }
         for name, times in seconds.items()
     }
@@ -187,6 +246,12 @@ def measure(arguments: argparse.Namespace, data: str, results: Results) -> None:
         count = min(arguments.images, len(ImageFolder(resolution, path=data)))
         batches = [list(range(count))[i : i + arguments.batch] for i in range(0, count, arguments.batch)]
         results.part(f"images/s, {resolution} px", 0, partial(speed, found, batches, arguments.rounds))
+        with tempfile.TemporaryDirectory() as folder:
+            order = np.random.default_rng(0).permutation(count).tolist()
+            shuffled = [order[i : i + arguments.batch] for i in range(0, count, arguments.batch)]
+            others = partial(stores, data, Path(folder), resolution)
+            run = partial(lambda make, *rest: speed(make(), *rest, "image_folder"), others, shuffled, arguments.rounds)
+            results.part(f"stores' images/s, {resolution} px", 0, run)
         results.part(f"differences, {resolution} px", 0, partial(differences, found, batches))
     side = arguments.resolutions[0]
     for workers in arguments.workers:

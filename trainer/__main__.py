@@ -13,6 +13,7 @@ COMMANDS = (
     "evaluate",
     "compare",
     "encode",
+    "pack",
     "export",
     "import",
     "check",
@@ -24,7 +25,7 @@ COMMANDS = (
 WITHOUT_CONFIG = ("compare", "plugins", "new", "conform")
 
 # Commands that skip what an interrupted one has finished.
-RESUMED = ("train", "sample", "evaluate", "encode")
+RESUMED = ("train", "sample", "evaluate", "encode", "pack")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,12 +21,14 @@ class Dataset:
         given: names of the constructor arguments that the trainer passes; options follow after a bare ``*``.
         has_judge: whether :meth:`judge` is available.
         judge_dim: number of features of :meth:`judge_features`; 0: not available.
+        suffixes: extensions of the files that tell that this dataset reads a folder: ``python -m trainer pack FOLDER``.
         conditions: names in ``DatasetItem.condition``, if the denoiser is conditioned on more than the class.
     """
 
     given: ClassVar[tuple[str, ...]] = ("resolution",)
     has_judge: bool = False
     judge_dim: ClassVar[int] = 0
+    suffixes: ClassVar[tuple[str, ...]] = ()
     conditions: ClassVar[tuple[str, ...]] = ()
 
     num_classes: int

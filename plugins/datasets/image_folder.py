@@ -7,26 +7,13 @@ import os
 from typing import Literal
 
 import numpy as np
-from torch import Tensor
 
 from components import registry
-from components.contracts import Dataset, DatasetItem
-from components.data.crop import crop_image, crop_tensor, to_tensor
-from components.data.images import (
-    ImageError,
-    Listing,
-    check_fast_decoder,
-    extensions,
-    printable,
-    read_rgb,
-    read_rgb_fast,
-    silence_decoders,
-)
+from components.data.image_dataset import ImageDataset
+from components.data.images import Listing, extensions, printable
 from components.data.loader import DataError
 
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
-PATIENCE = 100
-"""Number of consecutive unreadable files after which reading stops: the folder, not a file, is then the problem."""
 
 HELP = """\
 Set [dataset] path to a folder with one sub-folder per class; for ImageNet, PATH/n01440764/*.JPEG to
@@ -36,16 +23,12 @@ of the same name, or use the dataset ILSVRC/imagenet-1k on Hugging Face."""
 
 
 @registry.datasets.register("image_folder")
-class ImageFolder(Dataset):
+class ImageFolder(ImageDataset):
     """Center-cropped image files in one sub-folder per class (ImageNet layout).
 
     Classes are the sub-folders, sorted as text ("10" before "2"); files may be nested inside them. A class without
-    images keeps its label, but is left out of samples. Files are listed and converted to 8-bit RGB by
-    :mod:`components.data.images`, as in evaluation. The crop is ADM's (arXiv 2105.05233), see
-    :mod:`components.data.crop`.
-
-    An unreadable file is replaced by the next readable one; the item's fields ``unreadable`` and ``reason`` say which
-    and why.
+    images keeps its label, but is left out of samples. Files are listed by :mod:`components.data.images`. For pixels,
+    crop and unreadable files see :class:`components.data.image_dataset.ImageDataset`.
 
     Args:
         path: folder with one sub-folder per class.
@@ -58,19 +41,12 @@ class ImageFolder(Dataset):
             decoder needs, cannot decode JPEGs.
     """
 
+    title = "dataset image_folder"
+
     def __init__(
         self, resolution: int, *, path: registry.File, flip: bool = True, decoder: Literal["exact", "fast"] = "exact"
     ) -> None:
-        silence_decoders()
-        self.resolution = resolution
-        self.decoder = decoder
-        if decoder == "fast":
-            try:
-                check_fast_decoder()
-            except ImageError as error:
-                raise DataError(f'dataset image_folder: decoder = "fast": {error}; set decoder = "exact"') from error
-        self.path = os.path.abspath(os.path.expanduser(path))
-        self.flip = flip
+        super().__init__(resolution, os.path.abspath(os.path.expanduser(path)), flip, decoder)
         listing = _open(path, self.path)
         self.class_names = [printable(folder) for folder in listing.folders]
         self.num_classes = len(self.class_names)
@@ -97,52 +73,12 @@ class ImageFolder(Dataset):
             listing.left_out["images beside the class folders"] = len(listing.files)
         listing.say(f"dataset image_folder: {printable(path)}")
 
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        silence_decoders()
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def class_counts(self) -> list[int]:
-        return np.bincount(self._labels, minlength=self.num_classes).tolist()
-
     def file(self, index: int) -> str:
         """Return the path of image ``index`` in [0, len)."""
         start = self._ends[index - 1] if index else 0
         return os.path.join(self.path, os.fsdecode(self._names[start : self._ends[index]]))
 
-    def __getitem__(self, index: int) -> DatasetItem:
-        """Return the image (uint8, (3, R, R)), its class and, if another image replaced it, the path of ``index``.
-
-        Raises:
-            IndexError: ``index`` is outside [0, len).
-            DataError: none of the 100 files from ``index`` on can be read.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"dataset image_folder: index {index} is outside its {len(self)} images")
-        unreadable, why = None, ""
-        for other in range(index, index + min(PATIENCE, len(self))):
-            other %= len(self)
-            try:
-                image = _read(self.file(other), self.resolution, self.decoder)
-            except Exception as error:  # one file must not end a run
-                unreadable, why = unreadable or printable(self.file(index)), why or str(error)
-                reason = f"{printable(self.file(other))}: {error}"
-                continue
-            return DatasetItem(image, int(self._labels[other]), unreadable, reason=why)
-        raise DataError(
-            f"dataset image_folder: {min(PATIENCE, len(self))} images in a row cannot be read, starting with "
-            f"{unreadable}; the last: {reason}. Check that {self.path} still exists and is readable."
-        )
-
-
-def _read(file: str, resolution: int, decoder: str) -> Tensor:
-    """Read and crop an image: uint8 (3, R, R), channels last in memory; raises :class:`ImageError`."""
-    image = read_rgb_fast(file) if decoder == "fast" else read_rgb(file)
-    if isinstance(image, Tensor):
-        return crop_tensor(image, resolution)
-    return to_tensor(crop_image(image, resolution))
+    encoded = place = file
 
 
 def _open(path: str, root: str) -> Listing:

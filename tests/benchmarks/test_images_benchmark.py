@@ -15,6 +15,8 @@ def test_results(tmp_path):
     parts = json.loads((tmp_path / "images.json").read_text())["parts"]
     for side in (96, 48):
         assert set(parts[f"images/s, {side} px"]["result"]) == {"plain", "plain, float", "exact", "fast"}
+        others = parts[f"stores' images/s, {side} px"]["result"]
+        assert {"image_folder", "shards", "packed png", "packed jpg"} <= set(others)
         found = parts[f"differences, {side} px"]["result"]
         assert found["exact"]["most"] <= 1 and found["exact"]["share of values"] < 1e-3
         assert 0 < found["fast"]["most"] <= 2 and found["fast"]["mean"] < 0.02

@@ -153,12 +153,13 @@ def _dataset_problems(config: Config, index: dict[str, Any], images: Dataset | N
         problems.append(f"its classes differ from those of the dataset (cache -> this run): {changed}")
     elif len(images) != index["count"]:
         problems.append(f"it holds {index['count']} images, the dataset has {len(images)}")
-    elif not _recognized(there["probes"], images):
+    elif not recognized(there["probes"], images):
         problems.append("its images differ from those of the dataset (a sample was compared)")
     return problems
 
 
-def _recognized(recorded: list[dict[str, Any]], images: Dataset) -> bool:
+def recognized(recorded: list[dict[str, Any]], images: Dataset) -> bool:
+    """Whether a dataset has the images of which these are :func:`probes`, as far as they can be read."""
     seen = {probe["index"]: probe for probe in probes(images)}
     for probe in recorded:
         other = seen.get(probe["index"])

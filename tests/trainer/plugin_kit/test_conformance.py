@@ -12,7 +12,7 @@ import torch
 from components import registry
 from components.nn.timm_encoder import TimmEncoder
 from components.registry import PluginError, Registry
-from tests.support import ROOT, broken_plugins
+from tests.support import ROOT, broken_plugins, image_files
 from tests.support import toy_plugins as toys
 from trainer.__main__ import main
 from trainer.plugin_kit.conformance import Case, Failure, checks, examine, resolve
@@ -84,6 +84,15 @@ def image_folder(tmp_path_factory):
     return folder
 
 
+def arrow_folder(folder):
+    pytest.importorskip("pyarrow", reason='hf_dataset needs pyarrow: pip install "titanrepa[hf]"')
+    return image_files.write_table(folder / "train.arrow", image_files.samples(6)).parent
+
+
+WRITERS = {
+    "hf_dataset": arrow_folder,
+    "webdataset": lambda folder: image_files.write_shards(folder, image_files.samples(6)),
+}
 compiled: set = set()
 
 
@@ -98,11 +107,13 @@ def examined_before(plugin: registry.Plugin, options: dict) -> bool:
 
 
 @pytest.mark.parametrize("plugin", SHIPPED, ids=lambda p: f"{p.kind}-{p.name}")
-def test_every_shipped_plugin_conforms(plugin, image_folder):
+def test_every_shipped_plugin_conforms(plugin, image_folder, tmp_path):
     options = {k: v for k, v in TINY.get(plugin.kind, {}).items() if k in plugin.options}
     options |= OPTIONS.get((plugin.kind, plugin.name), {})
     if "path" in plugin.options and plugin.kind == "dataset":
         options["path"] = str(image_folder)
+        if plugin.name in WRITERS:
+            options["path"] = str(WRITERS[plugin.name](tmp_path))
     leave_out = SLOW if examined_before(plugin, options) else ()
     results = list(examine(Case(plugin, options, PARTS.get((plugin.kind, plugin.name), {})), leave_out))
     assert [r for r in results if r.failure] == []
