@@ -45,7 +45,7 @@ class Shapes(Dataset):
             ``variety`` outside [0, 1].
     """
 
-    class_names = (
+    class_names: tuple[str, ...] = (
         "disc",
         "ring",
         "square",
