@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from components import registry
+
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -193,14 +195,12 @@ class LatentNormTable(Table):
 
 
 class OptimizerTable(Table):
+    model_config = ConfigDict(extra="allow")
+
+    name: str = "adamw"
+    """Optimizer; `python -m trainer plugins optimizer` lists them. Its options belong in the same table."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    """AdamW's beta1 and beta2."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW's epsilon."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decoupled weight decay."""
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     """Maximum gradient norm of the group; 0: no clipping."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -210,16 +210,27 @@ class OptimizerTable(Table):
     final_lr_ratio: Fraction = 0.0
     """For linear and cosine: learning rate at the last step as a fraction of the peak."""
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the optimizer; tables are those of parameter groups."""
+        return {key: value for key, value in (self.model_extra or {}).items() if not isinstance(value, dict)}
+
 
 class Optimizer(OptimizerTable):
-    """Optimizer settings of all parameter groups; a sub-table ([optimizer.tokenizer]) overrides them for one group."""
-
-    model_config = ConfigDict(extra="allow")
+    """Optimizer and its settings for all parameter groups; a sub-table ([optimizer.tokenizer]) overrides them for one
+    group."""
 
     def group(self, name: str) -> OptimizerTable:
-        """Settings of one parameter group: the common ones, updated by its sub-table."""
+        """Settings of one parameter group: the common ones, updated by its sub-table; all options are present.
+
+        A group with another optimizer inherits the options that this one has, too.
+        """
         base = {key: value for key, value in self if key in OptimizerTable.model_fields}
-        return OptimizerTable(**(base | (self.model_extra or {}).get(name, {})))
+        own = (self.model_extra or {}).get(name, {})
+        known = registry.optimizers.get(own.get("name", self.name)).options
+        defaults = {option.name: option.default for option in known.values() if not option.required}
+        inherited = {key: value for key, value in self.options.items() if key in known}
+        return OptimizerTable(**(base | defaults | inherited | own))
 
 
 class Ema(Table):

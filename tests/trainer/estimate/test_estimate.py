@@ -223,7 +223,7 @@ def test_prints_parts_memory_traffic_and_verdict(toml, capsys):
     options = [*UNEVEN, "--parallel.strategy=hsdp", "--training.batch_size=16"]
     assert main(["check", toml, "--world-size=16", "--gpu=l40s", *options]) == 0
     out = capsys.readouterr().out
-    for text in ("2 replicas x 8 shards", "16 ranks x 1 images", "AdamW states", "frozen parts", "GFLOP per image",
+    for text in ("2 replicas x 8 shards", "16 ranks x 1 images", "optimizer states", "frozen parts", "GFLOP per image",
                  "all-reduce", "to other nodes", "fits l40s"):  # fmt: skip
         assert text in out
 

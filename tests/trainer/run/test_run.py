@@ -228,5 +228,5 @@ def test_each_network_is_constructed_once_a_start(toml, monkeypatch):
             monkeypatch.setattr(plugin.cls, "__init__", functools.wraps(plugin.cls.__init__)(counted))
     Trainer(config.load(toml), World())
     assert sorted(made) == sorted(
-        ["RepaE", "AutoencoderKL", "SiT", "TinyViT", "L1", "KL", "PatchGAN", "Cosine", "Shapes"]
+        ["RepaE", "AutoencoderKL", "SiT", "TinyViT", "L1", "KL", "PatchGAN", "Cosine", "Shapes"] + 3 * ["AdamW"]
     )
