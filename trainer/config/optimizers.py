@@ -24,7 +24,7 @@ def optimizer_problems(config: Config) -> list[str]:
         every |= registry.recipes.get(config.recipe.name).cls.trains.keys()
     if not tables.keys() <= every:  # listing the other recipes imports all of them
         every |= {name for recipe in registry.recipes for name in recipe.cls.trains}
-    problems = _of_options("optimizer", o.name, o.options, {}, every)
+    problems = _of_options("optimizer", o.name, o.options, {}, every) + _of_schedule("optimizer", dict(o))
     for name, table in tables.items():
         place = f"optimizer.{name}"
         if name not in every:
@@ -39,6 +39,7 @@ def optimizer_problems(config: Config) -> list[str]:
         own = {key: value for key, value in table.items() if key not in COMMON}
         if "name" in common or registry.optimizers.has(o.name):  # an unknown name is reported once
             problems += _of_options(place, common.get("name", o.name), own, o.options)
+        problems += _of_schedule(place, dict(o) | common) if "schedule" in common or "points" in common else []
     return problems
 
 
@@ -65,3 +66,9 @@ def _of_options(
     except ValidationError as error:
         problems += problems_of(error, schema, place)
     return problems
+
+
+def _of_schedule(place: str, settings: dict[str, Any]) -> list[str]:
+    if settings["schedule"] == "piecewise" and not settings["points"]:
+        return [f"{place}.points: missing; schedule = 'piecewise' needs pairs such as [[10000, 1.0], [20000, 0.1]]"]
+    return []

@@ -194,6 +194,14 @@ class LatentNormTable(Table):
     """Number of training images used to measure the initial statistics."""
 
 
+def _points(points: list[list[float]]) -> list[list[float]]:
+    if any(len(pair) != 2 or pair[0] != int(pair[0]) or min(pair) < 0 for pair in points):
+        raise ValueError("expected pairs [step, factor], such as [[10000, 1.0], [20000, 0.1]]; neither below 0")
+    if any(later[0] <= earlier[0] for earlier, later in zip(points, points[1:])):
+        raise ValueError("steps must ascend")
+    return points
+
+
 class OptimizerTable(Table):
     model_config = ConfigDict(extra="allow")
 
@@ -203,12 +211,24 @@ class OptimizerTable(Table):
     """Peak learning rate."""
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     """Maximum gradient norm of the group; 0: no clipping."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning-rate schedule after warmup: constant, or linear or cosine decay to lr * final_lr_ratio."""
+    schedule: Literal["constant", "linear", "cosine", "wsd", "piecewise"] = "constant"
+    """Learning-rate schedule after warmup: constant; linear or cosine decay to lr * final_lr_ratio; wsd: constant, then
+    that decay at the end (`decay_steps`); piecewise: through `points`."""
     warmup_steps: NotNegative = 0
     """Steps of linear warmup from zero."""
     final_lr_ratio: Fraction = 0.0
-    """For linear and cosine: learning rate at the last step as a fraction of the peak."""
+    """For linear, cosine and wsd: learning rate at the last step as a fraction of the peak."""
+    decay_steps: NotNegative = 0
+    """For wsd: steps of the decay at the end of the run; 0: `decay_fraction` of the run."""
+    decay_fraction: Fraction = 0.1
+    """For wsd: steps of the decay as a fraction of `training.steps`."""
+    decay_shape: Literal["linear", "1-sqrt"] = "linear"
+    """For wsd: shape of the decay, linear or by the square root of its progress."""
+    points: Annotated[list[list[float]], AfterValidator(_points)] = []
+    """For piecewise: pairs [step, factor on lr] with ascending steps; before the first and after the last pair, the
+    factor is theirs."""
+    between: Literal["linear", "constant"] = "linear"
+    """For piecewise: interpolate linearly between points, or keep a point's factor until the next one."""
 
     @property
     def options(self) -> dict[str, Any]:

@@ -127,6 +127,10 @@ def parameter_groups(config: Config, parts: Parts) -> dict[str, ParameterGroup]:
             steps,
             settings.warmup_steps,
             settings.final_lr_ratio,
+            settings.decay_steps or round(settings.decay_fraction * steps),
+            settings.decay_shape,
+            [(int(step), factor) for step, factor in settings.points],
+            settings.between,
         )
 
         def make(modules: nn.ModuleDict, lr: float, settings: OptimizerTable = settings, place: str = name) -> Any:
