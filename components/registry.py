@@ -199,8 +199,11 @@ denoisers = Registry("denoiser", "Denoiser")
 encoders = Registry("encoder", "Encoder")
 losses = Registry("loss", "ReconstructionLoss", "AdversarialLoss", "AlignmentLoss")
 datasets = Registry("dataset", "Dataset")
+optimizers = Registry("optimizer", "Optimizer")
 
-KINDS: dict[str, Registry] = {r.kind: r for r in (recipes, tokenizers, denoisers, encoders, losses, datasets)}
+KINDS: dict[str, Registry] = {
+    r.kind: r for r in (recipes, tokenizers, denoisers, encoders, losses, datasets, optimizers)
+}
 
 
 def title(part: object) -> str:

@@ -3,6 +3,7 @@
 from components.contracts.dataset import Dataset
 from components.contracts.losses import AdversarialLoss, AlignmentLoss, ReconstructionLoss
 from components.contracts.networks import Denoiser, Encoder, Network, Tokenizer, units_of
+from components.contracts.optimizer import Optimizer, hidden_matrices, trained_parameters
 from components.contracts.recipe import Modules, Recipe, Sampler, Update
 from components.contracts.records import (
     Batch,
@@ -34,6 +35,7 @@ __all__ = [
     "LossTerm",
     "Modules",
     "Network",
+    "Optimizer",
     "Posterior",
     "RandomNumbers",
     "Recipe",
@@ -42,5 +44,7 @@ __all__ = [
     "Tokenizer",
     "Tokens",
     "Update",
+    "hidden_matrices",
+    "trained_parameters",
     "units_of",
 ]

@@ -1,48 +1,17 @@
-"""Parameter groups: AdamW with a learning-rate schedule and gradient clipping."""
+"""Parameter groups: an optimizer with a learning-rate schedule and gradient clipping."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from components.contracts import Optimizer, trained_parameters
 from components.distributed.parallel import local
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Learning-rate schedule.
-
-    Attributes:
-        lr: peak learning rate.
-        shape: after warm-up: constant, or linear or cosine decay to ``final_ratio * lr`` at the last step.
-        steps: total number of steps.
-        warmup_steps: number of linear warm-up steps; the first step uses lr / warmup_steps.
-        final_ratio: final learning rate divided by ``lr``, in [0, 1].
-    """
-
-    lr: float
-    shape: Literal["constant", "linear", "cosine"] = "constant"
-    steps: int = 1
-    warmup_steps: int = 0
-    final_ratio: float = 0.0
-
-    def at(self, step: int) -> float:
-        """Learning rate of step ``step``, counted from 0."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        if self.shape == "constant":
-            return self.lr
-        span = max(1, self.steps - 1 - self.warmup_steps)
-        done = min(1.0, (step - self.warmup_steps) / span)
-        left = 1 - done if self.shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-        return self.lr * (self.final_ratio + (1 - self.final_ratio) * left)
+from components.optim.schedule import Schedule
 
 
 class ParameterGroup:
@@ -51,8 +20,8 @@ class ParameterGroup:
     Args:
         name: as in the recipe's ``trains``.
         modules: by name; their parameters with ``requires_grad`` are trained.
+        make: constructs the optimizer from the modules and the peak learning rate.
         schedule: learning-rate schedule.
-        betas, eps, weight_decay: AdamW hyperparameters.
         clip_norm: maximum gradient norm; larger gradients are scaled down. 0 disables clipping.
 
     Attributes:
@@ -64,23 +33,19 @@ class ParameterGroup:
         self,
         name: str,
         modules: Mapping[str, nn.Module],
+        make: Callable[[nn.ModuleDict, float], Optimizer],
         *,
         schedule: Schedule,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
         clip_norm: float = 1.0,
     ) -> None:
         self.name = name
         self.modules = nn.ModuleDict(modules)
-        named = [(name, p) for name, p in self.modules.named_parameters() if p.requires_grad]
-        self.names = [name.replace("_checkpoint_wrapped_module.", "") for name, _ in named]
-        self.parameters = [p for _, p in named]
+        named = trained_parameters(self.modules)
+        self.names, self.parameters = list(named), list(named.values())
         self.schedule = schedule
         self.clip_norm = clip_norm
-        # Fused: one kernel per step, and the only AdamW that can skip a step based on a flag on the device.
-        self.settings = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=schedule.lr, fused=True, **self.settings)
+        self.optimizer = make(self.modules, schedule.lr)
+        self._settings = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
 
     def has_gradients(self) -> bool:
         """Whether any parameter has a gradient; false for a discriminator before its start step."""
@@ -114,10 +79,9 @@ class ParameterGroup:
             finite: bool scalar on the device; if false, weights and optimizer state stay unchanged. Does not
                 synchronize with the host.
         """
-        lr = self.schedule.at(step)
-        for group in self.optimizer.param_groups:
+        for group, settings in zip(self.optimizer.param_groups, self._settings):
             # Loading a checkpoint restores the saved settings; the current run's take precedence.
-            group.update(self.settings, lr=lr)
+            group.update(settings, lr=self.schedule.at(step, settings["lr"]))
         if norm is not None:
             device = self.parameters[0].device
             if self.clip_norm > 0:
@@ -127,4 +91,4 @@ class ParameterGroup:
             self.optimizer.found_inf = (~finite).float().to(device)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        return lr
+        return self.schedule.at(step)

@@ -16,8 +16,10 @@ from benchmarks import plain_step
 from benchmarks.plain_step import PlainSecondStage, PlainStep, Random
 from components.contracts import Modules, Posterior
 from components.optim.ema import Ema
-from components.optim.optimizer import ParameterGroup, Schedule
+from components.optim.optimizer import ParameterGroup
+from components.optim.schedule import Schedule
 from plugins.losses.lpips import LPIPS
+from plugins.optimizers.adamw import AdamW
 from plugins.recipes.repa import Repa
 from plugins.recipes.repae import RepaE
 from tests.support import toys
@@ -46,11 +48,13 @@ def modules() -> Modules:
 
 
 def project(m: Modules, recipe) -> tuple[Step, Ema]:
-    options = {"betas": SETTINGS.betas, "weight_decay": SETTINGS.weight_decay, "clip_norm": SETTINGS.clip_norm}
-    groups = {
-        name: ParameterGroup(name, {part: getattr(m, part) for part in parts}, schedule=Schedule(LR), **options)
-        for name, parts in recipe.trains.items()
-    }
+    def adamw(modules, lr):
+        return AdamW(modules, lr, betas=SETTINGS.betas, weight_decay=SETTINGS.weight_decay)
+
+    groups = {}
+    for name, parts in recipe.trains.items():
+        members = {part: getattr(m, part) for part in parts}
+        groups[name] = ParameterGroup(name, members, adamw, schedule=Schedule(LR), clip_norm=SETTINGS.clip_norm)
     ema = Ema({"denoiser": m.denoiser, "heads": m.heads, "latent_norm": m.latent_norm}, DECAY)
     device = torch.device("cpu")
     return Step(recipe, m, groups, ema=ema, accumulation=1, autocast_dtype=None, device=device), ema

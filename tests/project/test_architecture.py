@@ -178,7 +178,7 @@ def test_a_training_run_imports_only_what_it_uses():
     libraries = ("timm", "torchvision", "torchmetrics", "tensorboard", "torchdata", "torch_fidelity", "PIL")
     assert [name for name in libraries if name in done.stdout.splitlines()[-1].split()] == []
     named = {"recipes.repae", "tokenizers.autoencoder_kl", "tokenizers.autoencoder_kl.diffusers_format"}
-    named |= {"denoisers.sit", "encoders.tiny_vit", "datasets.shapes"}
+    named |= {"denoisers.sit", "encoders.tiny_vit", "datasets.shapes", "optimizers.adamw"}
     named |= {f"losses.{name}" for name in ("cosine", "patchgan", "reconstruction")}
     plugins = {name.removeprefix("plugins.") for name in found if name.count(".") > 1 and name.startswith("plugins.")}
     assert plugins == named

@@ -17,10 +17,13 @@ from components.contracts import (
     DenoiserOutput,
     Distribution,
     LossTerm,
+    Optimizer,
     Posterior,
     Recipe,
     ReconstructionLoss,
+    trained_parameters,
 )
+from components.distributed.parallel import local
 from components.registry import KINDS, Plugin, Registry
 from tests.support import toy_plugins as toys
 
@@ -787,6 +790,120 @@ class NeedsImages(_Sound):
         with torch.no_grad():
             z = m.tokenizer.encode(batch.images).sample(random["posterior"])
         update("denoiser", {"velocity": LossTerm(1.0, self.velocity(m, z, batch, random))})
+
+
+# Optimizers
+
+
+class _Descent(Optimizer):
+    """Gradient descent with momentum; a correct optimizer.
+
+    Args:
+        momentum: decay of the average.
+    """
+
+    dtype = None
+
+    def __init__(self, modules, lr, *, momentum: float = 0.5) -> None:
+        super().__init__(list(self.chosen(modules)), {"lr": lr, "momentum": momentum})
+
+    def chosen(self, modules):
+        return trained_parameters(modules).values()
+
+    def skips(self):
+        return torch.zeros(()) if self.found_inf is None else self.found_inf
+
+    def buffer(self, p):
+        if not self.state[p]:
+            self.state[p]["momentum"] = torch.zeros_like(p, dtype=self.dtype)
+        return self.state[p]["momentum"]
+
+    def direction(self, p, momentum):
+        return momentum
+
+    def rate(self, group):
+        return group["lr"]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in [p for p in group["params"] if p.grad is not None]:
+                weight, buffer = local(p), local(self.buffer(p))
+                momentum = buffer.lerp(local(p.grad).to(buffer.dtype), 1 - group["momentum"])
+                new = weight - self.rate(group) * self.direction(p, momentum)
+                for old, value in ((weight, new), (buffer, momentum)):
+                    old.copy_(torch.where(self.skips() > 0, old, value))
+
+
+@broken("optimizer", "options_differ_from_the_common_keys", "the options clip_norm are keys of [optimizer]")
+class ClipsItself(_Descent):
+    """Has an option that the trainer reads.
+
+    Args:
+        clip_norm: largest norm.
+    """
+
+    def __init__(self, modules, lr, *, clip_norm: float = 1.0) -> None:
+        super().__init__(modules, lr)
+
+
+@broken("optimizer", "trains_every_parameter", "a step does not change net.")
+class TrainsMatrices(_Descent):
+    """Trains only what has two dimensions."""
+
+    def chosen(self, modules):
+        return (p for p in super().chosen(modules) if p.ndim == 2)
+
+
+@broken("optimizer", "takes_the_learning_rate_of_the_schedule", "changes with a learning rate of 0")
+class OwnRate(_Descent):
+    """Keeps its first learning rate."""
+
+    def rate(self, group):
+        return self.defaults["lr"]
+
+
+@broken("optimizer", "keeps_everything_in_a_skipped_step", "changes in a skipped step")
+class NeverSkips(_Descent):
+    """Ignores found_inf."""
+
+    def skips(self):
+        return torch.zeros(())
+
+
+@broken("optimizer", "does_not_wait_for_the_device", "a step waits for the device")
+class Waits(_Descent):
+    """Reads found_inf on the host."""
+
+    def step(self, closure=None):
+        self.skips().item()
+        super().step()
+
+
+@broken("optimizer", "can_be_resumed", "differs after a resume")
+class HidesItsState(_Descent):
+    """Keeps its state in an attribute."""
+
+    def buffer(self, p):
+        vars(self).setdefault("buffers", {})
+        return self.buffers.setdefault(p, torch.zeros_like(p))
+
+
+@broken("optimizer", "keeps_fp64", "torch.float32 for fp64 weights")
+class KeepsFp32(_Descent):
+    """Keeps its state in fp32."""
+
+    dtype = torch.float32
+
+
+@broken("optimizer", "works_on_shards", "the state momentum is not sharded")
+class Unsharded(_Descent):
+    """Keeps a plain tensor as the state of a sharded weight."""
+
+    def buffer(self, p):
+        if not self.state[p]:
+            self.state[p]["momentum"] = torch.zeros(p.shape, dtype=p.dtype)
+        return self.state[p]["momentum"]
 
 
 def _autocast() -> Any:

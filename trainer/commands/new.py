@@ -23,6 +23,7 @@ KINDS = (  # one module each in trainer/plugin_kit/templates
     "alignment_loss",
     "dataset",
     "recipe",
+    "optimizer",
 )
 
 

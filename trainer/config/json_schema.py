@@ -46,12 +46,8 @@ def json_schema() -> dict[str, Any]:
             },
             "additionalProperties": {"anyOf": _named(kind)},
         }
-    group = OptimizerTable.model_json_schema(ref_template=REFERENCE)
-    optimizer = definitions["Optimizer"]
-    names = sorted({name for recipe in registry.recipes for name in recipe.cls.trains})
-    optimizer["properties"] |= {name: group | {"description": f"Settings of the group '{name}'."} for name in names}
-    optimizer["additionalProperties"] = False
-    del definitions["PluginTable"], definitions["EncoderTable"]
+    tables["optimizer"] = {"description": definitions["Optimizer"]["description"], "anyOf": _optimizers(definitions)}
+    del definitions["PluginTable"], definitions["EncoderTable"], definitions["Optimizer"]
     return _plain(schema)
 
 
@@ -70,6 +66,24 @@ def _table(plugin: Plugin, definitions: dict[str, Any]) -> dict[str, Any]:
         "required": ["name", *table.get("required", [])],
         "additionalProperties": False,
     }
+
+
+def _optimizers(definitions: dict[str, Any]) -> list[dict[str, Any]]:
+    """Schemas of [optimizer], one per optimizer, each with the sub-tables of parameter groups."""
+    common = OptimizerTable.model_json_schema(ref_template=REFERENCE)["properties"]
+    default = OptimizerTable.model_fields["name"].default
+    groups = sorted({name for recipe in registry.recipes for name in recipe.cls.trains})
+    found = []
+    for plugin in registry.optimizers:
+        own = definitions[f"optimizer.{plugin.name}"]
+        keys = {**common, **own["properties"]}
+        # In a group's table, name and options may be those of [optimizer].
+        definitions[f"optimizer_group.{plugin.name}"] = own | {"properties": keys, "required": []}
+        of_groups = [{"$ref": f"#/definitions/optimizer_group.{name}"} for name in registry.optimizers.names()]
+        tables = {name: {"description": f"Settings of the group '{name}'.", "anyOf": of_groups} for name in groups}
+        required = [key for key in own["required"] if key != "name" or plugin.name != default]
+        found.append(own | {"properties": keys | tables, "required": required})
+    return found
 
 
 def _named(kind: str, besides: str = "") -> list[dict[str, Any]]:

@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from components import registry
-from components.registry import nearest
 from trainer.config import trust
+from trainer.config.optimizers import optimizer_problems
 from trainer.config.problems import problems_of
-from trainer.config.schema import Config, OptimizerTable, PluginTable
+from trainer.config.schema import Config, PluginTable
 from trainer.config.switching import drop_old_options
 from trainer.startup import without_garbage_collection
 
@@ -145,13 +145,13 @@ def validate(
     except registry.PluginError as error:
         raise ConfigError(f"{source}: {error}") from error
     trust.remember(config.plugins)
-    drop_old_options(plugin_tables(config), before or {}, given)
+    drop_old_options([*plugin_tables(config), ("optimizer", "optimizer", config.optimizer)], before or {}, given)
     problems = [p for place, kind, table in plugin_tables(config) for p in _check_plugin(place, kind, table, folder)]
     if (heldout := config.evaluation.heldout) and not problems:
         table = PluginTable(name=config.dataset.name, **(config.dataset.options | heldout))
         problems += _check_plugin("evaluation.heldout", "dataset", table, folder)
         config.evaluation.heldout = {key: table.options[key] for key in heldout}
-    problems += _optimizer_problems(config)
+    problems += optimizer_problems(config)
     if not config.training.compile:
         problems += [
             f"activation_checkpoint.{name} = {form!r}: budgets are handled by the compiler; set training.compile = true"
@@ -272,24 +272,3 @@ def _check_plugin(place: str, kind: str, table: PluginTable, folder: Path) -> li
     except ValidationError as error:
         return problems_of(error, schema, place)
     return []
-
-
-def _optimizer_problems(config: Config) -> list[str]:
-    problems = []
-    tables = config.optimizer.model_extra or {}
-    every: set[str] = set()
-    if registry.recipes.has(config.recipe.name):
-        every |= registry.recipes.get(config.recipe.name).cls.trains.keys()
-    if not tables.keys() <= every:  # listing the other recipes imports all of them
-        every |= {name for recipe in registry.recipes for name in recipe.cls.trains}
-    for name, table in tables.items():
-        if not isinstance(table, dict):
-            problems.append(f"optimizer.{name}: unknown key{nearest(name, [*OptimizerTable.model_fields, *every])}")
-        elif name not in every:
-            problems.append(f"optimizer.{name}: no recipe has a parameter group '{name}'{nearest(name, every)}")
-        else:
-            try:
-                OptimizerTable.model_validate(table)
-            except ValidationError as error:
-                problems += problems_of(error, OptimizerTable, f"optimizer.{name}")
-    return problems

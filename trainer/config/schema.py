@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from components import registry
+
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -194,34 +196,63 @@ class LatentNormTable(Table):
     """Normalize with the initial statistics throughout, instead of a batch norm: an ablation of the paper."""
 
 
+def _points(points: list[list[float]]) -> list[list[float]]:
+    if any(len(pair) != 2 or pair[0] != int(pair[0]) or min(pair) < 0 for pair in points):
+        raise ValueError("expected pairs [step, factor], such as [[10000, 1.0], [20000, 0.1]]; neither below 0")
+    if any(later[0] <= earlier[0] for earlier, later in zip(points, points[1:])):
+        raise ValueError("steps must ascend")
+    return points
+
+
 class OptimizerTable(Table):
+    model_config = ConfigDict(extra="allow")
+
+    name: str = "adamw"
+    """Optimizer; `python -m trainer plugins optimizer` lists them. Its options belong in the same table."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    """AdamW's beta1 and beta2."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW's epsilon."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decoupled weight decay."""
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     """Maximum gradient norm of the group; 0: no clipping."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning-rate schedule after warmup: constant, or linear or cosine decay to lr * final_lr_ratio."""
+    schedule: Literal["constant", "linear", "cosine", "wsd", "piecewise"] = "constant"
+    """Learning-rate schedule after warmup: constant; linear or cosine decay to lr * final_lr_ratio; wsd: constant, then
+    that decay at the end (`decay_steps`); piecewise: through `points`."""
     warmup_steps: NotNegative = 0
     """Steps of linear warmup from zero."""
     final_lr_ratio: Fraction = 0.0
-    """For linear and cosine: learning rate at the last step as a fraction of the peak."""
+    """For linear, cosine and wsd: learning rate at the last step as a fraction of the peak."""
+    decay_steps: NotNegative = 0
+    """For wsd: steps of the decay at the end of the run; 0: `decay_fraction` of the run."""
+    decay_fraction: Fraction = 0.1
+    """For wsd: steps of the decay as a fraction of `training.steps`."""
+    decay_shape: Literal["linear", "1-sqrt"] = "linear"
+    """For wsd: shape of the decay, linear or by the square root of its progress."""
+    points: Annotated[list[list[float]], AfterValidator(_points)] = []
+    """For piecewise: pairs [step, factor on lr] with ascending steps; before the first and after the last pair, the
+    factor is theirs."""
+    between: Literal["linear", "constant"] = "linear"
+    """For piecewise: interpolate linearly between points, or keep a point's factor until the next one."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the optimizer; tables are those of parameter groups."""
+        return {key: value for key, value in (self.model_extra or {}).items() if not isinstance(value, dict)}
 
 
 class Optimizer(OptimizerTable):
-    """Optimizer settings of all parameter groups; a sub-table ([optimizer.tokenizer]) overrides them for one group."""
-
-    model_config = ConfigDict(extra="allow")
+    """Optimizer and its settings for all parameter groups; a sub-table ([optimizer.tokenizer]) overrides them for one
+    group."""
 
     def group(self, name: str) -> OptimizerTable:
-        """Settings of one parameter group: the common ones, updated by its sub-table."""
+        """Settings of one parameter group: the common ones, updated by its sub-table; all options are present.
+
+        A group with another optimizer inherits the options that this one has, too.
+        """
         base = {key: value for key, value in self if key in OptimizerTable.model_fields}
-        return OptimizerTable(**(base | (self.model_extra or {}).get(name, {})))
+        own = (self.model_extra or {}).get(name, {})
+        known = registry.optimizers.get(own.get("name", self.name)).options
+        defaults = {option.name: option.default for option in known.values() if not option.required}
+        inherited = {key: value for key, value in self.options.items() if key in known}
+        return OptimizerTable(**(base | defaults | inherited | own))
 
 
 class Ema(Table):

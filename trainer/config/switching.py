@@ -10,13 +10,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from components import registry
-from trainer.config.schema import PluginTable
+from trainer.config.schema import OptimizerTable, PluginTable
 
 logger = logging.getLogger("titanrepa")
 
 
 def drop_old_options(
-    tables: Sequence[tuple[str, str, PluginTable]], before: dict[str, Any], given: Collection[str]
+    tables: Sequence[tuple[str, str, PluginTable | OptimizerTable]], before: dict[str, Any], given: Collection[str]
 ) -> None:
     """Drop the options of a plugin that an override replaced, unless the new one has them, and log which.
 
@@ -32,7 +32,8 @@ def drop_old_options(
         for part in place.split("."):
             old = old.get(part, {}) if isinstance(old, dict) else {}
         label = place.rpartition(".")[2] if "." in place else None
-        name = old.get("name", label) if isinstance(old, dict) and (old or not label) else table.name
+        default = label or type(table).model_fields["name"].get_default()
+        name = old.get("name", default) if isinstance(old, dict) and (old or not label) else table.name
         if name == table.name or not registry.KINDS[kind].has(table.name):
             continue
         schema = registry.KINDS[kind].get(table.name).schema()

@@ -25,7 +25,7 @@ from trainer.run.step import make_step
 
 PARAMETERS = "trained parameters"
 GRADIENTS = "gradients"
-STATES = "AdamW states"
+STATES = "optimizer states"
 AVERAGES = "averages (EMA)"
 FROZEN = "frozen parts"
 KINDS = (PARAMETERS, GRADIENTS, STATES, AVERAGES, FROZEN, GATHERED, TEMPORARY)

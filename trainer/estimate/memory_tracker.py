@@ -29,7 +29,9 @@ c10d, functional = torch.ops.c10d, torch.ops._c10d_functional
 COLLECTIVES = {
     c10d._allgather_base_.default: ("all-gather", 1, 0),
     c10d._reduce_scatter_base_.default: ("reduce-scatter", 1, 1),
+    c10d.allgather_.default: ("all-gather", 1, 0),
     c10d.allreduce_.default: ("all-reduce", 2, 0),
+    c10d.alltoall_base_.default: ("all-to-all", 1, 1),
     functional.all_gather_into_tensor.default: ("all-gather", 1, None),
     functional.reduce_scatter_tensor.default: ("reduce-scatter", 1, 0),
     functional.all_reduce.default: ("all-reduce", 2, 0),

@@ -41,6 +41,7 @@ TABLES = {
     "encoder": "`[encoders.LABEL]`, any number; `name` defaults to the label.",
     "loss": "`[losses.LABEL]`, any number; `name` defaults to the label.",
     "dataset": "`[dataset]`, one per run.",
+    "optimizer": "`[optimizer]`, beside the keys of every optimizer; `[optimizer.GROUP]` for one parameter group.",
 }
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from components.data.classes import Classes, counted
 from components.data.loader import DataError
 from components.diffusion.image_sampler import sampler_of
 from components.distributed.parallel import World, gather_floats
 from components.optim.ema import Ema
-from components.optim.optimizer import ParameterGroup, Schedule
+from components.optim.optimizer import ParameterGroup
+from components.optim.schedule import Schedule
 from trainer.caching import cached
 from trainer.config import Config, ConfigError
+from trainer.config.schema import OptimizerTable
 from trainer.run.construct import check_first_item, construct_parts, make_plugin, trained_modules
 from trainer.run.parts import Parts
 from trainer.run.prepare import Preparation, averaged, mesh_shape
@@ -115,18 +120,23 @@ def parameter_groups(config: Config, parts: Parts) -> dict[str, ParameterGroup]:
         trained = {member: named[member] for member in members if member in named}
         if not trained:
             continue
+        steps = config.training.steps
         schedule = Schedule(
-            settings.lr, settings.schedule, config.training.steps, settings.warmup_steps, settings.final_lr_ratio
+            settings.lr,
+            settings.schedule,
+            steps,
+            settings.warmup_steps,
+            settings.final_lr_ratio,
+            settings.decay_steps or round(settings.decay_fraction * steps),
+            settings.decay_shape,
+            [(int(step), factor) for step, factor in settings.points],
+            settings.between,
         )
-        groups[name] = ParameterGroup(
-            name,
-            trained,
-            schedule=schedule,
-            betas=tuple(settings.betas),
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            clip_norm=settings.clip_norm,
-        )
+
+        def make(modules: nn.ModuleDict, lr: float, settings: OptimizerTable = settings, place: str = name) -> Any:
+            return make_plugin(f"optimizer.{place}", "optimizer", settings, modules, lr)
+
+        groups[name] = ParameterGroup(name, trained, make, schedule=schedule, clip_norm=settings.clip_norm)
     return groups
 
 

@@ -21,6 +21,7 @@ from components.distributed.materialize import NoRandom
 from components.nn.latent_norm import LatentNorm
 from components.optim.ema import frozen_copy
 from trainer.config import Config, ConfigError, PluginTable
+from trainer.config.schema import OptimizerTable
 from trainer.run.first_use import attribute_fault
 from trainer.run.parts import Parts
 from trainer.run.prepare import seeded
@@ -86,7 +87,7 @@ def construct_parts(
     return Parts(recipe, m, dataset, num_classes, latent, {n: places.get(n, n) for n in m.named()}, unused)
 
 
-def make_plugin(place: str, kind: str, table: PluginTable, *given: Any) -> Any:
+def make_plugin(place: str, kind: str, table: PluginTable | OptimizerTable, *given: Any) -> Any:
     """Construct a plugin from its config table.
 
     Raises:

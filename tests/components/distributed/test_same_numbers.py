@@ -19,6 +19,7 @@ pytestmark = pytest.mark.long
 STEPS = 2
 FP64 = ["--training.precision=fp64", f"--training.steps={STEPS}", "--ema.tokenizer", "--run.async_checkpoints=false"]
 FROZEN_NORMS = ["--recipe.name=repa"]
+MUON = ["--optimizer.name=muon"]
 
 
 def runs(rank: int, world: int, toml: str, folder: str, variants: dict[str, list[str]]) -> dict[str, dict]:
@@ -59,6 +60,7 @@ def results(tmp_path_factory):
             "frozen norms, accumulation": [*FP64, *FROZEN_NORMS, "--training.accumulation=4"],
             "diffusion loss into the tokenizer": [*FP64, "--recipe.name=naive_e2e"],
             "bf16": fp32,
+            "muon": [*FP64, *MUON],
         },
         2: {
             "fsdp": FP64,
@@ -73,8 +75,14 @@ def results(tmp_path_factory):
             "frozen norms, accumulation": [*FP64, *FROZEN_NORMS, "--training.accumulation=2"],
             "diffusion loss into the tokenizer": [*FP64, "--recipe.name=naive_e2e"],
             "bf16 fsdp": fp32,
+            "muon, fsdp, offloaded": [*FP64, *MUON, "--parallel.cpu_offload"],
+            "muon, ddp": [*FP64, *MUON, "--parallel.strategy=ddp"],
         },
-        4: {"hsdp": [*FP64, "--parallel.strategy=hsdp", "--parallel.shard=2"]},
+        4: {
+            "hsdp": [*FP64, "--parallel.strategy=hsdp", "--parallel.shard=2"],
+            "muon, hsdp": [*FP64, *MUON, "--parallel.strategy=hsdp", "--parallel.shard=2"],
+            "muon, fsdp": [*FP64, *MUON],
+        },
     }  # fmt: skip
     return {w: run_ranks(runs, w, str(toml), str(folder), plan, timeout_s=300.0) for w, plan in plans.items()}
 
@@ -98,6 +106,10 @@ CASES = [
     (2, "diffusion loss into the tokenizer", "diffusion loss into the tokenizer", 1e-8, 1e-8),
     (2, "bf16 fsdp", "bf16", 5e-2, ADAM),
     (4, "hsdp", "plain", 1e-8, 1e-8),
+    (2, "muon, fsdp, offloaded", "muon", 1e-8, 1e-8),
+    (2, "muon, ddp", "muon", 1e-8, 1e-8),
+    (4, "muon, hsdp", "muon", 1e-8, 1e-8),
+    (4, "muon, fsdp", "muon", 1e-8, 1e-8),
 ]
 
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from components.contracts import Condition
-from components.optim.optimizer import ParameterGroup, Schedule
+from components.optim.optimizer import ParameterGroup
+from components.optim.schedule import Schedule
 from components.registry import denoisers, discover, recipes
 from plugins.denoisers.sit import TimeEmbedding
+from plugins.optimizers.adamw import AdamW
 from tests.support import toys
 from trainer.run.step import Step
 
@@ -19,7 +21,7 @@ def run(autocast_dtype: torch.dtype | None):
     for name, module in m.named().items():
         module.requires_grad_(any(name in members for members in recipe.trains.values()))
     groups = {
-        name: ParameterGroup(name, {part: getattr(m, part) for part in parts}, schedule=Schedule(1e-4))
+        name: ParameterGroup(name, {part: getattr(m, part) for part in parts}, AdamW, schedule=Schedule(1e-4))
         for name, parts in recipe.trains.items()
     }
     step = Step(recipe, m, groups, ema=None, accumulation=1, autocast_dtype=autocast_dtype,

@@ -16,12 +16,14 @@ from components.diffusion.flow import Flow
 from components.diffusion.samplers import sample_ode
 from components.nn.latent_norm import LatentNorm
 from components.optim.ema import Ema
-from components.optim.optimizer import ParameterGroup, Schedule
+from components.optim.optimizer import ParameterGroup
+from components.optim.schedule import Schedule
 from plugins.denoisers.sit import SiT
 from plugins.losses.cosine import Cosine
 from plugins.losses.lpips import LPIPS
 from plugins.losses.patchgan import PatchGAN
 from plugins.losses.reconstruction import KL, L1
+from plugins.optimizers.adamw import AdamW
 from plugins.recipes.repae import RepaE
 from plugins.tokenizers.autoencoder_kl import AutoencoderKL
 from trainer.run.step import Step
@@ -112,7 +114,7 @@ def test_three_steps_and_the_samples_behind_them():
     m.latent_norm.load_state_dict(double(sit, "bn."))
     m.discriminator.network.load_state_dict(double(g["init"]["discriminator"]))
     groups = {
-        name: ParameterGroup(name, {part: getattr(m, part) for part in parts}, schedule=Schedule(1e-4))
+        name: ParameterGroup(name, {part: getattr(m, part) for part in parts}, AdamW, schedule=Schedule(1e-4))
         for name, parts in RepaE.trains.items()
     }
     ema = Ema({"denoiser": m.denoiser, "heads": m.heads, "latent_norm": m.latent_norm}, 0.9999)

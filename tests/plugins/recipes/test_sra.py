@@ -12,9 +12,11 @@ from components.contracts import Batch, Modules, RandomNumbers
 from components.diffusion.random_numbers import draw
 from components.distributed.parallel import World
 from components.optim.ema import frozen_copy
-from components.optim.optimizer import ParameterGroup, Schedule
+from components.optim.optimizer import ParameterGroup
+from components.optim.schedule import Schedule
 from components.registry import discover
 from plugins.losses.smooth_l1 import SmoothL1
+from plugins.optimizers.adamw import AdamW
 from plugins.recipes.sra import Sra
 from tests.support import toys
 from tests.support.ranks import run_ranks
@@ -130,7 +132,7 @@ def test_cached_latents_have_the_same_losses():
 
 def make_step(m: Modules, recipe: Sra) -> Step:
     members = {"denoiser": m.denoiser, "heads": m.heads}
-    groups = {"denoiser": ParameterGroup("denoiser", members, schedule=Schedule(1e-2))}
+    groups = {"denoiser": ParameterGroup("denoiser", members, AdamW, schedule=Schedule(1e-2))}
     return Step(recipe, m, groups, ema=None, accumulation=1, autocast_dtype=None, device=torch.device("cpu"))
 
 

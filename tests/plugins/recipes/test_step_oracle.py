@@ -19,12 +19,14 @@ from components.diffusion.flow import Flow
 from components.diffusion.random_numbers import generator
 from components.nn.latent_norm import LatentNorm
 from components.optim.ema import Ema
-from components.optim.optimizer import ParameterGroup, Schedule
+from components.optim.optimizer import ParameterGroup
+from components.optim.schedule import Schedule
 from plugins.denoisers.sit import SiT
 from plugins.losses.cosine import Cosine
 from plugins.losses.lpips import LPIPS
 from plugins.losses.patchgan import PatchGAN
 from plugins.losses.reconstruction import KL, L1
+from plugins.optimizers.adamw import AdamW
 from plugins.recipes.repae import RepaE
 from plugins.tokenizers.autoencoder_kl import AutoencoderKL
 from tests.support import DATA
@@ -319,7 +321,7 @@ class Oracle:
 
 def project_step(m: Modules, accumulation: int = 1):
     groups = {
-        name: ParameterGroup(name, {part: getattr(m, part) for part in parts}, schedule=Schedule(LR))
+        name: ParameterGroup(name, {part: getattr(m, part) for part in parts}, AdamW, schedule=Schedule(LR))
         for name, parts in RepaE.trains.items()
     }
     ema = Ema({"denoiser": m.denoiser, "heads": m.heads, "latent_norm": m.latent_norm}, EMA_DECAY)

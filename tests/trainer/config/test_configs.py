@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, toys
 from trainer import config
 from trainer.__main__ import main
 from trainer.run import assemble
@@ -65,6 +65,29 @@ def test_the_input_range_of_lpips_is_never_left_to_the_default(path):
         if loss.name == "lpips":
             published = "published" if path.stem.startswith(("repae_", "ablation_", "naive_")) else "unit"
             assert loss.options["input_range"] == published
+
+
+def test_a_group_with_another_optimizer_inherits_the_options_that_it_has(tmp_path):
+    c = config.load(
+        "train_configs/quickstart.toml",
+        [
+            "--optimizer.denoiser={name = 'muon', momentum = 0.9}",
+            "--optimizer.weight_decay=0.1",
+            "--optimizer.eps=1e-6",
+        ],
+    )
+    muon, adamw = c.optimizer.group("denoiser"), c.optimizer.group("tokenizer")
+    assert (muon.name, muon.lr, muon.momentum, muon.nesterov) == ("muon", 2e-3, 0.9, True)
+    assert muon.options["betas"] == [0.9, 0.99] and (muon.weight_decay, muon.eps) == (0.1, 1e-6)
+    assert adamw.options == {"betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.1} and adamw.lr == 3e-4
+    (tmp_path / "resolved.toml").write_text(c.to_toml())
+    assert config.load(str(tmp_path / "resolved.toml"), [f"--run.dir={c.run.dir}"]).optimizer == c.optimizer
+
+
+def test_a_replaced_optimizer_takes_its_options_with_it(tmp_path):
+    (tmp_path / "muon.toml").write_text(toys.TOML + "[optimizer]\nname = 'muon'\nmomentum = 0.9\neps = 1e-6\n")
+    c = config.load(str(tmp_path / "muon.toml"), ["--optimizer.name=adamw"])
+    assert c.optimizer.options == {"eps": 1e-6}
 
 
 @pytest.mark.parametrize("recipe", ["repae", "repa", "ldm", "naive_e2e", "tokenizer"])

@@ -107,6 +107,19 @@ def test_fsdp_gathers_blocks_twice_and_the_rest_once(toml):
         assert across[name] == pytest.approx(sent * 2 / 8)
 
 
+def test_muon_sends_its_matrices_twice_within_the_shards(toml):
+    """Their rows to the ranks that orthogonalize them, and back; among replicas, each gathers what others computed."""
+    found = cost(toml, 8, 4, *UNEVEN, "--parallel.strategy=hsdp", "--optimizer.name=muon")
+    adamw = cost(toml, 8, 4, *UNEVEN, "--parallel.strategy=hsdp")
+    matrices = [p for p in denoiser(toml, *UNEVEN).blocks.parameters() if p.ndim == 2]
+    within, across = found.traffic.within, found.traffic.across
+    # Rank 0 owns the largest of the matrices that are dealt out, so it sends a little more than the mean.
+    most = 3 / 4 * FLOAT * held(matrices, 4)
+    assert 0.9 * most < within["all-to-all"] < 2 * most and across["all-to-all"] == 0
+    assert across["all-gather"] > 0 and adamw.traffic.across["all-gather"] == 0
+    assert found.most[STATES] < adamw.most[STATES]
+
+
 def test_hsdp_scatters_within_a_node_and_sums_across(toml):
     found = cost(toml, 8, 4, *UNEVEN, "--parallel.strategy=hsdp")
     part = held(denoiser(toml, *UNEVEN).parameters(), 4)
@@ -223,7 +236,7 @@ def test_prints_parts_memory_traffic_and_verdict(toml, capsys):
     options = [*UNEVEN, "--parallel.strategy=hsdp", "--training.batch_size=16"]
     assert main(["check", toml, "--world-size=16", "--gpu=l40s", *options]) == 0
     out = capsys.readouterr().out
-    for text in ("2 replicas x 8 shards", "16 ranks x 1 images", "AdamW states", "frozen parts", "GFLOP per image",
+    for text in ("2 replicas x 8 shards", "16 ranks x 1 images", "optimizer states", "frozen parts", "GFLOP per image",
                  "all-reduce", "to other nodes", "fits l40s"):  # fmt: skip
         assert text in out
 

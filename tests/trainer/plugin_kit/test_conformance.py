@@ -138,6 +138,7 @@ def test_a_broken_plugin_fails_with_its_failure_named(broken):
         ("dataset", broken_plugins._Gray),
         ("recipe", broken_plugins._Sound),
         ("recipe", broken_plugins._Teacher),
+        ("optimizer", broken_plugins._Descent),
     ],
 )
 def test_what_the_broken_ones_derive_from_is_sound(kind, cls):
@@ -150,7 +151,7 @@ def test_what_the_broken_ones_derive_from_is_sound(kind, cls):
 def test_every_check_has_a_broken_plugin():
     known = {name for _, name, _ in broken_plugins.CASES} | {"can_be_constructed"}
     for plugin in SHIPPED:
-        if plugin.name in ("sit", "autoencoder_kl", "tiny_vit", "l1", "patchgan", "cosine", "shapes", "repae"):
+        if plugin.name in ("sit", "autoencoder_kl", "tiny_vit", "l1", "patchgan", "cosine", "shapes", "repae", "adamw"):
             names = set(checks(Case(plugin, small(plugin))))
             assert names <= known, f"{plugin.kind}: {sorted(names - known)}"
 

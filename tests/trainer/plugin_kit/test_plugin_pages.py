@@ -79,6 +79,12 @@ def test_what_a_run_writes_fits_the_schema(schema, tmp_path):
         ("optimizer.tokenizer.lrr", 1e-4, False),
         ("optimizer.tokeniser.lr", 1e-4, False),
         ("optimizer.lr", 0.0, False),
+        ("optimizer.name", "muon", True),
+        ("optimizer.name", "muonn", False),
+        ("optimizer.momentum", 0.9, False),  # an option of muon only
+        ("optimizer.denoiser", {"name": "muon", "momentum": 0.9}, True),
+        ("optimizer.denoiser", {"name": "muon", "momentun": 0.9}, False),
+        ("optimizer.points", [[0, 1.0], [9, 0.5]], True),
         ("plugins", "my.py", False),
     ],
 )

@@ -63,11 +63,13 @@ def test_recomputing_and_compiled_trains_alike(tmp_path, recompute):
     assert train(tmp_path, "recomputing", *options, *both) == pytest.approx(plain, rel=0.05)
 
 
-def test_offloaded_equals_plain_in_fp64(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_offloaded_equals_plain_in_fp64(tmp_path, optimizer):
     """One rank, wrapped by FSDP2, with weights and optimizer on the host."""
-    plain = train(tmp_path, "plain", "--training.precision=fp64")
+    options = ["--training.precision=fp64", f"--optimizer.name={optimizer}"]
+    plain = train(tmp_path, "plain", *options)
     try:
-        offloaded = train(tmp_path, "offloaded", "--training.precision=fp64", "--parallel.cpu_offload")
+        offloaded = train(tmp_path, "offloaded", *options, "--parallel.cpu_offload")
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -89,11 +91,13 @@ def test_two_gpus_equal_one_in_fp64(tmp_path, strategy):
     assert losses(tmp_path / "two") == pytest.approx(one, rel=1e-8)
 
 
-def test_a_step_does_not_wait_for_the_gpu(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_does_not_wait_for_the_gpu(tmp_path, optimizer):
     """After the first steps, PyTorch treats every synchronization as an error."""
     (tmp_path / "toy.toml").write_text(toys.TOML)
     options = ["--training.steps=12", "--run.log_every=100", "--run.checkpoint_every=0", "--training.precision=fp32"]
-    loaded = config.load(str(tmp_path / "toy.toml"), [f"--run.dir={tmp_path / 'run'}", *options])
+    options += [f"--run.dir={tmp_path / 'run'}", f"--optimizer.name={optimizer}"]
+    loaded = config.load(str(tmp_path / "toy.toml"), options)
     trainer = Trainer(loaded, World(device=torch.device("cuda", 0)))
     step = trainer.train_step
 

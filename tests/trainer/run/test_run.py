@@ -62,13 +62,29 @@ def test_resumed_equals_uninterrupted_bit_for_bit(toml, tmp_path, whole):
     resumed = train(toml, tmp_path / "parts", "--run.checkpoint_every=0")
     assert resumed.step == 6
     assert_same_run(whole, tmp_path / "parts")
+    other = Trainer(config.load(toml, [f"--run.dir={whole}"]), World())
+    other.resume()
+    assert_same_state(other.state(), resumed.state())
 
-    def final(folder):
-        other = Trainer(config.load(toml, [f"--run.dir={folder}"]), World())
-        other.resume()
-        return other.state()
 
-    a, b = final(whole), resumed.state()
+@pytest.mark.long
+def test_muon_resumes_bit_for_bit_and_takes_the_settings_of_the_config(toml, tmp_path):
+    muon = ["--optimizer.name=muon", "--optimizer.adamw_lr=3e-4", "--run.checkpoint_every=0"]
+    muon += ["--optimizer.schedule=piecewise", "--optimizer.points=[[1, 1.0], [5, 0.2]]"]
+    whole = train(toml, tmp_path / "whole", *muon, "--training.steps=4")
+    train(toml, tmp_path / "parts", *muon, "--training.steps=2")
+    resumed = train(toml, tmp_path / "parts", *muon, "--training.steps=4")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_same_state(whole.state(), resumed.state())
+    assert [line["lr/denoiser"] / 1e-4 for line in numbers(tmp_path / "whole").values()] == pytest.approx(
+        [1, 1, 0.8, 0.6]
+    )
+    changed = train(toml, tmp_path / "parts", *muon, "--optimizer.momentum=0.5", "--training.steps=5")
+    assert changed.step == 5
+    assert [group.get("momentum") for group in changed.groups["denoiser"].optimizer.param_groups] == [0.5, None]
+
+
+def assert_same_state(a: dict, b: dict) -> None:
     assert a["progress"] == b["progress"]
     for kind in ("modules", "ema", "optimizers"):
         for name in a[kind]:
@@ -228,5 +244,5 @@ def test_each_network_is_constructed_once_a_start(toml, monkeypatch):
             monkeypatch.setattr(plugin.cls, "__init__", functools.wraps(plugin.cls.__init__)(counted))
     Trainer(config.load(toml), World())
     assert sorted(made) == sorted(
-        ["RepaE", "AutoencoderKL", "SiT", "TinyViT", "L1", "KL", "PatchGAN", "Cosine", "Shapes"]
+        ["RepaE", "AutoencoderKL", "SiT", "TinyViT", "L1", "KL", "PatchGAN", "Cosine", "Shapes"] + 3 * ["AdamW"]
     )

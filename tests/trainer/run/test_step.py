@@ -7,8 +7,10 @@ import torch
 
 from components.contracts import Batch, Condition
 from components.optim.ema import Ema
-from components.optim.optimizer import ParameterGroup, Schedule
+from components.optim.optimizer import ParameterGroup
+from components.optim.schedule import Schedule
 from components.registry import discover, recipes
+from plugins.optimizers.adamw import AdamW
 from tests.support import toys
 from trainer.run.step import Step
 
@@ -20,7 +22,7 @@ def make_step(m, name: str, accumulation: int) -> Step:
     for part, module in m.named().items():
         module.requires_grad_(any(part in members for members in recipe.trains.values()))
     groups = {
-        group: ParameterGroup(group, {part: getattr(m, part) for part in parts}, schedule=Schedule(1e-2))
+        group: ParameterGroup(group, {part: getattr(m, part) for part in parts}, AdamW, schedule=Schedule(1e-2))
         for group, parts in recipe.trains.items()
     }
     return Step(recipe, m, groups, ema=None, accumulation=accumulation, autocast_dtype=None,
@@ -63,7 +65,7 @@ def test_discriminator_waits_for_its_start_step():
 
 def test_gradients_are_clipped_to_the_norm():
     layer = torch.nn.Linear(4, 4)
-    group = ParameterGroup("g", {"layer": layer}, schedule=Schedule(1.0), clip_norm=0.5)
+    group = ParameterGroup("g", {"layer": layer}, AdamW, schedule=Schedule(1.0), clip_norm=0.5)
     for p in group.parameters:
         p.grad = torch.full_like(p, 3.0)
     norms = group.norms()
@@ -73,19 +75,6 @@ def test_gradients_are_clipped_to_the_norm():
     group.optimizer.step = lambda: seen.append(group.norms().norm().item())
     group.apply(0, norms.norm(), torch.tensor(True))
     assert seen == [pytest.approx(0.5, rel=1e-5)]
-
-
-@pytest.mark.parametrize(
-    ("shape", "expected"),
-    [
-        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        ("linear", [0.5, 1.0, 1.0, 0.7, 0.4, 0.1]),
-        ("cosine", [0.5, 1.0, 1.0, 0.1 + 0.9 * 0.75, 0.1 + 0.9 * 0.25, 0.1]),
-    ],
-)
-def test_schedules(shape, expected):
-    schedule = Schedule(2.0, shape, steps=6, warmup_steps=2, final_ratio=0.1)
-    assert [schedule.at(k) / 2.0 for k in range(6)] == pytest.approx(expected)
 
 
 def test_ema_is_the_weighted_mean_of_all_steps():

@@ -66,8 +66,9 @@ def assert_same(a, b) -> None:
             assert one[step][name] == pytest.approx(other[step][name], rel=1e-8, abs=1e-10), f"step {step}: {name}"
 
 
-def test_saved_at_4_ranks_resumed_at_2_and_at_1(toml, tmp_path):
-    options = [*FP64, "--run.checkpoint_every=0"]
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_saved_at_4_ranks_resumed_at_2_and_at_1(toml, tmp_path, optimizer):
+    options = [*FP64, "--run.checkpoint_every=0", f"--optimizer.name={optimizer}"]
     train(0, 1, toml, str(tmp_path / "whole"), [*options, "--training.steps=3"])
     folder = str(tmp_path / "parts")
     run_ranks(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from components import registry
 from components.contracts import LatentShape
@@ -17,7 +18,14 @@ from components.registry import Plugin, PluginError, nearest
 from trainer.config.load import parse_overrides, read_toml
 
 CLASSES, SIDE = 10, 32  # number of classes, image side in pixels
-GIVEN: dict[str, Any] = {"resolution": SIDE, "grid": 4, "latent": LatentShape(4, 8, 8), "num_classes": CLASSES}
+GIVEN: dict[str, Any] = {
+    "resolution": SIDE,
+    "grid": 4,
+    "latent": LatentShape(4, 8, 8),
+    "num_classes": CLASSES,
+    "modules": nn.ModuleDict({"layer": nn.Linear(4, 4)}),
+    "lr": 0.01,
+}
 """Constructor arguments by name, as in ``given`` of a kind's base class."""
 
 

@@ -173,7 +173,7 @@ def shards_with_fsdp2(adapter: Adapter) -> None:
     """Sharded with FSDP2, the network has the same outputs and gradients: weights are used through forward only."""
     whole, part = adapter.part(), adapter.part()
     alone = adapter.call(whole, adapter.inputs(2))
-    with _one_rank(), failing("fails under FSDP2 (weights used outside the forward of a unit or of the module?)"):
+    with one_rank(), failing("fails under FSDP2 (weights used outside the forward of a unit or of the module?)"):
         shard(part, Sharding(make_mesh("cpu", (1, 1))), adapter.learns)
         outputs = adapter.call(part, adapter.inputs(2))
         _compare(outputs, alone, 1e-4, "under FSDP2 and unsharded differ")
@@ -235,7 +235,7 @@ def _backward(outputs: Outputs) -> None:
 
 
 @contextlib.contextmanager
-def _one_rank() -> Iterator[None]:
+def one_rank() -> Iterator[None]:
     """Context manager that initializes a single-process group, unless one exists."""
     if dist.is_initialized():
         yield

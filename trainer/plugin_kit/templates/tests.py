@@ -84,3 +84,14 @@ def test_dataset_behavior():
 def test_recipe_behavior():
     """Replace this with a test of what the plugin is for."""
     assert CASE.make().trains == {"denoiser": ("denoiser",)}
+
+
+def test_optimizer_behavior():
+    """Replace this with a test of what the plugin is for."""
+    import torch
+
+    layer = torch.nn.Linear(4, 4)
+    optimizer, before = CASE.make(modules=torch.nn.ModuleDict({"layer": layer}), lr=0.5), layer.bias.clone()
+    layer.bias.grad = torch.tensor([3.0, -0.1, 0.0, 2.0])
+    optimizer.step()
+    assert torch.allclose(before - layer.bias, torch.tensor([0.5, -0.5, 0.0, 0.5]))
