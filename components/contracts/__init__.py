@@ -14,6 +14,7 @@ from components.contracts.records import (
     LatentShape,
     LossTerm,
     Posterior,
+    Prediction,
     RandomNumbers,
     Tokens,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "Modules",
     "Network",
     "Posterior",
+    "Prediction",
     "RandomNumbers",
     "Recipe",
     "ReconstructionLoss",

@@ -8,8 +8,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from components.contracts import LatentShape, Tokens
+from components.contracts import LatentShape, Prediction, Tokens
 from components.nn.precision import at_least_fp32
+
+# Smallest divisor in the velocity of predicted data or noise (JiT, arXiv 2511.13720).
+VELOCITY_FLOOR = 0.05
 
 
 class PatchEmbedding(nn.Module):
@@ -61,6 +64,28 @@ def unpatchify(x: Tensor, channels: int) -> Tensor:
     n, p = math.isqrt(x.shape[1]), math.isqrt(x.shape[2] // channels)
     x = x.view(-1, n, n, p, p, channels).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(-1, channels, n * p, n * p)
+
+
+def to_velocity(output: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
+    """Convert what a network predicts to the velocity v = e - x of the linear path x_t = (1 - t) x + t e.
+
+    v = (x_t - x) / max(t, 0.05) from data x, and (e - x_t) / max(1 - t, 0.05) from noise e, in at least fp32. Below the
+    floor the velocity of the true data would be too small by t / 0.05. The loss compares velocities, so that the
+    network learns there what yields the true one, x + (t - 0.05) v; JiT floors the target, too, and learns x.
+
+    Args:
+        output: the network's prediction (B, ...).
+        x_t: its noisy input, shaped like ``output``.
+        t: times (B,) in [0, 1].
+        prediction: meaning of ``output``; a velocity is returned as it is.
+    """
+    if prediction == "velocity":
+        return output
+    x_t = at_least_fp32(x_t)
+    t = t.to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1))
+    if prediction == "data":
+        return (x_t - output) / t.clamp_min(VELOCITY_FLOOR)
+    return (output - x_t) / (1 - t).clamp_min(VELOCITY_FLOOR)
 
 
 def check_patches(name: str, latent: LatentShape, patch_size: int) -> None:

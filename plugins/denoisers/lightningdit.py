@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape, Tokens
+from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape, Prediction, Tokens
 from components.files.repae import RepaeCheckpoint
 from components.nn.lightningdit import (
     LightningBlock,
@@ -25,6 +25,7 @@ from components.nn.transformer import (
     last_depth,
     run_blocks,
     sincos_positions,
+    to_velocity,
     unpatchify,
 )
 from components.registry import denoisers
@@ -58,7 +59,8 @@ class LightningDiT(Denoiser):
         label_std: standard deviation for initializing label embeddings.
         mlp_ratio: MLP width / token width of a plain MLP; SwiGLU uses 2 / 3 of it, for the same number of weights.
         reversed_time: for weights trained with 0 for noise and 1 for data, as published: pass 1 - t to the network and
-            negate its output.
+            negate the velocity that it predicts.
+        prediction: what the network predicts, on the linear path; the denoiser converts it to the velocity.
 
     Raises:
         ValueError: the latent is not square or not divisible into patches; ``align_depth`` exceeds the depth; or the
@@ -84,6 +86,7 @@ class LightningDiT(Denoiser):
         label_std: float = 0.02,
         mlp_ratio: float = 4.0,
         reversed_time: bool = False,
+        prediction: Prediction = "velocity",
     ) -> None:
         super().__init__()
         preset = SIZES[size]
@@ -99,6 +102,7 @@ class LightningDiT(Denoiser):
         self.grid = latent.height // patch_size
         self.channels = latent.channels
         self.reversed_time = reversed_time
+        self.prediction = prediction
 
         self.x_embedder = PatchEmbedding(latent.channels, patch_size, width)
         self.t_embedder = TimeEmbedding(width)
@@ -136,8 +140,10 @@ class LightningDiT(Denoiser):
         """
         x, c = self._embed(x_t, t, condition)
         x, tokens = run_blocks(self.blocks, x, c, *self.feat_rope(), align_depth=self.align_depth)
-        velocity = unpatchify(self.final_layer(x, c), self.channels)
-        return DenoiserOutput(-velocity if self.reversed_time else velocity, tokens)
+        output = unpatchify(self.final_layer(x, c), self.channels)
+        if self.reversed_time and self.prediction == "velocity":
+            output = -output
+        return DenoiserOutput(to_velocity(output, x_t, t, self.prediction), tokens)
 
     def tokens(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tokens:
         """Return hidden tokens (B, N, width) after each block in ``align_depth``; later blocks do not run."""
