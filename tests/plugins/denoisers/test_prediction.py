@@ -9,6 +9,7 @@ from components.diffusion.samplers import SAMPLERS, Guidance, GuidedVelocity
 from components.nn.transformer import to_velocity
 from components.registry import discover
 from plugins.denoisers.ditdh import DiTDH
+from plugins.denoisers.jit import JiT
 from plugins.denoisers.lightningdit import LightningDiT
 from plugins.denoisers.meanflow_sit import MeanFlowSiT
 from plugins.denoisers.sit import SiT
@@ -29,6 +30,7 @@ MAKERS = {
     "reversed": lambda *given, **options: LightningDiT(*given, reversed_time=True, **options),
     "ditdh": lambda *given, **options: DiTDH(*given, head_width=32, head_heads=4, **options),
     "meanflow_sit": MeanFlowSiT,
+    "jit": lambda *given, **options: JiT(*given, bottleneck=8, context_tokens=3, **options),
 }
 PREDICTIONS = ("velocity", "data", "noise")
 
@@ -127,7 +129,7 @@ def test_the_class_token_is_predicted_like_the_latent():
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_samplers_arrive_at_the_predicted_data(method, scale):
     """A network that always predicts one image: every sample is that image, with guidance, too."""
-    image, denoiser = path([0.5])[0][0], make("ditdh", "data")
+    image, denoiser = path([0.5])[0][0], make("jit", "data")
     answers(denoiser, image)
     g = torch.Generator().manual_seed(3)
     noise = torch.randn(3, *LATENT, generator=g, dtype=torch.float64)
