@@ -15,6 +15,7 @@ from components.contracts.records import (
     LatentShape,
     LossTerm,
     Posterior,
+    Prediction,
     RandomNumbers,
     Tokens,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "Network",
     "Optimizer",
     "Posterior",
+    "Prediction",
     "RandomNumbers",
     "Recipe",
     "ReconstructionLoss",

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from components.contracts.records import Condition, DenoiserOutput, Posterior, Tokens
+from components.contracts.records import Condition, DenoiserOutput, Posterior, Prediction, Tokens
 
 
 class Network(nn.Module):
@@ -103,6 +103,8 @@ class Denoiser(Network):
         align_depth: index of the block, counted from 1, whose output ``tokens`` returns; or an ascending list.
         null_label: label of the unconditional class, ``num_classes``.
         label_dropout: probability of replacing a condition with :meth:`null_condition` in training.
+        prediction: what the network predicts. The denoiser converts data and noise to velocities itself
+            (:func:`components.nn.transformer.to_velocity`), which is defined for the linear path only.
         noisy_inputs: tensors that the denoiser denoises together with the latent, such as REG's class token: shape per
             image by name. ``forward`` and ``tokens`` take each by this name, noised, and ``forward`` returns their
             velocities in ``others``. A vector's token precedes the patch tokens.
@@ -118,6 +120,7 @@ class Denoiser(Network):
     align_depth: int | Sequence[int]
     null_label: int
     label_dropout: float = 0.0
+    prediction: Prediction = "velocity"
     takes: ClassVar[frozenset[str]] = frozenset()
     noisy_inputs: dict[str, tuple[int, ...]] = {}
 

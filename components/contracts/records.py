@@ -56,6 +56,10 @@ Tokens = Tensor | tuple[Tensor, ...]
 """Hidden tokens (B, N, width) after block ``align_depth``; a tuple in that order if it lists several blocks."""
 
 
+Prediction = Literal["velocity", "data", "noise"]
+"""What a denoiser's network predicts; whatever it is, the denoiser returns velocities."""
+
+
 class Condition(NamedTuple):
     """What a denoiser is conditioned on, for a batch; the core passes it from the dataset to the denoiser.
 

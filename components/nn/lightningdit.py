@@ -53,9 +53,11 @@ class Rotary(nn.Module):
         self.freqs_cos.copy_(angle.cos())
         self.freqs_sin.copy_(angle.sin())
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (N, head_dim) for :func:`rotate`."""
-        return self.freqs_cos, self.freqs_sin
+    def forward(self, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (first + N, head_dim) for :func:`rotate`; it does not rotate the ``first`` tokens."""
+        if not first:
+            return self.freqs_cos, self.freqs_sin
+        return F.pad(self.freqs_cos, (0, 0, first, 0), value=1.0), F.pad(self.freqs_sin, (0, 0, first, 0))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from components.contracts import LatentShape, Tokens
+from components.contracts import LatentShape, Prediction, Tokens
 from components.nn.precision import at_least_fp32
+
+# Smallest divisor in the velocity of predicted data or noise (JiT, arXiv 2511.13720).
+VELOCITY_FLOOR = 0.05
 
 
 class PatchEmbedding(nn.Module):
@@ -27,6 +31,24 @@ class PatchEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Residual sums keep the memory format of their first term: without a copy, all blocks would get strided tokens.
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()
+
+
+class BottleneckPatchEmbedding(nn.Module):
+    """Patch embedding through fewer features than a token's: linear to ``bottleneck``, then to ``width`` (JiT)."""
+
+    def __init__(self, channels: int, patch_size: int, bottleneck: int, width: int) -> None:
+        super().__init__()
+        self.proj1 = nn.Conv2d(channels, bottleneck, patch_size, stride=patch_size, bias=False)
+        self.proj2 = nn.Conv2d(bottleneck, width, 1)
+
+    def init_weights(self) -> None:
+        """Xavier-uniform, as for linear layers; zero bias."""
+        for layer in (self.proj1, self.proj2):
+            nn.init.xavier_uniform_(layer.weight.view(layer.weight.shape[0], -1))
+        nn.init.zeros_(self.proj2.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2).contiguous()  # as in PatchEmbedding
 
 
 class TimeEmbedding(nn.Module):
@@ -63,6 +85,42 @@ def unpatchify(x: Tensor, channels: int) -> Tensor:
     return x.reshape(-1, channels, n * p, n * p)
 
 
+def to_velocity(output: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
+    """Convert what a network predicts to the velocity v = e - x of the linear path x_t = (1 - t) x + t e.
+
+    v = (x_t - x) / max(t, 0.05) from data x, and (e - x_t) / max(1 - t, 0.05) from noise e, in at least fp32. Below the
+    floor the velocity of the true data would be too small by t / 0.05. The loss compares velocities, so that the
+    network learns there what yields the true one, x + (t - 0.05) v; JiT floors the target, too, and learns x.
+
+    Args:
+        output: the network's prediction (B, ...).
+        x_t: its noisy input, shaped like ``output``.
+        t: times (B,) in [0, 1].
+        prediction: meaning of ``output``; a velocity is returned as it is.
+    """
+    if prediction == "velocity":
+        return output
+    x_t = at_least_fp32(x_t)
+    t = t.to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1))
+    if prediction == "data":
+        return (x_t - output) / t.clamp_min(VELOCITY_FLOOR)
+    return (output - x_t) / (1 - t).clamp_min(VELOCITY_FLOOR)
+
+
+class Context(NamedTuple):
+    """Tokens that join a sequence after some blocks, so that later blocks attend to them (in-context conditioning).
+
+    Attributes:
+        tokens: (B, M, width), placed before the sequence.
+        start: number of blocks that run without them.
+        condition: further arguments of the blocks from there on, which have N + M tokens.
+    """
+
+    tokens: Tensor
+    start: int
+    condition: tuple[Tensor, ...]
+
+
 def check_patches(name: str, latent: LatentShape, patch_size: int) -> None:
     """Raise ValueError unless the latent is square and its side is a multiple of ``patch_size``."""
     if latent.height != latent.width:
@@ -75,23 +133,31 @@ def check_patches(name: str, latent: LatentShape, patch_size: int) -> None:
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], x: Tensor, *condition: Tensor, align_depth: int | Sequence[int]
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    *condition: Tensor,
+    align_depth: int | Sequence[int],
+    context: Context | None = None,
 ) -> tuple[Tensor, Tokens]:
-    """Run the blocks; return the output and the tokens after the blocks in ``align_depth``.
+    """Run the blocks; return the output and the tokens after the blocks in ``align_depth``, both (B, N, width).
 
     Args:
         blocks: called as ``block(x, *condition)``.
         x: tokens (B, N, width).
         condition: further arguments of each block.
         align_depth: block number counted from 1, or a list of them, for which a tuple of tokens is returned.
+        context: tokens that join x on the way; they are not returned.
     """
     depths = [align_depth] if isinstance(align_depth, int) else align_depth
-    taken = []
+    first, taken = 0, []
     for depth, block in enumerate(blocks, 1):
+        if context is not None and depth == context.start + 1:
+            first, condition = context.tokens.shape[1], context.condition
+            x = torch.cat([context.tokens, x], dim=1)
         x = block(x, *condition)
         if depth in depths:
-            taken.append(x)
-    return x, taken[0] if isinstance(align_depth, int) else tuple(taken)
+            taken.append(x[:, first:] if first else x)
+    return x[:, first:] if first else x, taken[0] if isinstance(align_depth, int) else tuple(taken)
 
 
 def last_depth(align_depth: int | Sequence[int]) -> int:

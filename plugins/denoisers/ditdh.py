@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape, Tokens
+from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape, Prediction, Tokens
 from components.files.repae import RepaeCheckpoint
 from components.nn.lightningdit import (
     LightningBlock,
@@ -27,6 +27,7 @@ from components.nn.transformer import (
     last_depth,
     run_blocks,
     sincos_positions,
+    to_velocity,
     unpatchify,
 )
 from components.registry import denoisers
@@ -59,6 +60,7 @@ class DiTDH(Denoiser):
         head_heads: attention heads of the head.
         label_std: standard deviation for initializing label embeddings.
         mlp_ratio: MLP width / token width of a plain MLP; SwiGLU uses 2 / 3 of it, for the same number of weights.
+        prediction: what the network predicts, on the linear path; the denoiser converts it to the velocity.
 
     Raises:
         ValueError: the latent is not square or not divisible into patches; ``align_depth`` exceeds the base's depth;
@@ -86,6 +88,7 @@ class DiTDH(Denoiser):
         head_heads: int = 16,
         label_std: float = 0.02,
         mlp_ratio: float = 4.0,
+        prediction: Prediction = "velocity",
     ) -> None:
         super().__init__()
         preset = SIZES[size]
@@ -100,6 +103,7 @@ class DiTDH(Denoiser):
         self.align_depth = align_depth
         self.label_dropout = label_dropout
         self.label_std = label_std
+        self.prediction = prediction
         self.null_label = num_classes
         self.grid = latent.height // patch_size
         self.channels = latent.channels
@@ -148,7 +152,8 @@ class DiTDH(Denoiser):
         x, positions = self.x_embedder(x_t).to(self.pos_embed.dtype), self.dec_feat_rope()
         for block in head:
             x = block(x, s, *positions)
-        return DenoiserOutput(unpatchify(self.final_layer(x, s), self.channels), tokens)
+        output = unpatchify(self.final_layer(x, s), self.channels)
+        return DenoiserOutput(to_velocity(output, x_t, t, self.prediction), tokens)
 
     def tokens(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tokens:
         """Return the base's tokens (B, N, width) after each block in ``align_depth``; later blocks do not run."""

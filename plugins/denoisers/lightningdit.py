@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape, Tokens
+from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape, Prediction, Tokens
 from components.files.repae import RepaeCheckpoint
 from components.nn.lightningdit import (
     LightningBlock,
@@ -18,6 +18,8 @@ from components.nn.lightningdit import (
     init_lightning,
 )
 from components.nn.transformer import (
+    BottleneckPatchEmbedding,
+    Context,
     PatchEmbedding,
     TimeEmbedding,
     check_blocks,
@@ -25,6 +27,7 @@ from components.nn.transformer import (
     last_depth,
     run_blocks,
     sincos_positions,
+    to_velocity,
     unpatchify,
 )
 from components.registry import denoisers
@@ -58,11 +61,17 @@ class LightningDiT(Denoiser):
         label_std: standard deviation for initializing label embeddings.
         mlp_ratio: MLP width / token width of a plain MLP; SwiGLU uses 2 / 3 of it, for the same number of weights.
         reversed_time: for weights trained with 0 for noise and 1 for data, as published: pass 1 - t to the network and
-            negate its output.
+            negate the velocity that it predicts.
+        prediction: what the network predicts, on the linear path; the denoiser converts it to the velocity.
+        bottleneck: features between patch and token in the patch embedding (JiT); 0: one linear layer.
+        context_tokens: number of class tokens that later blocks attend to beside the patch tokens (JiT): the label's
+            embedding plus learned positions; 0: none.
+        context_start: number of blocks that run before the class tokens join.
 
     Raises:
-        ValueError: the latent is not square or not divisible into patches; ``align_depth`` exceeds the depth; or the
-            width divided by the heads is not a multiple of 4.
+        ValueError: the latent is not square or not divisible into patches; ``align_depth`` exceeds the depth; the
+            width divided by the heads is not a multiple of 4; or ``bottleneck``, ``context_tokens`` or
+            ``context_start`` is out of range.
     """
 
     adapters = (RepaeCheckpoint,)
@@ -84,6 +93,10 @@ class LightningDiT(Denoiser):
         label_std: float = 0.02,
         mlp_ratio: float = 4.0,
         reversed_time: bool = False,
+        prediction: Prediction = "velocity",
+        bottleneck: int = 0,
+        context_tokens: int = 0,
+        context_start: int = 0,
     ) -> None:
         super().__init__()
         preset = SIZES[size]
@@ -91,6 +104,16 @@ class LightningDiT(Denoiser):
         check_patches("lightningdit", latent, patch_size)
         check_blocks(depth, align_depth, label_dropout)
         check_rotary("", width, heads)
+        if bottleneck < 0 or context_tokens < 0:
+            raise ValueError(
+                f"denoiser.bottleneck = {bottleneck} and denoiser.context_tokens = {context_tokens}: expected 0 (none) "
+                "or more"
+            )
+        if not 0 <= context_start < depth:
+            raise ValueError(
+                f"denoiser.context_start = {context_start}: expected 0 to {depth - 1}, so that one of the denoiser's "
+                f"{depth} blocks sees the class tokens"
+            )
         self.width = width
         self.align_depth = align_depth
         self.label_dropout = label_dropout
@@ -99,13 +122,21 @@ class LightningDiT(Denoiser):
         self.grid = latent.height // patch_size
         self.channels = latent.channels
         self.reversed_time = reversed_time
+        self.prediction = prediction
+        self.context_tokens, self.context_start = context_tokens, context_start
 
-        self.x_embedder = PatchEmbedding(latent.channels, patch_size, width)
+        self.x_embedder = (
+            BottleneckPatchEmbedding(latent.channels, patch_size, bottleneck, width)
+            if bottleneck
+            else PatchEmbedding(latent.channels, patch_size, width)
+        )
         self.t_embedder = TimeEmbedding(width)
         self.y_embedder: Any = nn.Module()
         self.y_embedder.embedding_table = nn.Embedding(num_classes + (label_dropout > 0), width)
         # A buffer, so that unfreezing all parameters does not make it trainable.
         self.register_buffer("pos_embed", torch.empty(1, self.grid**2, width))
+        if context_tokens:  # named as in the published JiT checkpoints
+            self.in_context_posemb = nn.Parameter(torch.empty(1, context_tokens, width))
         self.feat_rope = Rotary(width // heads, self.grid)
         self.blocks = nn.ModuleList(LightningBlock(width, heads, mlp_ratio, qk_norm) for _ in range(depth))
         self.final_layer = LightningFinalLayer(width, patch_size**2 * latent.channels)
@@ -121,6 +152,8 @@ class LightningDiT(Denoiser):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=self.label_std)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        if self.context_tokens:
+            nn.init.normal_(self.in_context_posemb, std=0.02)
         init_lightning(self.blocks, self.final_layer)
         self.feat_rope.init_weights()
         if not self.pos_embed.is_meta:
@@ -134,23 +167,29 @@ class LightningDiT(Denoiser):
             t: times (B,) in [0, 1].
             condition: classes (B,) in [0, num_classes].
         """
-        x, c = self._embed(x_t, t, condition)
-        x, tokens = run_blocks(self.blocks, x, c, *self.feat_rope(), align_depth=self.align_depth)
-        velocity = unpatchify(self.final_layer(x, c), self.channels)
-        return DenoiserOutput(-velocity if self.reversed_time else velocity, tokens)
+        x, tokens, c = self._run(x_t, t, condition, len(self.blocks))
+        output = unpatchify(self.final_layer(x, c), self.channels)
+        if self.reversed_time and self.prediction == "velocity":
+            output = -output
+        return DenoiserOutput(to_velocity(output, x_t, t, self.prediction), tokens)
 
     def tokens(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tokens:
         """Return hidden tokens (B, N, width) after each block in ``align_depth``; later blocks do not run."""
-        x, c = self._embed(x_t, t, condition)
-        blocks = self.blocks[: last_depth(self.align_depth)]
-        return run_blocks(blocks, x, c, *self.feat_rope(), align_depth=self.align_depth)[1]
+        return self._run(x_t, t, condition, last_depth(self.align_depth))[1]
 
     def units(self) -> Sequence[nn.Module]:
         """Return the transformer blocks."""
         return list(self.blocks)
 
-    def _embed(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+    def _run(self, x_t: Tensor, t: Tensor, condition: Condition, depth: int) -> tuple[Tensor, Tokens, Tensor]:
+        """Run the first ``depth`` blocks; return their output, the aligned tokens and the condition (B, 1, width)."""
         x = self.x_embedder(x_t) + self.pos_embed  # an fp32 residual stream under autocast, as published
         time = self.t_embedder(1 - t if self.reversed_time else t, x.dtype)
-        c = time + self.y_embedder.embedding_table(condition.label).to(x.dtype)
-        return x, c[:, None]
+        label = self.y_embedder.embedding_table(condition.label).to(x.dtype)
+        c, context = (time + label)[:, None], None
+        if self.context_tokens:
+            rotary = self.feat_rope(self.context_tokens)
+            context = Context(label[:, None] + self.in_context_posemb, self.context_start, (c, *rotary))
+        blocks = self.blocks[:depth]
+        x, tokens = run_blocks(blocks, x, c, *self.feat_rope(), align_depth=self.align_depth, context=context)
+        return x, tokens, c

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from components.contracts import Condition, DenoiserOutput, LatentShape, Tokens
-from components.nn.transformer import TimeEmbedding, last_depth, run_blocks, unpatchify
+from components.contracts import Condition, DenoiserOutput, LatentShape, Prediction, Tokens
+from components.nn.transformer import TimeEmbedding, last_depth, run_blocks, to_velocity, unpatchify
 from components.registry import denoisers
 from plugins.denoisers.sit import SiT
 
@@ -23,6 +23,8 @@ class MeanFlowSiT(SiT):
     Args:
         label_dropout: probability of replacing a label with the null label in training; 0: no null label. MeanFlow
             needs it only for guidance.
+        prediction: what the network predicts, on the linear path; the denoiser converts it to the average velocity, by
+            the same formula as to the instantaneous one.
     """
 
     takes = frozenset({"interval"})
@@ -44,11 +46,12 @@ class MeanFlowSiT(SiT):
         heads: int | None = None,
         label_std: float = 0.02,
         mlp_ratio: float = 4.0,
+        prediction: Prediction = "velocity",
     ) -> None:
         super().__init__(
             latent, num_classes, size=size, patch_size=patch_size, align_depth=align_depth,
             label_dropout=label_dropout, qk_norm=qk_norm, width=width, depth=depth, heads=heads, label_std=label_std,
-            mlp_ratio=mlp_ratio,
+            mlp_ratio=mlp_ratio, prediction=prediction,
         )  # fmt: skip
         self.interval_embedder = TimeEmbedding(self.width)
         self.init_weights()
@@ -75,7 +78,7 @@ class MeanFlowSiT(SiT):
         x, c = self._embed_interval(x_t, t, condition, interval)
         x, tokens = run_blocks(self.blocks, x, c, align_depth=self.align_depth)
         patches, _ = self.final_layer(x, c)
-        return DenoiserOutput(unpatchify(patches, self.channels), tokens)
+        return DenoiserOutput(to_velocity(unpatchify(patches, self.channels), x_t, t, self.prediction), tokens)
 
     def tokens(  # type: ignore[override]
         self, x_t: Tensor, t: Tensor, condition: Condition, interval: Tensor | None = None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape, Tokens
+from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape, Prediction, Tokens
 from components.files.repae import RepaeCheckpoint
 from components.nn.transformer import (
     PatchEmbedding,
@@ -19,6 +19,7 @@ from components.nn.transformer import (
     last_depth,
     run_blocks,
     sincos_positions,
+    to_velocity,
     unpatchify,
 )
 from components.registry import denoisers
@@ -47,6 +48,7 @@ class SiT(Denoiser):
         mlp_ratio: MLP width / token width.
         class_token_dim: features of an encoder's class token that is denoised with the latent (REG, arXiv
             2507.01467); 0: none.
+        prediction: what the network predicts, on the linear path; the denoiser converts it to the velocity.
 
     Raises:
         ValueError: the latent is not square or not divisible into patches; ``align_depth`` exceeds the depth; or the
@@ -72,6 +74,7 @@ class SiT(Denoiser):
         label_std: float = 0.02,
         mlp_ratio: float = 4.0,
         class_token_dim: int = 0,
+        prediction: Prediction = "velocity",
     ) -> None:
         super().__init__()
         preset = SIZES[size]
@@ -85,6 +88,7 @@ class SiT(Denoiser):
         self.align_depth = align_depth
         self.label_dropout = label_dropout
         self.label_std = label_std
+        self.prediction = prediction
         self.num_classes = num_classes
         self.null_label = num_classes
         self.grid = latent.height // patch_size
@@ -143,9 +147,12 @@ class SiT(Denoiser):
         """
         x, c = self._embed(x_t, t, condition, class_token)
         x, tokens = run_blocks(self.blocks, x, c, align_depth=self.align_depth)
-        patches, class_velocity = self.final_layer(x, c)
-        others = {} if class_velocity is None else {"class_token": class_velocity}
-        return DenoiserOutput(unpatchify(patches, self.channels), tokens, others)
+        patches, vector = self.final_layer(x, c)
+        velocity = to_velocity(unpatchify(patches, self.channels), x_t, t, self.prediction)
+        others = {}
+        if class_token is not None and vector is not None:
+            others["class_token"] = to_velocity(vector, class_token, t, self.prediction)
+        return DenoiserOutput(velocity, tokens, others)
 
     def tokens(self, x_t: Tensor, t: Tensor, condition: Condition, class_token: Tensor | None = None) -> Tokens:
         """Return hidden tokens (B, N, width) after each block in ``align_depth``; later blocks do not run."""
@@ -216,7 +223,7 @@ class MLP(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Output layer: patch tokens to latent patches and, if the model has one, the class token to its velocity."""
+    """Output layer: patch tokens to latent patches and, if the model has one, the class token to its vector."""
 
     def __init__(self, width: int, out_features: int, class_token_dim: int = 0) -> None:
         super().__init__()

@@ -178,6 +178,11 @@ def _check_parts(config: Config, parts: Parts) -> None:
             f"sampling.guidance = {config.sampling.guidance}: classifier-free guidance needs a denoiser trained with "
             "label dropout, but denoiser.label_dropout is 0; set it above 0, or set sampling.guidance = 1 (off)"
         )
+    if denoiser.prediction != "velocity" and config.flow.path != "linear":
+        raise ConfigError(
+            f"denoiser.prediction = '{denoiser.prediction}' is converted to the velocity of the linear path, but "
+            f'flow.path = \'{config.flow.path}\'; set flow.path = "linear", or denoiser.prediction = "velocity"'
+        )
     try:
         sampler_of(parts.recipe, config.sampling.method, config.sampling.steps)
     except ValueError as error:
