@@ -173,15 +173,20 @@ def shard(module: nn.Module, sharding: Sharding, learns: bool = True) -> None:
     units = list(units_of(module))
     for unit in units:
         _fully_shard(unit, sharding, sharding.reshard_after_forward, _keeps_fp32(module, unit))
+        _wrap_methods(unit)
     covered = {p for unit in units for p in unit.parameters()}
     if any(p not in covered for p in module.parameters()):
         # The backward pass needs the root's weights first, so freeing them would save nothing. Without a backward pass
         # they would never be freed, and become stale when the shards change.
         _fully_shard(module, sharding, not learns, _keeps_fp32(module))
-        for method in module.forward_methods if isinstance(module, Network) else ():
-            register_fsdp_forward_method(module, method)
+        _wrap_methods(module)
         # A posterior's mean is a view of the encoder's output; nothing writes into it.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def _wrap_methods(module: nn.Module) -> None:
+    for method in module.forward_methods if isinstance(module, Network) else ():
+        register_fsdp_forward_method(module, method)
 
 
 def _fully_shard(module: nn.Module, sharding: Sharding, reshard: bool, keep_fp32: bool) -> None:
