@@ -43,9 +43,9 @@ class RAE(Tokenizer):
     The latent (B, D, R / patch_size, R / patch_size) consists of the encoder plugin's tokens, without the final norm's
     affine parameters if the encoder can omit that norm (``final_norm``, as timm encoders can), followed by layer norm
     without affine parameters. With several ``layers`` (RAEv2, arXiv 2605.18324), the tokens of each block take the
-    place of the last one's, and are combined after that layer norm. The latent norm then scales the latent per channel;
-    the published code does so per channel and position. The encoding is deterministic: the posterior has the minimum
-    standard deviation, 3e-7.
+    place of the last one's, and are combined after that layer norm. The latent norm then scales the latent; as the
+    published code does with ``latent_norm.per_position = true``. The encoding is deterministic: the posterior has the
+    minimum standard deviation, 3e-7.
 
     The decoder embeds tokens linearly, adds a class token and fixed sine-cosine positions, and predicts each token's
     pixels in the encoder's input normalization.

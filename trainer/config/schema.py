@@ -190,6 +190,9 @@ class LatentNormTable(Table):
     measure them before the first step."""
     images: Positive = 2048
     """Number of training images used to measure the initial statistics."""
+    per_position: bool = False
+    """Normalize each channel of each position by its own statistics, as RAE does; false: each channel. It ties the
+    denoiser to one resolution."""
 
 
 class OptimizerTable(Table):

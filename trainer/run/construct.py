@@ -70,7 +70,10 @@ def construct_parts(
                 m.denoiser = denoiser
                 with seeded(config.training.seed, "latent_norm"), torch.device("meta"):
                     m.latent_norm = LatentNorm(
-                        latent.channels, momentum=config.latent_norm.momentum, eps=config.latent_norm.eps
+                        latent.channels,
+                        positions=latent[1:] if config.latent_norm.per_position else None,
+                        momentum=config.latent_norm.momentum,
+                        eps=config.latent_norm.eps,
                     )
                 if "heads" in uses:
                     m.heads = _heads(config, recipe, m)
