@@ -95,6 +95,13 @@ class Tokenizer(Network):
         """Latents (B, C, h, w) -> images (B, 3, h * factor, w * factor), nominally in [-1, 1]."""
         raise NotImplementedError
 
+    def last_layer(self) -> nn.Module | None:
+        """The last layer of the decoder with a weight, ``nn.Linear`` or ``nn.Conv2d``, for adaptive adversarial losses.
+
+        It must be outside of ``units()``, and ``decode`` must call it once. None: there is no such layer.
+        """
+        return None
+
 
 class Denoiser(Network):
     """Predicts the velocity of x_t. Constructed from ``(latent: LatentShape, num_classes: int)`` and options.

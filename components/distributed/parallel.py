@@ -263,7 +263,8 @@ def settle(*modules: nn.Module) -> None:
 def compile_units(module: nn.Module, backend: str | Callable = "inductor") -> None:
     """Compile each of ``module.units()``, or the whole module if it has none; compile time does not grow with depth.
 
-    Beside the units, the methods that ``module.compiled_methods()`` returns are compiled.
+    Beside the units, the methods that ``module.compiled_methods()`` returns are compiled, unless a part of their module
+    has a forward hook (:class:`components.nn.last_layer.LastLayer`), which needs eager code.
 
     All dimensions except the batch are marked static. Stages of one class share code, and the compiler would otherwise
     make the spatial sizes of all but the first stage symbolic: slower kernels, no layout optimization for
@@ -290,7 +291,8 @@ def compile_units(module: nn.Module, backend: str | Callable = "inductor") -> No
         # classes (nn.Sequential).
         unit.forward = compiled(unit.forward)
     for method in module.compiled_methods() if isinstance(module, Network) and units else ():
-        setattr(method.__self__, method.__name__, compiled(method))
+        if not any(part._forward_hooks for part in method.__self__.modules()):
+            setattr(method.__self__, method.__name__, compiled(method))
 
 
 def _static_but_for_batch(compiled: Callable) -> Callable:

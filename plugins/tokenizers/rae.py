@@ -139,6 +139,10 @@ class RAE(Tokenizer):
         mean, std = self.encoder.pixel_stats
         return (x * std + mean) * 2 - 1
 
+    def last_layer(self) -> nn.Module:
+        """Return the decoder's prediction of pixels."""
+        return self.decoder.pred
+
     def load_weights(self) -> None:
         """Load the encoder's weights and, if set, the decoder's ``checkpoint``.
 
