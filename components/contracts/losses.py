@@ -43,11 +43,17 @@ class AdversarialLoss(Network):
     Attributes:
         role: field of :class:`Modules` that holds losses of this kind.
         weight: factor of the generator loss in the tokenizer's loss.
+        adaptive: multiply ``weight`` by the ratio of two gradients of the decoder's last weight, that of the
+            reconstruction losses and that of the generator loss; see :mod:`components.diffusion.adaptive_weight`. The
+            tokenizer must name its ``last_layer``.
+        adaptive_eps: added to the denominator.
     """
 
     role: ClassVar[str] = "discriminator"
 
     weight: float
+    adaptive: bool = False
+    adaptive_eps: float = 1e-6
 
     @abstractmethod
     def generator(self, x_hat: Tensor, step: int) -> Tensor:

@@ -73,6 +73,7 @@ class Tokenizer(Network):
         frozen_encoder: only the decoder can be trained. ``encode`` must not propagate gradients, and the encoder's
             parameters must not require them.
         resolution: image side in pixels, if the tokenizer supports only one.
+        variant: options that change the latents, but not the weights; part of the tokenizer's fingerprint.
     """
 
     forward_methods = ("encode", "decode")
@@ -82,6 +83,7 @@ class Tokenizer(Network):
     trainable: bool = True
     frozen_encoder: bool = False
     resolution: int | None = None
+    variant: str = ""
 
     @abstractmethod
     def encode(self, x: Tensor) -> Posterior:
@@ -92,6 +94,13 @@ class Tokenizer(Network):
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, h * factor, w * factor), nominally in [-1, 1]."""
         raise NotImplementedError
+
+    def last_layer(self) -> nn.Module | None:
+        """The last layer of the decoder with a weight, ``nn.Linear`` or ``nn.Conv2d``, for adaptive adversarial losses.
+
+        It must be outside of ``units()``, and ``decode`` must call it once. None: there is no such layer.
+        """
+        return None
 
 
 class Denoiser(Network):
@@ -158,14 +167,16 @@ class Encoder(Network):
         native_grid: the ``grid`` that evaluation constructs the encoder with.
         pixel_stats: mean and standard deviation (1, 3, 1, 1) by which the encoder normalizes images in [0, 1]; None: it
             takes images in [-1, 1] as they are.
+        depth: number of blocks whose tokens :meth:`block_tokens` returns; 0: the encoder does not return them.
     """
 
     given = ("resolution", "grid")
-    forward_methods = ("embed",)
+    forward_methods = ("embed", "block_tokens")
 
     embed_dim: int
     own_embedding: bool = False
     native_grid: int = 16  # 224 pixels with patches of 14
+    depth: int = 0
 
     @property
     def pixel_stats(self) -> tuple[Tensor, Tensor] | None:
@@ -183,6 +194,15 @@ class Encoder(Network):
 
     def drop_final_norm(self) -> None:
         """Return tokens before the model's final norm from now on, if it has one that can be left out."""
+
+    def block_tokens(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Patch tokens (B, grid * grid, D) after each of ``blocks``, before the final norm.
+
+        Args:
+            images: (B, 3, R, R) in [-1, 1].
+            blocks: ascending indices in [0, ``depth``).
+        """
+        raise NotImplementedError(f"{type(self).__name__} returns the tokens of its last block only")
 
 
 def units_of(module: nn.Module) -> Sequence[nn.Module]:

@@ -18,6 +18,7 @@ from components.contracts.records import Batch, Distribution, LatentShape, LossT
 
 if TYPE_CHECKING:
     from components.diffusion.flow import Flow
+    from components.nn.last_layer import LastLayer
     from components.nn.latent_norm import LatentNorm
 
 Sampler = Callable[..., Tensor]
@@ -41,6 +42,7 @@ class Modules:
         reconstruction: by the labels of their config tables.
         copies: frozen copies of modules that the recipe declares, by name.
         state: tensors that the recipe keeps between steps, by name.
+        last_layer: the tokenizer's last layer, if the weight of the generator loss adapts to its gradients.
     """
 
     # Typed as present, since recipes read only what they declare in `uses`.
@@ -56,6 +58,7 @@ class Modules:
     flow: Flow = None  # type: ignore[assignment]
     copies: dict[str, Network] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
+    last_layer: LastLayer | None = None
 
     def named(self) -> dict[str, nn.Module]:
         """Return every ``nn.Module`` by name: 'tokenizer', 'denoiser', 'encoders.dinov2', 'copies.teacher', ..."""

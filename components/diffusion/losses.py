@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from components.contracts import Batch, Condition, LossTerm, Modules, Posterior, Tokens, Update
+from components.diffusion.adaptive_weight import adaptive_reconstruction
 from components.diffusion.flow import PathSample
 from components.monitor.latent_statistics import observe
 from components.monitor.phases import phase
@@ -17,6 +18,8 @@ from components.nn.precision import at_least_fp32
 def reconstruction(m: Modules, x: Tensor, x_hat: Tensor, posterior: Posterior, step: int) -> dict[str, LossTerm]:
     """The tokenizer's terms: all configured reconstruction losses and the generator loss of the GAN."""
     observe(posterior.mean)  # a no-op if the latent norm has already observed this step's latents
+    if m.last_layer is not None:
+        return adaptive_reconstruction(m, x, x_hat, posterior, step)
     terms = {name: LossTerm(loss.weight, loss(x, x_hat, posterior)) for name, loss in m.reconstruction.items()}
     if m.discriminator is not None:
         terms["gan"] = LossTerm(m.discriminator.weight, m.discriminator.generator(x_hat, step))

@@ -173,15 +173,20 @@ def shard(module: nn.Module, sharding: Sharding, learns: bool = True) -> None:
     units = list(units_of(module))
     for unit in units:
         _fully_shard(unit, sharding, sharding.reshard_after_forward, _keeps_fp32(module, unit))
+        _wrap_methods(unit)
     covered = {p for unit in units for p in unit.parameters()}
     if any(p not in covered for p in module.parameters()):
         # The backward pass needs the root's weights first, so freeing them would save nothing. Without a backward pass
         # they would never be freed, and become stale when the shards change.
         _fully_shard(module, sharding, not learns, _keeps_fp32(module))
-        for method in module.forward_methods if isinstance(module, Network) else ():
-            register_fsdp_forward_method(module, method)
+        _wrap_methods(module)
         # A posterior's mean is a view of the encoder's output; nothing writes into it.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def _wrap_methods(module: nn.Module) -> None:
+    for method in module.forward_methods if isinstance(module, Network) else ():
+        register_fsdp_forward_method(module, method)
 
 
 def _fully_shard(module: nn.Module, sharding: Sharding, reshard: bool, keep_fp32: bool) -> None:
@@ -258,7 +263,8 @@ def settle(*modules: nn.Module) -> None:
 def compile_units(module: nn.Module, backend: str | Callable = "inductor") -> None:
     """Compile each of ``module.units()``, or the whole module if it has none; compile time does not grow with depth.
 
-    Beside the units, the methods that ``module.compiled_methods()`` returns are compiled.
+    Beside the units, the methods that ``module.compiled_methods()`` returns are compiled, unless a part of their module
+    has a forward hook (:class:`components.nn.last_layer.LastLayer`), which needs eager code.
 
     All dimensions except the batch are marked static. Stages of one class share code, and the compiler would otherwise
     make the spatial sizes of all but the first stage symbolic: slower kernels, no layout optimization for
@@ -285,7 +291,8 @@ def compile_units(module: nn.Module, backend: str | Callable = "inductor") -> No
         # classes (nn.Sequential).
         unit.forward = compiled(unit.forward)
     for method in module.compiled_methods() if isinstance(module, Network) and units else ():
-        setattr(method.__self__, method.__name__, compiled(method))
+        if not any(part._forward_hooks for part in method.__self__.modules()):
+            setattr(method.__self__, method.__name__, compiled(method))
 
 
 def _static_but_for_batch(compiled: Callable) -> Callable:

@@ -5,10 +5,11 @@ A cache is a folder that covers n images in the dataset's order, s per shard (th
     latents-00000.safetensors   images 0 to s - 1
     latents-00001.safetensors   images s to 2 s - 1
     ...
-    latents-stats.safetensors   mean, std: float64 (C,), per channel; a valid file for latent_norm.statistics
+    latents-stats.safetensors   mean, std: float64 (C,), per channel, or (C, h, w) with ``per_position``; a valid file
+                                for latent_norm.statistics
     index.json                  written last: without it the cache is incomplete
 
-Tensors of a shard of m images; all but ``labels`` have the cache's ``dtype``, one of fp16, bf16 and fp32:
+Tensors of a shard of m images; all but the last two have the cache's ``dtype``, one of fp16, bf16 and fp32:
 
 ========================  ============  ============================================================
 mean, std                 (m, C, h, w)  posterior q(z|x) of the image: z = mean + std * noise
@@ -17,6 +18,7 @@ std_flipped
 features.LABEL            (m, N, D)     patch tokens of encoder LABEL, if there are ``features``
 features_flipped.LABEL    (m, N, D)     of the mirrored image, if also ``flipped``
 labels                    (m,)          class, int64
+sums                      (3, C, h, w)  sums of mean, mean^2 and std^2 per position, float64, if ``per_position``
 ========================  ============  ============================================================
 
 ``index.json`` is one object; its ``own_crc32`` covers the other keys (:func:`write_json`):
@@ -30,6 +32,7 @@ labels                    (m,)          class, int64
 - ``features`` by label: ``fingerprint``, ``origin``, ``name`` and ``options`` of the encoder, ``shape`` [N, D];
 - ``statistics``: ``mean`` and ``std`` of z per channel, in float64, before rounding to ``dtype``, over all images and
   mirrored copies: std^2 = E[std^2] + Var[mean];
+- ``per_position``: true if the statistics are known per position, too;
 - ``unreadable``: [index, path] of each image whose file could not be read; it has the latent and label of another
   image;
 - ``shards``: ``file``, ``size`` in bytes and ``crc32`` of each, and ``sums`` of mean, mean^2 and std^2 per channel.
@@ -122,6 +125,20 @@ class LatentCache:
         """Mean and standard deviation of z per channel, (C,) float64 each."""
         mean, std = (self.index["statistics"][name] for name in ("mean", "std"))
         return torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+
+    def position_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of z per channel and position, (C, h, w) float64 each.
+
+        Raises:
+            DataError: the cache was written without them, or their file is missing or damaged.
+        """
+        if not self.index.get("per_position"):
+            raise DataError(
+                f"latent_norm.per_position = true, but latent cache {self.path} has statistics per channel only: set "
+                "latent_norm.statistics, or encode the dataset with --latent_norm.per_position=true"
+            )
+        file = open_shard(self.path / STATISTICS)
+        return file.get_tensor("mean"), file.get_tensor("std")
 
     def read(self, index: int, flipped: bool = False, features: Sequence[str] = ()) -> tuple[Cached, int]:
         """Read the posterior and features, in the cache's dtype, and the class label of an image.

@@ -1,4 +1,4 @@
-"""Batch norm on latents, so that the denoiser sees zero mean and unit variance per channel while z changes."""
+"""Batch norm on latents, so that the denoiser sees zero mean and unit variance while z changes."""
 
 from __future__ import annotations
 
@@ -19,19 +19,29 @@ class LatentNorm(Network):
 
     Args:
         channels: latent channels C.
+        positions: height and width (h, w), to normalize each channel of each position by its own statistics, (C, h, w),
+            as RAE does (arXiv 2510.11690); None: statistics per channel, (C,).
         momentum: weight of a batch in the running statistics.
         eps: added to the variance.
         fixed: keep the statistics as they are, and normalize with them everywhere: without batch norm.
     """
 
-    def __init__(self, channels: int, *, momentum: float = 0.1, eps: float = 1e-4, fixed: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        positions: tuple[int, int] | None = None,
+        momentum: float = 0.1,
+        eps: float = 1e-4,
+        fixed: bool = False,
+    ) -> None:
         super().__init__()
         self.momentum = momentum
         self.eps = eps
         self.fixed = fixed
         # Named as in nn.BatchNorm2d, because published checkpoints have this module as `bn`.
-        self.register_buffer("running_mean", torch.empty(channels))
-        self.register_buffer("running_var", torch.empty(channels))
+        self.register_buffer("running_mean", torch.empty(channels, *positions or ()))
+        self.register_buffer("running_var", torch.empty(channels, *positions or ()))
         self.register_buffer("num_batches_tracked", torch.empty((), dtype=torch.long))
         self.init_weights()
 
@@ -58,10 +68,16 @@ class LatentNorm(Network):
         if self.fixed:
             return self(z)
         observe(z)
+        if self.running_mean.ndim > 1:
+            return self._batch(z.flatten(1), update).view(z.shape)  # each position of a channel as a channel
+        return self._batch(z, update)
+
+    def _batch(self, z: Tensor, update: bool) -> Tensor:
         if not update:
             return batch_norm(z, eps=self.eps)
         self.num_batches_tracked.add_(1)
-        return batch_norm(z, self.running_mean, self.running_var, momentum=self.momentum, eps=self.eps)
+        mean, var = self.running_mean.flatten(), self.running_var.flatten()  # views, which are updated in place
+        return batch_norm(z, mean, var, momentum=self.momentum, eps=self.eps)
 
     def invert(self, z_normalized: Tensor) -> Tensor:
         """Inverse of ``forward``: maps normalized latents (B, C, h, w) back to the tokenizer's scale."""
@@ -84,24 +100,35 @@ class LatentNorm(Network):
         """Set the running statistics.
 
         Args:
-            mean: C values, of any shape.
-            std: C positive values, of any shape.
+            mean: C values, of any shape; or, for statistics per position, (C, h, w).
+            std: as many positive values.
 
         Raises:
-            ValueError: a count other than C, a value that is not finite, or a standard deviation that is not positive.
+            ValueError: values of another channel count or resolution, or per position where the norm is per channel; a
+                value that is not finite, or a standard deviation that is not positive.
         """
-        channels = self.running_mean.numel()
-        if mean.numel() != channels or std.numel() != channels:
-            raise ValueError(
-                f"latent statistics: expected {channels} means and {channels} standard deviations, one per "
-                f"latent channel, got {mean.numel()} and {std.numel()}"
-            )
+        mean, std = self._fitting(mean, "means"), self._fitting(std, "standard deviations")
         if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
             raise ValueError("latent statistics: means must be finite and standard deviations finite and positive")
-        self.running_mean.copy_(mean.flatten())
-        self.running_var.copy_(std.flatten().square())
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(std.square())
+
+    def _fitting(self, values: Tensor, name: str) -> Tensor:
+        """Values in a shape that broadcasts to the running statistics'."""
+        shape, channels = self.running_mean.shape, len(self.running_mean)
+        if values.numel() == channels:
+            return values.reshape(channels, *[1] * (len(shape) - 1))
+        if values.shape[-3:] == shape and values.numel() == shape.numel():
+            return values.reshape(shape)
+        got = f"latent statistics: expected {channels} {name}, one per latent channel"
+        if len(shape) > 1:
+            got += f", or {tuple(shape)} of them, one per channel and position of this resolution"
+        got += f"; got {tuple(values.shape)}"
+        if len(shape) == 1 and values.ndim >= 3 and values.shape[-3] == channels:
+            got += ": one per position, for latent_norm.per_position = true"
+        raise ValueError(got)
 
 
 def _map(value: Tensor) -> Tensor:
     """Reshape (C,) to (C, 1, 1) to broadcast over positions."""
-    return value[:, None, None]
+    return value[:, None, None] if value.ndim == 1 else value

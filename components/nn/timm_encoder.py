@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,6 +102,7 @@ class TimmEncoder(Encoder):
                     "(pad = true fills it up)"
                 )
             self.is_last = layer % depth == depth - 1
+            self.depth = depth
             self.side = image_size or grid * patch
             self.padding = -self.side % patch
             self.model.set_input_size(img_size=self.side + self.padding)
@@ -137,12 +139,20 @@ class TimmEncoder(Encoder):
         Args:
             images: (B, 3, R, R) in [-1, 1].
         """
-        features = at_least_fp32(self._features(self.model, self._prepared(images)))
-        if features.ndim == 3:
-            if features.shape[1] == self.grid**2:
-                return features
-            features = features.transpose(1, 2).unflatten(2, (math.isqrt(features.shape[1]), -1))
-        return _on_grid(features, self.grid).flatten(2).transpose(1, 2)
+        return self._as_tokens(self._features(self.model, self._prepared(images)))
+
+    @torch.no_grad()
+    def block_tokens(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Patch tokens of several blocks of a vision transformer: see :class:`components.contracts.Encoder`."""
+        found = self.model.forward_intermediates(
+            self._prepared(images),
+            indices=list(blocks),
+            norm=False,
+            stop_early=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        return [self._as_tokens(features) for features in found]
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
@@ -216,6 +226,15 @@ class TimmEncoder(Encoder):
             intermediates_only=True,
         )
         return features
+
+    def _as_tokens(self, features: Tensor) -> Tensor:
+        """Tokens (B, n * n, D) or a feature map (B, D, n, n) -> tokens (B, grid * grid, D) in at least fp32."""
+        features = at_least_fp32(features)
+        if features.ndim == 3:
+            if features.shape[1] == self.grid**2:
+                return features
+            features = features.transpose(1, 2).unflatten(2, (math.isqrt(features.shape[1]), -1))
+        return _on_grid(features, self.grid).flatten(2).transpose(1, 2)
 
     def _prepared(self, images: Tensor) -> Tensor:
         """Resize and normalize images in [-1, 1] for the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -50,6 +51,7 @@ class TinyViT(Encoder):
 
     embed_dim = WIDTH
     native_grid = GRID
+    depth = DEPTH
 
     def __init__(self, resolution: int, grid: int, *, checkpoint: registry.File | None = None) -> None:
         super().__init__()
@@ -81,21 +83,34 @@ class TinyViT(Encoder):
         A grid finer than 8 x 8 takes a larger image and a resampled position embedding. A coarser grid averages the
         8 x 8 tokens, because shapes cannot be recognized in images below 32 pixels.
         """
-        tokens = self.features(images)
-        if self.grid < GRID:
-            planes = tokens.transpose(1, 2).unflatten(2, (GRID, GRID))
-            tokens = F.adaptive_avg_pool2d(planes, self.grid).flatten(2).transpose(1, 2)
-        return tokens
+        return self._on_grid(self.features(images))
+
+    @torch.no_grad()
+    def block_tokens(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Tokens of several blocks: see :meth:`components.contracts.Encoder.block_tokens`."""
+        found = self._blocks(images)
+        return [self._on_grid(found[index]) for index in blocks]
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, R, R) in [-1, 1] -> (B, n * n, 96) tokens with n = max(grid, 8); differentiable."""
+        return self.norm(self._blocks(images)[-1])
+
+    def _blocks(self, images: Tensor) -> list[Tensor]:
         n = max(self.grid, GRID)
         images = _resize(images, PATCH * n)
         x = self.patch_embed(images) + _resize(self.pos_embed, n)
         x = x.flatten(2).transpose(1, 2)
+        found = []
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+            found.append(x)
+        return found
+
+    def _on_grid(self, tokens: Tensor) -> Tensor:
+        if self.grid < GRID:
+            planes = tokens.transpose(1, 2).unflatten(2, (GRID, GRID))
+            tokens = F.adaptive_avg_pool2d(planes, self.grid).flatten(2).transpose(1, 2)
+        return tokens
 
     @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:

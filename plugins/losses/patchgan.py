@@ -94,6 +94,8 @@ class PatchGAN(AdversarialLoss):
 
     Args:
         weight: weight of the generator's loss in the tokenizer's loss.
+        adaptive: multiply ``weight`` by |grad L_rec| / (|grad L_gan| + 1e-4), at most 1e4, with the gradients of the
+            decoder's last weight, as in VQGAN (arXiv 2012.09841).
         start_step: first step with the generator's loss, counted from 0.
         warmup_steps: steps before ``start_step`` in which the discriminator trains alone, so that it does not judge
             reconstructions before it can.
@@ -112,6 +114,7 @@ class PatchGAN(AdversarialLoss):
     """
 
     adapters = (Published,)
+    adaptive_eps = 1e-4
     ema_real: Tensor
     ema_fake: Tensor
 
@@ -119,6 +122,7 @@ class PatchGAN(AdversarialLoss):
         self,
         *,
         weight: float = 0.1,
+        adaptive: bool = False,
         start_step: int = 0,
         warmup_steps: int = 0,
         lecam_weight: float = 0.0,
@@ -132,7 +136,7 @@ class PatchGAN(AdversarialLoss):
         for name, value, least in (("layers", layers, 1), ("channels", channels, 1), ("start_step", start_step, 0)):
             if value < least:
                 raise ValueError(f"[losses.patchgan] {name} = {value}: expected at least {least}")
-        self.weight = weight
+        self.weight, self.adaptive = weight, adaptive
         if not 0 <= warmup_steps <= start_step:
             raise ValueError(f"losses.patchgan: warmup_steps = {warmup_steps}; expected 0 to start_step = {start_step}")
         self.start_step, self.warmup_steps = start_step, warmup_steps

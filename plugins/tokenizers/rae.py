@@ -42,8 +42,10 @@ class RAE(Tokenizer):
 
     The latent (B, D, R / patch_size, R / patch_size) consists of the encoder plugin's tokens, without the final norm's
     affine parameters if the encoder can omit that norm (``final_norm``, as timm encoders can), followed by layer norm
-    without affine parameters. The latent norm then scales it per channel; the published code does so per channel and
-    position. The encoding is deterministic: the posterior has the minimum standard deviation, 3e-7.
+    without affine parameters. With several ``layers`` (RAEv2, arXiv 2605.18324), the tokens of each block take the
+    place of the last one's, and are combined after that layer norm. The latent norm then scales the latent; as the
+    published code does with ``latent_norm.per_position = true``. The encoding is deterministic: the posterior has the
+    minimum standard deviation, 3e-7.
 
     The decoder embeds tokens linearly, adds a class token and fixed sine-cosine positions, and predicts each token's
     pixels in the encoder's input normalization.
@@ -51,6 +53,12 @@ class RAE(Tokenizer):
     Args:
         encoder: name of an encoder plugin. Published: "dinov2" with ``encoder_options = { registers = true }``.
         encoder_options: options of that plugin.
+        layers: the encoder's last so many blocks, or a list of blocks counted from 0. RAEv2's DINOv3-L "K = 7" is
+            [11, 13, 15, 17, 19, 21, 23]; 1: the tokens that the encoder plugin returns.
+        combine: of several layers: their mean, as the published code computes, or their sum, as the paper writes. The
+            factor matters only to ``recipe.noise_tau``, because the latent norm removes it.
+        token_mean: add to every token the mean over positions of the last of several layers, as the published code does
+            for DINOv3 and SigLIP 2, but not for DINOv2.
         resolution: image side in pixels; must equal ``training.resolution``.
         patch_size: pixels per latent position along a side; the encoder's grid is ``resolution / patch_size``.
         decoder: preset for the decoder's width, depth, heads and hidden features.
@@ -72,6 +80,9 @@ class RAE(Tokenizer):
         *,
         encoder: str = "dinov2",
         encoder_options: dict[str, Any] | None = None,
+        layers: int | list[int] = 1,
+        combine: Literal["mean", "sum"] = "mean",
+        token_mean: bool = False,
         resolution: int = 256,
         patch_size: int = 16,
         decoder: Literal["B", "L", "XL"] = "XL",
@@ -96,6 +107,11 @@ class RAE(Tokenizer):
         self.encoder_name = encoder
         self.encoder = _make_encoder(encoder, encoder_options or {}, resolution, self.grid)
         self.encoder.requires_grad_(False).eval()
+        self.layers = _chosen(layers, self.encoder.depth, encoder)
+        if token_mean and not self.layers:
+            raise ValueError("tokenizer.token_mean = true needs several tokenizer.layers")
+        self.combine, self.token_mean = combine, token_mean
+        self.variant = f"{combine} of {self.layers}, token_mean = {token_mean}\n" if self.layers else ""
         self.channels: int = self.encoder.embed_dim
         self.decoder = Decoder(self.channels, self.grid, patch_size, width, depth, heads, hidden)
 
@@ -109,8 +125,7 @@ class RAE(Tokenizer):
         """(B, 3, R, R) in [-1, 1] -> (B, D, R / patch_size, R / patch_size), without gradients."""
         self._check_side(x.shape[-1], 1)
         with torch.no_grad():
-            tokens = at_least_fp32(self.encoder(x))
-            tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
+            tokens = self._several_layers(x) if self.layers else _normalized(self.encoder(x))
             z = tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid)).contiguous()
         return Posterior(z, torch.full_like(z, -30.0))
 
@@ -123,6 +138,10 @@ class RAE(Tokenizer):
         # x is in the encoder's input normalization, (image in [0, 1] - mean) / std.
         mean, std = self.encoder.pixel_stats
         return (x * std + mean) * 2 - 1
+
+    def last_layer(self) -> nn.Module:
+        """Return the decoder's prediction of pixels."""
+        return self.decoder.pred
 
     def load_weights(self) -> None:
         """Load the encoder's weights and, if set, the decoder's ``checkpoint``.
@@ -147,6 +166,16 @@ class RAE(Tokenizer):
     def units(self) -> Sequence[nn.Module]:
         """Return the whole encoder and the decoder's blocks."""
         return [self.encoder, *self.decoder.blocks]
+
+    def compiled_methods(self) -> Sequence[Any]:
+        """Return the encoder's method for several layers, if they are used."""
+        return [self.encoder.block_tokens] if self.layers else []
+
+    def _several_layers(self, x: Tensor) -> Tensor:
+        """Combined tokens (B, N, D) of ``layers``."""
+        found = [_normalized(tokens) for tokens in self.encoder.block_tokens(x, self.layers)]
+        total = torch.stack(found).mean(0) if self.combine == "mean" else torch.stack(found).sum(0)
+        return total + found[-1].mean(1, keepdim=True) if self.token_mean else total
 
     def _check_side(self, side: int, scale: int) -> None:
         if side * scale != self.resolution:
@@ -214,6 +243,29 @@ def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
         renamed[key] = value
     renamed.pop("decoder_pos_embed", None)
     return renamed
+
+
+def _normalized(tokens: Tensor) -> Tensor:
+    """Layer norm without affine parameters."""
+    tokens = at_least_fp32(tokens)
+    return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
+
+
+def _chosen(layers: int | list[int], depth: int, encoder: str) -> tuple[int, ...]:
+    """Indices of several blocks; none for ``layers`` = 1."""
+    if layers == 1:
+        return ()
+    if not depth:
+        raise ValueError(f"tokenizer.layers = {layers}: encoder '{encoder}' returns one layer; set it to 1")
+    if isinstance(layers, int):
+        if not 1 <= layers <= depth:
+            raise ValueError(f"tokenizer.layers = {layers}: expected 1 to {depth}, the blocks of encoder '{encoder}'")
+        return tuple(range(depth - layers, depth))
+    if not layers or sorted(set(layers)) != layers or layers[0] < 0 or layers[-1] >= depth:
+        raise ValueError(
+            f"tokenizer.layers = {layers}: expected ascending blocks of encoder '{encoder}', from 0 to {depth - 1}"
+        )
+    return tuple(layers)
 
 
 def _make_encoder(name: str, options: dict[str, Any], resolution: int, grid: int) -> Any:

@@ -24,6 +24,7 @@ from components.latent_cache.cache import (
     PROGRESS,
     STATISTICS,
     ShardWriter,
+    open_shard,
     read_index,
     read_json,
     shard_name,
@@ -94,7 +95,7 @@ class Encoding:
 
     def _make(self, number: int, batches: Iterator[Numbered], progress: Callable[[int], Any]) -> None:
         rows = self.rows(number)
-        sums, unreadable = torch.zeros(3, self.networks.latent[0], dtype=torch.float64), []
+        sums, unreadable = self.networks.no_sums(), []
         with ShardWriter(self.out / shard_name(number), self.networks.tensors(len(rows))) as shard:
             for piece in _pieces(rows, self.choices.batch_size):
                 batch = next(batches)
@@ -108,6 +109,9 @@ class Encoding:
                 unreadable += batch.unreadable
                 self.counter.update(len(piece), batch.reasons)
                 progress(len(piece))
+            if self.networks.per_position:
+                shard.write("sums", 0, sums)
+                sums = sums.sum((2, 3))
             written = shard.commit()
         write_json(self._record(number), written | {"sums": sums.tolist(), "unreadable": unreadable})
 
@@ -196,11 +200,15 @@ class Encoding:
             shutil.rmtree(self.out / PROGRESS, ignore_errors=True)
             return
         records = [read_json(self._record(number)) for number in range(self.shards)]
+        images = len(self.dataset) * (1 + self.choices.flip)
         sums = torch.tensor([record["sums"] for record in records], dtype=torch.float64).sum(0)
-        per_channel = len(self.dataset) * (1 + self.choices.flip) * self.networks.latent[1] * self.networks.latent[2]
-        mean, mean_of_squares, variance = sums / per_channel
-        std = (variance + mean_of_squares - mean.square()).clamp_min(0).sqrt()
-        _write_statistics(self.out / STATISTICS, mean, std)
+        mean, std = _moments(sums / (images * self.networks.latent[1] * self.networks.latent[2]))
+        if self.networks.per_position:
+            shards = (open_shard(self.out / shard_name(number)) for number in range(self.shards))
+            sums = sum(shard.get_tensor("sums") for shard in shards)
+            _write_statistics(self.out / STATISTICS, *_moments(sums / images))
+        else:
+            _write_statistics(self.out / STATISTICS, mean, std)
         shards = [{"file": shard_name(n)} | {key: record[key] for key in RECORDED} for n, record in enumerate(records)]
         index = self.settings | {
             "statistics": {"mean": mean.tolist(), "std": std.tolist()},
@@ -253,6 +261,12 @@ def _compared(fields: dict[str, Any]) -> dict[str, Any]:
     """Settings without probes, which may differ in the last bit between image decoders, and what older caches lack."""
     fields = {key: value for key, value in fields.items() if key != "class_counts"}
     return fields | {"dataset": {key: value for key, value in fields["dataset"].items() if key != "probes"}}
+
+
+def _moments(means: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of z from the means of mean, mean^2 and std^2."""
+    mean, mean_of_squares, variance = means
+    return mean, (variance + mean_of_squares - mean.square()).clamp_min(0).sqrt()
 
 
 def _write_statistics(path: Path, mean: Tensor, std: Tensor) -> None:

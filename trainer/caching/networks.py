@@ -64,10 +64,17 @@ class Networks:
             x = torch.zeros(1, 3, training.resolution, training.resolution, device=world.device)
             self.shapes = {label: tuple(encoder(x).shape[1:]) for label, encoder in self.encoders.items()}
         self.latent = tuple(source.parts.latent)
+        self.per_position = source.config.latent_norm.per_position
+
+    def no_sums(self) -> Tensor:
+        """Zero sums, in the shape of those that a call returns."""
+        return torch.zeros(3, *(self.latent if self.per_position else self.latent[:1]), dtype=torch.float64)
 
     def tensors(self, rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of every tensor in a shard of ``rows`` images, by name."""
         dtype, found = DTYPES[self.choices.dtype], {"labels": (torch.int64, (rows,))}
+        if self.per_position:
+            found["sums"] = (torch.float64, (3, *self.latent))
         for suffix in self._suffixes():
             for name in ("mean", "std"):
                 found[name + suffix] = (dtype, (rows, *self.latent))
@@ -78,9 +85,10 @@ class Networks:
     def __call__(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Encode uint8 images (b, 3, R, R); return the tensors of a shard by name, without labels, and latent sums.
 
-        The sums (3, C) float64 are those of mean, mean^2 and std^2 over images and positions.
+        The sums (3, C) float64 are those of mean, mean^2 and std^2 over images and positions; with
+        ``latent_norm.per_position``, they are (3, C, h, w), over images.
         """
-        found, sums = {}, torch.zeros(3, self.latent[0], dtype=torch.float64)
+        found, sums = {}, self.no_sums()
         images = images.to(self.device, non_blocking=True)
         with self._computing():
             for suffix in self._suffixes():
@@ -89,7 +97,8 @@ class Networks:
                 posterior = self.tokenizer.encode(x)
                 mean, std = posterior.mean.float(), posterior.std.float()
                 wide = mean.double(), std.double()
-                sums += torch.stack([wide[0], wide[0].square(), wide[1].square()]).sum((1, 3, 4)).cpu()
+                powers = torch.stack([wide[0], wide[0].square(), wide[1].square()])
+                sums += powers.sum(1 if self.per_position else (1, 3, 4)).cpu()
                 found |= {f"mean{suffix}": mean, f"std{suffix}": std}
                 found |= {f"features{suffix}.{label}": encoder(x) for label, encoder in self.encoders.items()}
         return {name: self._stored(name, value) for name, value in found.items()}, sums
@@ -141,4 +150,4 @@ def settings(source: LoadedModel, choices: Choices, networks: Networks) -> dict[
         "dataset": cached.describe("dataset", config.dataset) | about,
         "tokenizer": {"fingerprint": fingerprint(source.parts.modules.tokenizer), "origin": source.label},
         "features": named,
-    }
+    } | ({"per_position": True} if networks.per_position else {})

@@ -192,6 +192,11 @@ def _foreign(
         online = None
         if path.is_dir():
             online = read_source(str(path), weights="online", overrides=overrides, needs=make.exports).states
+    if "latent_norm" in stored.states and stored.states["latent_norm"]["running_mean"].ndim > 1:
+        raise ConfigError(
+            f"--format={make.name} states latent statistics per channel, but those of '{stored.path}' are per "
+            f"position; use --format={OWN}"
+        )
     for states in (stored.states, online or {}):
         check_weights(states, "nothing was written: choose another checkpoint (--step)")
     config = stored.config

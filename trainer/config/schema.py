@@ -194,6 +194,9 @@ class LatentNormTable(Table):
     """Number of training images used to measure the initial statistics."""
     fixed: bool = False
     """Normalize with the initial statistics throughout, instead of a batch norm: an ablation of the paper."""
+    per_position: bool = False
+    """Normalize each channel of each position by its own statistics, as RAE does; false: each channel. It ties the
+    denoiser to one resolution."""
 
 
 def _points(points: list[list[float]]) -> list[list[float]]:

@@ -147,7 +147,8 @@ def _take_latent_norm(
     elif "latent_norm" not in found.states and tokenizer_file is not None and tokenizer_file.config is not None:
         measured = stated_statistics(tokenizer_file.config, tokenizer_file.tensors)
     if measured is not None:
-        norm = LatentNorm(len(own["latent_norm"]["running_mean"]))
+        channels, *positions = own["latent_norm"]["running_mean"].shape
+        norm = LatentNorm(channels, positions=tuple(positions) or None)
         try:
             norm.set_statistics(*measured)
         except ValueError as error:

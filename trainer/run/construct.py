@@ -18,6 +18,7 @@ from components.contracts import Dataset, Denoiser, LatentShape, Modules, Networ
 from components.data.loader import DataError, check_item
 from components.diffusion.flow import Flow, dimension_shift
 from components.distributed.materialize import NoRandom
+from components.nn.last_layer import LastLayer
 from components.nn.latent_norm import LatentNorm
 from components.optim.ema import frozen_copy
 from trainer.config import Config, ConfigError, PluginTable
@@ -71,11 +72,19 @@ def construct_parts(
                 m.denoiser = denoiser
                 with seeded(config.training.seed, "latent_norm"), torch.device("meta"):
                     norm = config.latent_norm
-                    m.latent_norm = LatentNorm(latent.channels, momentum=norm.momentum, eps=norm.eps, fixed=norm.fixed)
+                    m.latent_norm = LatentNorm(
+                        latent.channels,
+                        positions=latent[1:] if norm.per_position else None,
+                        momentum=norm.momentum,
+                        eps=norm.eps,
+                        fixed=norm.fixed,
+                    )
                 if "heads" in uses:
                     m.heads = _heads(config, recipe, m)
         if "reconstruction" in uses and not m.reconstruction:
             raise ConfigError(f"recipe.name = '{config.recipe.name}' needs a reconstruction loss, such as [losses.l1]")
+        if whole and m.discriminator is not None and m.discriminator.adaptive:
+            m.last_layer = _last_layer(config, recipe, m, places)
         if whole:
             try:
                 recipe.check(m)
@@ -197,6 +206,19 @@ def _check_trainable(config: Config, recipe: Recipe, m: Modules) -> None:
             f"recipe.name = '{config.recipe.name}' trains only the decoder, but the encoder of '{name}' is trainable; "
             f"choose a tokenizer with a frozen encoder ({', '.join(fit)})"
         )
+
+
+def _last_layer(config: Config, recipe: Recipe, m: Modules, places: dict[str, str]) -> LastLayer | None:
+    """The tokenizer's last layer, for an adversarial loss whose weight adapts; None if the tokenizer does not learn."""
+    if "tokenizer" not in trained_modules(recipe):
+        return None
+    layer = m.tokenizer.last_layer()
+    if layer is None:
+        raise ConfigError(
+            f"[{places['discriminator']}] adaptive = true needs the decoder's last layer, which tokenizer "
+            f"'{config.tokenizer.name}' does not name (last_layer); set it to false"
+        )
+    return LastLayer(layer)
 
 
 def _add_loss(config: Config, m: Modules, label: str, table: PluginTable, uses: frozenset[str]) -> dict[str, str]:

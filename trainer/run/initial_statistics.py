@@ -25,13 +25,14 @@ from trainer.run.parts import Parts
 
 
 def read_statistics(path: str) -> tuple[Tensor, Tensor]:
-    """Read mean and standard deviation per latent channel, (C,) each.
+    """Read mean and standard deviation per latent channel, (C,) each, or per channel and position, (C, h, w).
 
     Args:
-        path: file with tensors ``mean`` and ``std``, or ``latents_bias`` and ``latents_scale`` = 1 / std (published
-            REPA-E files), or ``running_mean`` and ``running_var`` (latent norms written by export); or a diffusers
-            folder, or its config.json, with ``latents_mean`` and ``latents_std``, or else ``shift_factor`` and
-            ``scaling_factor`` = 1 / std; of FLUX.2, the batch norm among its weights.
+        path: file with tensors ``mean`` and ``std``, or ``mean`` and ``var`` (published RAE files), or ``latents_bias``
+            and ``latents_scale`` = 1 / std (published REPA-E files), or ``running_mean`` and ``running_var`` (latent
+            norms written by export); or a diffusers folder, or its config.json, with ``latents_mean`` and
+            ``latents_std``, or else ``shift_factor`` and ``scaling_factor`` = 1 / std; of FLUX.2, the batch norm among
+            its weights.
 
     Raises:
         ConfigError: the file is missing or holds no such pair.
@@ -46,12 +47,13 @@ def read_statistics(path: str) -> tuple[Tensor, Tensor]:
     if {"latents_bias", "latents_scale"} <= state.keys():
         return state["latents_bias"].flatten(), 1.0 / state["latents_scale"].flatten()
     if {"mean", "std"} <= state.keys():
-        return state["mean"].flatten(), state["std"].flatten()
-    if {"running_mean", "running_var"} <= state.keys():
-        return state["running_mean"].flatten(), state["running_var"].flatten().sqrt()
+        return state["mean"], state["std"]
+    for mean, variance in (("mean", "var"), ("running_mean", "running_var")):
+        if {mean, variance} <= state.keys():
+            return state[mean], state[variance].sqrt()
     raise ConfigError(
-        f"latent_norm.statistics = '{path}': expected tensors mean and std, latents_bias and latents_scale, or "
-        f"running_mean and running_var; found {', '.join(sorted(state))}"
+        f"latent_norm.statistics = '{path}': expected tensors mean and std, mean and var, latents_bias and "
+        f"latents_scale, or running_mean and running_var; found {', '.join(sorted(state))}"
     )
 
 
@@ -76,7 +78,7 @@ def _read_diffusers(file: Path, path: str) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def measure_statistics(config: Config, parts: Parts, world: World) -> tuple[Tensor, Tensor]:
-    """Measure mean and standard deviation of z per channel over the first training images.
+    """Measure mean and standard deviation of z over the first training images: (C,), or (C, h, w) if per position.
 
     The result is the same for every world size. Cost: encodes ``latent_norm.images`` images, divided among the ranks.
     """
@@ -87,7 +89,9 @@ def measure_statistics(config: Config, parts: Parts, world: World) -> tuple[Tens
         resolution=config.training.resolution,
     )  # fmt: skip
     positions = loader.batch_sampler.positions()
-    total = torch.zeros(3, parts.latent.channels, dtype=torch.float64, device=world.device)
+    per_position = config.latent_norm.per_position
+    shape = parts.latent if per_position else parts.latent[:1]
+    total = torch.zeros(3, *shape, dtype=torch.float64, device=world.device)
     for loaded, position in zip(loader, positions):
         if position >= max(config.latent_norm.images, batch_size):
             break
@@ -99,7 +103,7 @@ def measure_statistics(config: Config, parts: Parts, world: World) -> tuple[Tens
         pieces = zip(loaded.images.chunk(config.training.accumulation), noise.chunk(config.training.accumulation))
         z = [_encode(tokenizer, images.to(world.device), part.to(world.device)) for images, part in pieces]
         z = torch.cat(z).double()
-        total += torch.stack([torch.ones_like(z), z, z.square()]).sum(dim=(1, 3, 4))
+        total += torch.stack([torch.ones_like(z), z, z.square()]).sum(dim=1 if per_position else (1, 3, 4))
     if world.size > 1:
         dist.all_reduce(total)
     count, first_moment, second_moment = total
@@ -124,7 +128,8 @@ def prepare_latent_norm(config: Config, parts: Parts, world: World) -> None:
     if path:
         mean, std = read_statistics(path)
     elif isinstance(parts.dataset, CachedDataset):
-        mean, std = parts.dataset.cache.statistics
+        cache = parts.dataset.cache
+        mean, std = cache.position_statistics() if config.latent_norm.per_position else cache.statistics
     else:
         with torch.compiler.set_stance("force_eager"):  # once: compiling it takes longer
             mean, std = measure_statistics(config, parts, world)

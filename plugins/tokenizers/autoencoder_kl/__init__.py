@@ -119,6 +119,10 @@ class AutoencoderKL(Tokenizer):
         """(B, C, h, w) -> (B, 3, h * factor, w * factor), nominally in [-1, 1]."""
         return self.decoder(self.post_quant_conv(F.pixel_shuffle(z, self.patch) if self.patch > 1 else z))
 
+    def last_layer(self) -> nn.Module:
+        """Return the decoder's last convolution."""
+        return self.decoder.conv_out
+
     def load_weights(self) -> None:
         """Load ``checkpoint``, if set; every key must match.
 

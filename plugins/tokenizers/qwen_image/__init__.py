@@ -86,6 +86,10 @@ class QwenImageVAE(Tokenizer):
         """(B, C, h, w) -> (B, 3, h * factor, w * factor), nominally in [-1, 1]; diffusers clamps to that."""
         return self.decoder(self.post_quant_conv(z))
 
+    def last_layer(self) -> nn.Module:
+        """Return the decoder's last convolution."""
+        return self.decoder.conv_out
+
     def load_weights(self) -> None:
         """Load ``checkpoint``, if set; every key must match.
 

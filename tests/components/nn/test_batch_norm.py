@@ -207,3 +207,27 @@ def test_latent_norm_recovers_from_meta():
     norm.to_empty(device="cpu").init_weights()
     fresh = LatentNorm(5).state_dict()
     assert all(torch.equal(value, fresh[key]) for key, value in norm.state_dict().items())
+
+
+def test_statistics_per_position_are_those_of_each_position_alone():
+    """Each position goes through a norm of its own; files per channel fill all positions, others are refused."""
+    z = torch.randn(6, 2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    norm = LatentNorm(2, positions=(3, 4)).double()
+    found = norm.batch(z)
+    for i in range(3):
+        for j in range(4):
+            alone = LatentNorm(2).double()
+            at = z[:, :, i : i + 1, j : j + 1]
+            torch.testing.assert_close(found[:, :, i : i + 1, j : j + 1], alone.batch(at), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(norm.running_mean[:, i, j], alone.running_mean, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(norm.running_var[:, i, j], alone.running_var, rtol=1e-12, atol=1e-12)
+    mean, std = z.mean(0), z.std(0)
+    norm.set_statistics(mean[None], std)
+    torch.testing.assert_close(norm(z), (z - mean) / (std.square() + 1e-4).sqrt(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(norm.invert(norm(z)), z, rtol=1e-12, atol=1e-12)
+    norm.set_statistics(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
+    assert (norm.running_mean[1] == 2).all() and (norm.running_var[0] == 9).all()
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\) of them, .* this resolution; got \(2, 6, 8\)"):
+        norm.set_statistics(torch.zeros(2, 6, 8), torch.ones(2, 6, 8))
+    with pytest.raises(ValueError, match=r"got \(2, 3, 4\): one per position, for latent_norm.per_position = true"):
+        LatentNorm(2).set_statistics(mean, std)

@@ -12,6 +12,7 @@ from components import registry
 from components.contracts import Batch, Condition, LatentShape, Modules
 from components.diffusion.random_numbers import draw
 from components.distributed.parallel import World
+from components.files.fingerprint import fingerprint
 from components.files.weights import WeightsError
 from plugins.losses.reconstruction import L1
 from plugins.recipes.rae_decoder import RaeDecoder
@@ -66,6 +67,45 @@ def test_latents_are_tokens_normalized_without_the_last_norm():
     for row in range(4):
         for column in range(4):
             assert torch.allclose(z[:, :, row, column], expected[:, 4 * row + column], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "blocks", "scale", "mean"),
+    [
+        ({"layers": 3}, [9, 10, 11], 1 / 3, 0.0),
+        ({"layers": 3, "combine": "sum"}, [9, 10, 11], 1.0, 0.0),
+        ({"layers": [2, 7], "token_mean": True}, [2, 7], 1 / 2, 1.0),
+    ],
+)
+def test_latents_combine_several_layers(options, blocks, scale, mean):
+    """Against hooks on the model's own blocks, each token normalized by hand."""
+    timm = {"model": "vit_tiny_patch16_224", "pretrained": False}
+    rae = RAE(encoder="timm", encoder_options=timm, resolution=48, width=16, depth=1, heads=2, **options).double()
+    seen = {}
+    for index, block in enumerate(rae.encoder.model.blocks):
+        block.register_forward_hook(lambda _, __, out, index=index: seen.update({index: out[:, 1:]}))
+    torch.nn.init.normal_(rae.encoder.model.norm.weight)
+    z = rae.encode(torch.rand(2, 3, 48, 48, dtype=torch.float64) * 2 - 1).mean
+    assert max(seen) == blocks[-1], "later blocks must not run"
+    expected = torch.zeros(2, 9, 192, dtype=torch.float64)
+    for index in blocks:
+        centered = seen[index] - seen[index].mean(-1, keepdim=True)
+        last = centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        expected += scale * last
+    expected += mean * last.sum(1, keepdim=True) / 9
+    assert torch.allclose(z.flatten(2).transpose(1, 2), expected, atol=1e-12, rtol=0)
+
+
+def test_layers_are_those_of_the_shipped_encoder_and_part_of_the_fingerprint():
+    x = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    one, last, all_three = made().double(), made(layers=[2]).double(), made(layers=3).double()
+    assert torch.allclose(last.encoder.norm(last.encoder.block_tokens(x, [2])[0]), last.encoder(x), atol=1e-12)
+    coarse = type(one.encoder)(32, 4).double()
+    assert coarse.block_tokens(x, [0, 2])[1].shape == (2, 16, 96)
+    for module in (last, all_three):
+        assert module.encode(x).mean.shape == one.encode(x).mean.shape
+        module.load_state_dict(one.state_dict())  # layers add no weights
+    assert len({fingerprint(module) for module in (one, last, all_three)}) == 3
 
 
 def test_the_encoder_never_learns_and_the_decoder_does():
@@ -249,6 +289,14 @@ def test_training_raises_psnr_and_leaves_the_encoder(toml, tmp_path):
          ["tokenizer.encoder: no encoder is called 'tiny_vt'", "did you mean 'tiny_vit'"]),
         (["--recipe.name=rae_decoder", "--tokenizer.encoder_options={sise = 3}"],
          ["tokenizer.encoder_options.sise", "options of encoder 'tiny_vit': checkpoint"]),
+        (["--recipe.name=rae_decoder", "--tokenizer.layers=4"],
+         ["tokenizer.layers = 4: expected 1 to 3, the blocks of encoder 'tiny_vit'"]),
+        (["--recipe.name=rae_decoder", "--tokenizer.layers=[2, 1]"],
+         ["tokenizer.layers = [2, 1]: expected ascending blocks of encoder 'tiny_vit', from 0 to 2"]),
+        (["--recipe.name=rae_decoder", "--tokenizer.token_mean=true"], ["token_mean = true needs several"]),
+        (["--recipe.name=rae_decoder", "--tokenizer.encoder=timm", "--tokenizer.layers=2",
+          "--tokenizer.encoder_options={model = 'resnet18', pretrained = false}"],
+         ["tokenizer.layers = 2: encoder 'timm' returns one layer; set it to 1"]),
         (["--recipe.name=rae_decoder", "--tokenizer.heads=3"], ["tokenizer.width = 16", "tokenizer.heads = 3"]),
         (["--recipe.name=rae_decoder", "--recipe.noise_tau=-1.0"], ["recipe.noise_tau = -1.0"]),
     ],

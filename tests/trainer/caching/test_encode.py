@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from components.data.loader import DataError
 from components.distributed.parallel import World
 from components.latent_cache.cache import LatentCache
 from plugins.encoders.tiny_vit import TinyViT
@@ -181,3 +182,24 @@ def test_unreadable_images_are_replaced_and_recorded(place, tmp_path, capsys, ca
     cache = LatentCache(tmp_path / "out")
     assert cache.index["unreadable"] == [[1, str(broken)]] and cache.read(1)[1] == cache.read(2)[1] == 1
     assert torch.equal(cache.read(1)[0].mean, cache.read(2)[0].mean)
+
+
+def test_statistics_per_position(place, toml, tmp_path):
+    """They are the moments of the stored latents, survive the repair of a shard, and a run on the cache takes them."""
+    out, more = tmp_path / "cache", "--latent_norm.per_position=true"
+    assert run(toml, out, more) == 0
+    cache, stored = LatentCache(out), []
+    for i in range(40):
+        for flipped in (False, True):
+            cached, _ = cache.read(i, flipped)
+            stored.append(torch.stack([cached.mean, cached.std]).double())
+    mean, std = torch.stack(stored, 1)
+    total = (std.square().mean(0) + mean.var(0, unbiased=False)).sqrt()
+    for got, expected in zip(cache.position_statistics(), (mean.mean(0), total)):
+        assert torch.allclose(got, expected, rtol=1e-6, atol=1e-9)
+    assert torch.allclose(cache.statistics[0], mean.mean((0, 2, 3)), rtol=1e-6, atol=1e-9)
+    before = (out / "latents-stats.safetensors").read_bytes()
+    (out / "latents-00001.safetensors").write_bytes(b"damaged")
+    assert run(toml, out, more) == 0 and (out / "latents-stats.safetensors").read_bytes() == before
+    with pytest.raises(DataError, match="has statistics per channel only"):
+        LatentCache(place / "whole").position_statistics()

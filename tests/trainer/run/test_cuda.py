@@ -91,13 +91,16 @@ def test_two_gpus_equal_one_in_fp64(tmp_path, strategy):
     assert losses(tmp_path / "two") == pytest.approx(one, rel=1e-8)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_does_not_wait_for_the_gpu(tmp_path, optimizer):
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--optimizer.name=muon"], ["--losses.patchgan.adaptive=true"]],
+    ids=["plain", "muon", "adaptive"],
+)
+def test_a_step_does_not_wait_for_the_gpu(tmp_path, more):
     """After the first steps, PyTorch treats every synchronization as an error."""
     (tmp_path / "toy.toml").write_text(toys.TOML)
     options = ["--training.steps=12", "--run.log_every=100", "--run.checkpoint_every=0", "--training.precision=fp32"]
-    options += [f"--run.dir={tmp_path / 'run'}", f"--optimizer.name={optimizer}"]
-    loaded = config.load(str(tmp_path / "toy.toml"), options)
+    loaded = config.load(str(tmp_path / "toy.toml"), [f"--run.dir={tmp_path / 'run'}", *options, *more])
     trainer = Trainer(loaded, World(device=torch.device("cuda", 0)))
     step = trainer.train_step
 

@@ -1,5 +1,7 @@
 """The latent norm's initial statistics: measured as by a plain computation, or read from either file layout."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -35,7 +37,8 @@ def test_published_and_plain_files_say_the_same(tmp_path):
     torch.save({"latents_bias": mean.view(1, 2, 1, 1), "latents_scale": 1 / std.view(1, 2, 1, 1)}, tmp_path / "a.pt")
     torch.save({"mean": mean, "std": std}, tmp_path / "b.pt")
     torch.save({"running_mean": mean, "running_var": std.square()}, tmp_path / "c.pt")
-    for name in ("a.pt", "b.pt", "c.pt"):
+    torch.save({"mean": mean, "var": std.square()}, tmp_path / "d.pt")
+    for name in ("a.pt", "b.pt", "c.pt", "d.pt"):
         got = latents.read_statistics(str(tmp_path / name))
         assert torch.allclose(got[0], mean) and torch.allclose(got[1], std)
 
@@ -58,3 +61,23 @@ def test_a_bad_file_is_named(parts, tmp_path, content, says):
     with pytest.raises(config.ConfigError, match=says) as error:
         latents.prepare_latent_norm(loaded.model_copy(update={"latent_norm": norm}), built, World())
     assert "latent_norm.statistics" in str(error.value)
+
+
+def test_statistics_per_position_are_measured_and_read(parts, tmp_path, monkeypatch):
+    loaded, built = parts
+    norm = loaded.latent_norm.model_copy(update={"per_position": True})
+    loaded = loaded.model_copy(update={"latent_norm": norm})
+    built = assemble.build(loaded, World())
+    seen = []
+    sample = Posterior.sample
+    monkeypatch.setattr(Posterior, "sample", lambda *arguments: seen.append(sample(*arguments)) or seen[-1])
+    mean, std = latents.measure_statistics(loaded, built, World())
+    z = torch.cat(seen).double()
+    assert mean.shape == built.latent and torch.allclose(mean, z.mean(0)) and torch.allclose(std, z.std(0, False))
+    for coarse, says in ((1, ""), (2, r"of this resolution; got \(4, 4, 4\)")):
+        path = tmp_path / "stats.pt"  # as published by RAE
+        torch.save({"mean": mean[:, ::coarse, ::coarse], "var": std[:, ::coarse, ::coarse].square()}, path)
+        updated = norm.model_copy(update={"statistics": str(path)})
+        with pytest.raises(config.ConfigError, match=says) if says else contextlib.nullcontext():
+            latents.prepare_latent_norm(loaded.model_copy(update={"latent_norm": updated}), built, World())
+    assert torch.equal(built.modules.latent_norm.running_mean, mean.float())

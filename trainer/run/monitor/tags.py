@@ -14,6 +14,7 @@ _TABLE = (
     (r"(\w+)/lpips", "LPIPS distance between image and reconstruction; lower is better."),
     (r"(\w+)/kl", "KL divergence of the posterior from N(0, I), in nats, summed over the latent of an image."),
     (r"(\w+)/gan", "Generator loss against the discriminator; 0 before its start step."),
+    (r"(\w+)/gan_weight", "Factor by which the weight of the generator loss adapts to the gradients."),
     (
         r"(\w+)/align",
         "Alignment loss: mean of -cos between projected hidden tokens and the encoder's, at least -1; lower is better.",
