@@ -66,6 +66,7 @@ DENOISERS = {
     "meanflow_sit": {"width": 32, "depth": 2, "heads": 2, "align_depth": 1},
     "sit": {"width": 32, "depth": 2, "heads": 2, "align_depth": 1},
     "lightningdit": {"width": 32, "depth": 2, "heads": 2, "align_depth": 1},
+    "jit": {"width": 32, "depth": 2, "heads": 2, "align_depth": 1, "patch_size": 2, "context_start": 1},
     "ditdh": {
         "width": 32, "depth": 2, "heads": 2, "align_depth": 1, "head_width": 32, "head_depth": 1, "head_heads": 2,
     },
