@@ -81,6 +81,7 @@ def call_dcp(call: Callable, tensors: dict[str, Tensor], ranks: Ranks, **storage
     """Call ``dcp.save`` or ``dcp.load`` on these ranks."""
     # Not in catch_warnings, which would reset filters set by other threads.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    ranks.check()  # DCP would save this rank's part as if it were alone
     call(tensors, process_group=ranks.group, no_dist=not ranks.distributed, **storage)
 
 

@@ -22,10 +22,19 @@ class Ranks:
         self.rank = dist.get_rank(group) if self.distributed else 0
         self.size = dist.get_world_size(group) if self.distributed else 1
 
+    def check(self) -> None:
+        """Raise RuntimeError if the process groups have been destroyed, as at the end of a run, by another thread.
+
+        The collectives of such a group would wait for ranks that no longer take part, and keep the process from ending.
+        """
+        if self.distributed and not dist.is_initialized():
+            raise RuntimeError("the process group was destroyed meanwhile")
+
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks, in rank order, on every rank."""
         if self.size == 1:
             return [value]
+        self.check()
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values

@@ -26,7 +26,7 @@ from components.checkpoint import (
 )
 from components.checkpoint import manager as checkpoint
 from components.checkpoint.folder import MARGIN_BYTES
-from components.checkpoint.tensors import OVERHEAD_BYTES, Writer, disk_bytes, share, stage
+from components.checkpoint.tensors import OVERHEAD_BYTES, Writer, call_dcp, disk_bytes, share, stage
 from components.distributed.ranks import Ranks
 from tests.support import ROOT
 from tests.support.checkpoints import assert_holds, full_disk, state_at, steps
@@ -427,6 +427,20 @@ def test_ranks_agree_about_failures(tmp_path):
     folder = tmp_path / "checkpoints"
     run_ranks(_meet_failures, 2, folder)
     assert [name for name in steps(folder) if name != "step_00000005"] == ["step_00000001", "step_00000004"]
+
+
+def test_a_destroyed_group_is_an_error_and_not_a_wait():
+    """Another thread may destroy it, as at the end of a failed run; DCP would then save as if this rank were alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    ranks = Ranks(dist.new_group(backend="gloo"))
+    dist.destroy_process_group()
+
+    def never(*arguments, **options):
+        pytest.fail("called without its group")
+
+    for call in (ranks.check, lambda: call_dcp(never, {}, ranks)):
+        with pytest.raises(RuntimeError, match="process group was destroyed"):
+            call()
 
 
 def _lose_a_rank(rank: int, world: int, folder: Path) -> None:
