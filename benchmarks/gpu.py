@@ -85,7 +85,7 @@ def measure(bench: Bench, results: Results, batches: list[int], tiny: bool) -> N
 
 def warm_up(bench: Bench, size: int) -> None:
     """Compile both steps, so that the parts find them in Inductor's cache on disk."""
-    bench.using(True, bench.switched_once, size)
+    bench.using(True, bench.compile_variants, size)
     print(f"compiled the project's step in {time.monotonic() - BEGAN:.0f} s", flush=True)
     bench.clear()
     bench.plain().runner(size)()

@@ -15,7 +15,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import floor
-from benchmarks.results import LeftOut
 from benchmarks.workload import (
     PlainWorkload,
     Workload,
@@ -68,8 +67,7 @@ class Bench:
 
     @property
     def work(self) -> Workload:
-        if self._work is None:
-            raise LeftOut("the model could not be built")
+        assert self._work is not None, "parts are called by `using`, which builds it"
         return self._work
 
     def using(self, compiled: bool, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -192,7 +190,7 @@ class Bench:
 
         return alternate(run, other, self.device, self.rounds, self.steps, size)
 
-    def switched_once(self, size: int) -> None:
+    def compile_variants(self, size: int) -> None:
         """Run one step as it is, and one with LPIPS and the discriminator in bf16."""
         for switch in (contextlib.nullcontext, losses_in_bf16):
             with switch(self.work):

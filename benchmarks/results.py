@@ -22,10 +22,6 @@ class TimeUp(BaseException):
     """The time limit has passed. A BaseException, so that libraries do not swallow it."""
 
 
-class LeftOut(Exception):
-    """A part cannot run because something it depends on is missing."""
-
-
 class Results:
     """Runs parts one after the other and stores their results in a JSON file.
 
@@ -78,8 +74,6 @@ class Results:
         except KeyboardInterrupt:
             self._end(name, {"status": "interrupted"})
             raise
-        except LeftOut as error:
-            entry = {"status": "left out", "error": str(error)}
         except Exception as error:
             entry = failure(error)
         entry["seconds"] = round(time.monotonic() - start, 1)

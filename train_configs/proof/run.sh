@@ -77,7 +77,9 @@ train() {
     return
   fi
   printf 'training %s\n' "$1"
-  if ! "$PYTHON" -m trainer train "$2" --run.dir="$folder" "${@:3}" >"$folder.txt" 2>&1; then
+  # A complete run with problems, such as collapsed latents, has an exit status of its own; a stopped one has none.
+  "$PYTHON" -m trainer train "$2" --run.dir="$folder" "${@:3}" >"$folder.txt" 2>&1 || true
+  if ! grep -q '^Done: ' "$folder.txt"; then
     tail -n 5 "$folder.txt" >&2
     printf '%s failed; see %s.txt\n' "$1" "$folder" >&2
     return 1
@@ -134,7 +136,11 @@ for name in "${arms[@]}"; do
   for ((seed = 0; seed < seeds; seed++)); do folders+=,$out/$name-seed$seed; done
   runs+=("$name=${folders#,}")
 done
+metrics=fd_judge,rfd_judge,psnr,latent/spatial_variance,latent/total_variation,speed/images_per_s
+for name in "${arms[@]}"; do
+  [[ $name == ldm || $name == naive_e2e || $metrics == *align* ]] || metrics+=,denoiser/align
+done
 reach=()
 [[ " ${arms[*]} " == *' ldm '* ]] && reach=(--reach=ldm)
 "$PYTHON" -m trainer compare "${runs[@]}" --out="$out/compare" "${reach[@]}" \
-  --metric=fd_judge,rfd_judge,psnr,latent/spatial_variance,latent/total_variation,denoiser/align,speed/images_per_s
+  --metric="$metrics"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import typing
 from typing import Any
 
@@ -15,10 +16,12 @@ def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = ""
     """One line per validation error: the key, its value, what is expected, and the nearest valid name."""
     found: dict[str, str] = {}
     for e in error.errors(include_url=False):
-        table, annotation = _locate(model, e["loc"])
-        key = ".".join(str(part) for part in (prefix, *e["loc"]) if part != "")
+        table, annotation, loc = _locate(model, e["loc"])
+        key = ".".join(str(part) for part in (prefix, *loc) if part != "")
         expected = type_name(annotation) if annotation is not None else ""
-        if e["type"] == "extra_forbidden":
+        if len(loc) < len(e["loc"]) and e["type"].endswith(("_type", "_parsing", "literal_error")):
+            line = f"{key} = {e['input']!r}: expected {expected}"
+        elif e["type"] == "extra_forbidden":
             line = f"{key}: unknown key{nearest(str(e['loc'][-1]), table.model_fields)}"
         elif e["type"] == "model_type" and len(e["loc"]) == 2 and e["loc"][0] in ("encoders", "losses"):
             kind, label = e["loc"]
@@ -42,11 +45,16 @@ def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = ""
     return list(found.values())
 
 
-def _locate(model: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[type[BaseModel], Any]:
-    """Return the table that holds a key, and the key's type (None for an unknown key)."""
+def _locate(model: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[type[BaseModel], Any, tuple[str | int, ...]]:
+    """Return the table that holds a key, the key's type (None for an unknown key), and the key's own location.
+
+    For a key with several types, such as ``bool | Literal["auto"]``, pydantic appends one of them to the location.
+    """
     table, annotation = model, model
-    for part in loc:
+    for depth, part in enumerate(loc):
         annotation = _without_none(annotation)
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+            return table, annotation, loc[:depth]
         if inner := table_of(annotation):
             table = inner
             field = table.model_fields.get(str(part))
@@ -56,7 +64,7 @@ def _locate(model: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[type[Ba
         else:  # a label of a dict, or an index of a list
             args = typing.get_args(annotation)
             annotation = args[-1] if args else None
-    return table, annotation
+    return table, annotation, loc
 
 
 def table_of(annotation: Any) -> type[BaseModel] | None:

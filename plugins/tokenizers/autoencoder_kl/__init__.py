@@ -276,8 +276,9 @@ class ResidualBlock(nn.Module):
 class SpatialAttention(nn.Module):
     """Single-head self-attention over the positions of a feature map.
 
-    Heads of 512 features are too wide for the fast attention kernels of a GPU. In bf16, three products are faster
-    there, and are what the published code computes; their memory is quadratic in the positions.
+    Heads of 512 features are too wide for the fast attention kernels of a GPU, whose backward pass is slow then. With
+    gradients, in bf16, products are faster there, and are what the published code computes; their memory is quadratic
+    in the positions.
 
     Attributes:
         fast: whether to do so, for at most ``MAX_POSITIONS``.
@@ -298,8 +299,8 @@ class SpatialAttention(nn.Module):
         normed = self.norm(x)
         # (B, 1 head, positions, width)
         q, k, v = (f(normed).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))
-        small = q.shape[2] <= self.MAX_POSITIONS
-        explicit = self.fast and small and q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+        low = q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+        explicit = self.fast and low and q.requires_grad and q.shape[2] <= self.MAX_POSITIONS
         h = explicit_attention(q, k, v) if explicit else F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(h[:, 0].transpose(1, 2).reshape(x.shape))
 
