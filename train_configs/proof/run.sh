@@ -43,12 +43,12 @@ done
 seeds=${seeds:-$((quick ? 1 : 3))} out=${out:-outputs/proof${quick:+-quick}}
 [[ $seeds =~ ^[1-9][0-9]*$ && $jobs =~ ^[1-9][0-9]*$ && ${steps:-1} =~ ^[1-9][0-9]*$ ]] ||
   fail '--seeds, --jobs and --tokenizer-steps: expected positive numbers'
-((quick)) && values=(--training.steps=666 --evaluation.every=83 "${values[@]}")
+((quick)) && values=(--training.steps=240 --evaluation.every=30 "${values[@]}")
 
 # options ARM SEED: prints, one per line, what distinguishes an arm from base.toml.
 options() {
   local tuned=$out/repae-seed$2/tokenizer/tokenizer.safetensors
-  local ldit=(--denoiser.name=lightningdit --denoiser.patch_size=2)
+  local ldit=(--denoiser.name=lightningdit)
   case $1 in
     ldm | repa | repae | naive_e2e) printf '%s\n' "--recipe.name=$1" ;;
     repae_scratch) printf '%s\n' --tokenizer.checkpoint= ;;
