@@ -42,8 +42,8 @@ def test_every_arm_trains_and_is_compared(tmp_path):
     done = call(*out)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "compare" / "compare.json").read_text())
-    assert len(found["arms"]) == 13 and {"ldm", "repae", "repa_tuned_lightningdit"} <= set(found["arms"])
-    assert len(started(done)) == 14, started(done)
+    assert len(found["arms"]) == 14 and {"ldm", "repae", "repa_tuned_lightningdit"} <= set(found["arms"])
+    assert len(started(done)) == 15, started(done)
     # A run that was killed before its end goes on; the others are kept.
     (tmp_path / "repa-seed0" / "finished").unlink()
     again = call(*out)

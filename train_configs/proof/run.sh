@@ -15,7 +15,7 @@ set -euo pipefail
 
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 root=$(dirname "$(dirname "$here")")
-all=ldm,repa,repae,repae_scratch,naive_e2e,no_stop_gradient,no_batch_norm,no_reconstruction,no_gan,repae_irepa
+all=ldm,repa,repae,repae_scratch,naive_e2e,no_stop_gradient,no_batch_norm,no_reconstruction,no_gan,repae_irepa,reg
 all+=,repa_lightningdit,repa_tuned,repa_tuned_lightningdit
 out='' seeds='' arms=$all jobs=$(nproc) quick='' steps='' values=()
 
@@ -57,6 +57,7 @@ options() {
     no_reconstruction) printf '%s\n' --losses.l1.weight=0 --losses.kl.weight=0 ;;
     no_gan) printf '%s\n' --losses.patchgan.weight=0 ;;
     repae_irepa) printf '%s\n' --losses.cosine.head=conv --losses.cosine.spatial_norm=true --losses.cosine.gamma=0.6 ;;
+    reg) printf '%s\n' --recipe.name=reg --denoiser.class_token_dim=96 ;;
     repa_tuned) printf '%s\n' --recipe.name=repa "--tokenizer.checkpoint=$tuned" ;;
     repa_lightningdit) printf '%s\n' --recipe.name=repa "${ldit[@]}" ;;
     repa_tuned_lightningdit) printf '%s\n' --recipe.name=repa "${ldit[@]}" "--tokenizer.checkpoint=$tuned" ;;

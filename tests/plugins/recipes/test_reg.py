@@ -166,30 +166,22 @@ def test_every_weight_is_initialized_from_the_meta_device():
 # -- runs --------------------------------------------------------------------------------------------------------
 
 PLUGIN = '''
-import torch
-
 from components.registry import encoders
 from plugins.encoders.tiny_vit import TinyViT
 
 
-@encoders.register("tiny_vit_class")
-class TinyViTClass(TinyViT):
-    """tiny_vit with a class token: the mean of its patches'."""
-
-    own_embedding = True
-
-    @torch.no_grad()
-    def embed(self, images):
-        return self.features(images).mean(1)
+@encoders.register("patches_only")
+class PatchesOnly(TinyViT):
+    own_embedding = False
 '''
-REG = ["--recipe.name=reg", "--encoders.tiny_vit.name=tiny_vit_class", "--denoiser.class_token_dim=96"]
+REG = ["--recipe.name=reg", "--denoiser.class_token_dim=96"]
 
 
 @pytest.fixture(scope="module")
 def toml(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("reg")
-    (folder / "tiny_vit_class.py").write_text(PLUGIN)
-    (folder / "toy.toml").write_text('plugins = ["tiny_vit_class.py"]\n' + toys.TOML)
+    (folder / "patches_only.py").write_text(PLUGIN)
+    (folder / "toy.toml").write_text('plugins = ["patches_only.py"]\n' + toys.TOML)
     return str(folder / "toy.toml")
 
 
@@ -221,7 +213,7 @@ def test_trains_and_is_the_same_on_two_ranks(toml):
     [
         (["--denoiser.class_token_dim=0"], ["class_token_dim = 96", "none"]),
         (["--denoiser.class_token_dim=64"], ["class_token_dim = 96", "takes 64"]),
-        (["--encoders.tiny_vit.name=tiny_vit"], ["encoders.tiny_vit", "class token", "dinov2"]),
+        (["--encoders.tiny_vit.name=patches_only"], ["encoders.tiny_vit", "class token", "dinov2"]),
         (["--latent_cache.path=somewhere"], ["latent_cache.path", "reg"]),
     ],
     ids=["none", "dimension", "encoder", "cache"],
