@@ -5,7 +5,7 @@
 # arm is an ordinary run in FOLDER/ARM-seedN: one that was killed goes on, one that is finished is kept.
 #
 #   --out=FOLDER   default: outputs/proof, or outputs/proof-quick with --quick
-#   --seeds=N      seeds 0 to N - 1 (default: 3; 1 with --quick)
+#   --seeds=N      seeds 0 to N - 1 (default: 3 for ldm, repa, repae and repa_tuned, 1 for the others and with --quick)
 #   --arms=...     default: all; see `options` below
 #   --jobs=N       runs side by side, one thread each (default: number of cores)
 #   --quick        a third of the steps
@@ -40,10 +40,10 @@ for argument in "$@"; do
     *) fail "'$argument': expected --out, --seeds, --arms, --jobs, --quick, --tokenizer-steps or --section.key=value; see --help" ;;
   esac
 done
-seeds=${seeds:-$((quick ? 1 : 3))} out=${out:-outputs/proof${quick:+-quick}}
-[[ $seeds =~ ^[1-9][0-9]*$ && $jobs =~ ^[1-9][0-9]*$ && ${steps:-1} =~ ^[1-9][0-9]*$ ]] ||
+out=${out:-outputs/proof${quick:+-quick}}
+[[ ${seeds:-1} =~ ^[1-9][0-9]*$ && $jobs =~ ^[1-9][0-9]*$ && ${steps:-1} =~ ^[1-9][0-9]*$ ]] ||
   fail '--seeds, --jobs and --tokenizer-steps: expected positive numbers'
-((quick)) && values=(--training.steps=240 --evaluation.every=30 "${values[@]}")
+((quick)) && values=(--training.steps=400 --evaluation.every=50 "${values[@]}")
 
 # options ARM SEED: prints, one per line, what distinguishes an arm from base.toml.
 options() {
@@ -104,8 +104,15 @@ export_tokenizer() {
 
 mkdir -p "$out"
 IFS=, read -ra arms <<<"$arms"
+declare -A count # seeds of each arm
+most=1
 for name in "${arms[@]}"; do
   options "$name" 0 >/dev/null
+  case $name in
+    ldm | repa | repae | repa_tuned) count[$name]=${seeds:-$((quick ? 1 : 3))} ;;
+    *) count[$name]=${seeds:-1} ;;
+  esac
+  ((count[$name] > most)) && most=${count[$name]}
   # A tuned tokenizer comes from this arm.
   [[ $name != repa_tuned* || " ${arms[*]} " == *' repae '* ]] || fail "--arms: $name needs repae"
 done
@@ -116,8 +123,9 @@ export_tokenizer tokenizer
 trap 'trap - INT TERM; kill 0' INT TERM # a run saves a checkpoint when it is interrupted
 failed=0
 for second in 0 1; do # the second stage needs the first one's tokenizers
-  for ((seed = 0; seed < seeds; seed++)); do
+  for ((seed = 0; seed < most; seed++)); do
     for name in "${arms[@]}"; do
+      ((seed < count[$name])) || continue
       [[ $name == repa_tuned* ]] && tuned=1 || tuned=0
       ((tuned == second)) || continue
       while (($(jobs -rp | wc -l) >= jobs)); do wait -n || failed=1; done
@@ -127,14 +135,14 @@ for second in 0 1; do # the second stage needs the first one's tokenizers
   while (($(jobs -rp | wc -l))); do wait -n || failed=1; done
   ((failed)) && fail 'a run failed; the same command goes on'
   if ((!second)) && [[ " ${arms[*]} " == *' repa_tuned'* ]]; then
-    for ((seed = 0; seed < seeds; seed++)); do export_tokenizer "repae-seed$seed"; done
+    for ((seed = 0; seed < count[repae]; seed++)); do export_tokenizer "repae-seed$seed"; done
   fi
 done
 
 runs=()
 for name in "${arms[@]}"; do
   folders=''
-  for ((seed = 0; seed < seeds; seed++)); do folders+=,$out/$name-seed$seed; done
+  for ((seed = 0; seed < count[$name]; seed++)); do folders+=,$out/$name-seed$seed; done
   runs+=("$name=${folders#,}")
 done
 metrics=fd_judge,rfd_judge,psnr,latent/spatial_variance,latent/total_variation,speed/images_per_s
