@@ -43,8 +43,8 @@ class TinyViT(Encoder):
     and, in a quarter of the steps, on 64-pixel images with 16 x 16 tokens. A linear head predicts for each token how
     much of its patch is background or a shape of each class, which makes tokens encode what is where; the head's mean
     over the tokens classifies the image, with 99.84 % accuracy on 5000 images of split "heldout"
-    (``python -m plugins.datasets.train_shapes_nets accuracy``). The mean of the tokens is therefore its own embedding of
-    an image, which takes the place of a class token.
+    (``python -m plugins.datasets.train_shapes_nets accuracy``). The mean of the tokens is therefore its own embedding
+    of an image, which takes the place of a class token.
 
     Args:
         checkpoint: file with other weights for this network; none: the shipped weights.

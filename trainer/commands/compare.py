@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="moving average of the losses in curves.png, in [0, 1), as in TensorBoard (default: 0)",
     )
     parser.epilog = (
-        "Writes curves.png, samples.png, table.md and compare.json. The figures need matplotlib:\n"
+        "Writes curves.png, samples.png, reconstructions.png, table.md and compare.json. Figures need matplotlib:\n"
         "pip install 'titanrepa[compare]'; without it, only the table and the numbers are written.\n"
         "docs/compare.md defines the numbers."
     )
@@ -103,10 +103,14 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def _draw(folder: Path, arms: list, tags: list[str], goals: list, smooth: float) -> list[str]:
     """Write the figures, and return their names."""
-    from trainer.compare.figures import draw_curves, draw_samples
+    from trainer.compare.figures import draw_curves, draw_pictures
 
     draw_curves(folder / "curves.png", arms, tags, goals, smooth)
-    without = draw_samples(folder / "samples.png", arms)
-    if without:
-        print(f"without pictures in images/: {', '.join(without)}")
-    return ["curves.png"] + ["samples.png"] * (len(without) < len(arms))
+    written = ["curves.png"]
+    for kind in ("samples", "reconstructions"):
+        without = draw_pictures(folder / f"{kind}.png", arms, kind)
+        if without:
+            print(f"without {kind} in images/: {', '.join(without)}")
+        if len(without) < len(arms):
+            written.append(f"{kind}.png")
+    return written

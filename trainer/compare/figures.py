@@ -138,11 +138,16 @@ def smoothed(values: np.ndarray, weight: float) -> np.ndarray:
     return np.array(found)
 
 
-def draw_samples(path: Path, arms: Sequence[Arm]) -> list[str]:
-    """Draw the last grid of each arm's first run side by side, small ones enlarged.
+def draw_pictures(path: Path, arms: Sequence[Arm], kind: str) -> list[str]:
+    """Draw the last picture of each arm's first run side by side, small ones enlarged.
+
+    Args:
+        path: PNG file to write.
+        arms: in the order of the pictures.
+        kind: "samples", or "reconstructions", which have the latents' principal components below them.
 
     Returns:
-        Labels of the arms without pictures; if all are, no file is written.
+        Labels of the arms without such pictures; if all are, no file is written.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -150,7 +155,7 @@ def draw_samples(path: Path, arms: Sequence[Arm]) -> list[str]:
 
     found, without = [], []
     for arm in arms:
-        if (picture := arm.runs[0].picture()) is None:
+        if (picture := arm.runs[0].picture(kind)) is None:
             without.append(arm.label)
             continue
         step, file = picture
@@ -159,8 +164,7 @@ def draw_samples(path: Path, arms: Sequence[Arm]) -> list[str]:
         times = max(1, round(SAMPLES_WIDTH[0] / image.width))
         image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
         image.thumbnail((SAMPLES_WIDTH[1], 4 * SAMPLES_WIDTH[1]))
-        title = f"{arm.label}, step {step:,}" + ("" if file.name.startswith("samples") else " (reconstructions)")
-        found.append((title, image))
+        found.append((f"{arm.label}, step {step:,}", image))
     if not found:
         return without
     columns, gap, head = min(3, len(found)), 16, 36

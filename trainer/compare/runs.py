@@ -79,12 +79,11 @@ class Run:
         speed = list(self.curves.get(SPEED, {}).values())
         return float(np.median(speed[1:] or speed)) if speed else None
 
-    def picture(self) -> tuple[int, Path] | None:
-        """Step and file of the last grid of samples; of a run without samples, of the last reconstructions."""
-        for kind in ("samples", "reconstructions"):
-            if found := sorted(self.folder.glob(f"images/{kind}_*.png")):
-                return int(found[-1].stem.rpartition("_")[2]), found[-1]
-        return None
+    def picture(self, kind: str) -> tuple[int, Path] | None:
+        """Step and file of the last picture of a kind, "samples" or "reconstructions"."""
+        if not (found := sorted(self.folder.glob(f"images/{kind}_*.png"))):
+            return None
+        return int(found[-1].stem.rpartition("_")[2]), found[-1]
 
 
 def read_run(path: str | Path) -> Run:

@@ -165,7 +165,7 @@ def test_every_weight_is_initialized_from_the_meta_device():
 
 # -- runs --------------------------------------------------------------------------------------------------------
 
-PLUGIN = '''
+PLUGIN = """
 from components.registry import encoders
 from plugins.encoders.tiny_vit import TinyViT
 
@@ -173,7 +173,7 @@ from plugins.encoders.tiny_vit import TinyViT
 @encoders.register("patches_only")
 class PatchesOnly(TinyViT):
     own_embedding = False
-'''
+"""
 REG = ["--recipe.name=reg", "--denoiser.class_token_dim=96"]
 
 

@@ -245,6 +245,7 @@ def test_figures_open_and_have_the_expected_size(tmp_path, slow, fast):
     for folder, side in ((slow, 100), (fast, 200)):
         for step in (20, 40):
             Image.new("RGB", (side, side), (step, 0, 0)).save(folder / "images" / f"samples_{step:08d}.png")
+    Image.new("RGB", (100, 100), (7, 7, 7)).save(fast / "images" / "reconstructions_00000040.png")
     compare(tmp_path, slow, fast, "--smooth=0.5")
     with Image.open(tmp_path / "out" / "curves.png") as curves:
         inches = 2 * figures.PANEL[0] + figures.LABELS + 0.75, 3 * (figures.PANEL[1] + 0.65)
@@ -256,12 +257,15 @@ def test_figures_open_and_have_the_expected_size(tmp_path, slow, fast):
     with Image.open(tmp_path / "out" / "samples.png") as samples:
         assert samples.size == pytest.approx((2 * (600 + 16) + 16, 600 + 36 + 16), abs=50)
         assert samples.convert("RGB").getpixel((40, 60)) == (40, 0, 0), "the last grid"
+    with Image.open(tmp_path / "out" / "reconstructions.png") as pictures:
+        assert pictures.size == pytest.approx((600 + 3 * 16, 600 + 36 + 16), abs=50), "of the arm that has them"
+        assert pictures.convert("RGB").getpixel((40, 60)) == (7, 7, 7)
 
 
 def test_runs_without_pictures_have_no_samples(tmp_path, slow, capsys):
     pytest.importorskip("matplotlib")
     compare(tmp_path, slow)
-    assert not (tmp_path / "out" / "samples.png").exists() and "without pictures" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "samples.png").exists() and "without samples" in capsys.readouterr().out
 
 
 def test_labels_move_apart_and_smoothing_is_tensorboards():
