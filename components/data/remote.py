@@ -35,12 +35,13 @@ from components.files.atomic import atomic_write
 from components.files.download import one_per_machine
 from components.version import version
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("titanrepa")
 
 JOBS = 4  # shards that are fetched at the same time
 DELAYS_S = (1.0, 3.0, 10.0)  # before each further try
 TIMEOUT_S = 30.0  # without a byte from a server
 POLL_S = 0.5
+SAY_S = 60.0  # between lines of the log without a progress bar
 BLOCK = 1 << 20
 BLOCK_OF_TAR = 512
 LEFT_S = 3600.0  # age after which a temporary file is that of a killed process
@@ -144,8 +145,12 @@ class _Fetching:
             thread.start()
         try:
             with tqdm(total=total, unit="shard", desc="shards", disable=None, dynamic_ncols=True) as bar:
+                said = time.monotonic()
                 while left:
                     bar.set_postfix_str(f"{self.received / 1e9:.2f} GB")
+                    if bar.disable and time.monotonic() - said > SAY_S:
+                        said = time.monotonic()
+                        logger.info(f"{self.title}: {total - left} of {total} shards, {self.received / 1e9:.2f} GB")
                     try:
                         ended = self.ended.get(timeout=POLL_S)
                     except queue.Empty:

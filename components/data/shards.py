@@ -32,7 +32,7 @@ from components.data.loader import DataError
 from components.files.atomic import atomic_write
 from components.files.download import one_per_machine
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("titanrepa")
 
 FORMAT = 1
 OPEN = 256  # shards that a process keeps open

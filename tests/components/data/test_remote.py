@@ -116,8 +116,12 @@ def test_remote_shards_give_the_items_of_local_ones(tmp_path, there, server, for
     assert files(tmp_path / "cache") == (["002", "003"] if form == "mixed" else ALL)
 
 
-def test_by_default_the_copies_are_in_the_users_cache(tmp_path, there, server):
+def test_by_default_the_copies_are_in_the_users_cache(tmp_path, there, server, monkeypatch, caplog):
+    monkeypatch.setattr(remote, "SAY_S", 0.0)
+    caplog.set_level("INFO", "titanrepa")
+    server.answer = lambda name, number: "slow"
     WebDataset(16, path=f"{server.url}/{{000..003}}.tar")
+    assert "fetching 4 shards into" in caplog.text and "of 4 shards, 0.00 GB" in caplog.text
     assert files(tmp_path / "home/titanrepa/shards") == ALL
     server.answer = lambda name, number: 404  # a later start needs no network
     assert len(WebDataset(16, path=f"{server.url}/{{000..003}}.tar")) == 10
