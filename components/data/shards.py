@@ -26,12 +26,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from components.data import remote
 from components.data.images import ImageError, extensions, printable
 from components.data.loader import DataError
 from components.files.atomic import atomic_write
 from components.files.download import one_per_machine
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("titanrepa")
 
 FORMAT = 1
 OPEN = 256  # shards that a process keeps open
@@ -108,8 +109,11 @@ class Index(NamedTuple):
 
 
 def expand(pattern: str) -> list[str]:
-    """Expand braces as a shell does: ``{a,b}``, and ``{000..127}`` with the first number's digits."""
-    if not (found := re.search(r"\{([^{}]*)\}", pattern)):
+    """Expand braces as a shell does: ``{a,b}``, and ``{000..127}`` with the first number's digits.
+
+    Other braces stay, such as those of ``${NAME}`` and ``awk '{print}'`` in a command.
+    """
+    if not (found := re.search(r"(?<!\$)\{((?:\d+\.\.\d+)|(?:[^{},]*(?:,[^{},]*)+))\}", pattern)):
         return [pattern]
     before, inside, after = pattern[: found.start()], found[1], pattern[found.end() :]
     if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
@@ -121,17 +125,32 @@ def expand(pattern: str) -> list[str]:
     return [name for choice in choices for name in expand(before + choice + after)]
 
 
-def find_shards(path: str, title: str) -> list[str]:
-    """Absolute paths of the shards that a folder, a file, a glob or brace pattern names.
+def find_shards(path: str, title: str, cache: str | None = None) -> list[str]:
+    """Absolute paths of the shards that a folder, a file, a glob or brace pattern, URLs or commands name.
+
+    Args:
+        path: one of them, or several between ``::``.
+        title: of the dataset, for messages.
+        cache: folder of copies of remote shards; see :func:`components.data.remote.fetch`.
 
     Raises:
-        DataError: there are none, or some are missing; ``title`` names the dataset.
+        DataError: there are none, some are missing, or a remote one cannot be fetched.
     """
-    if re.match(r"(pipe|[a-z][a-z0-9+.-]+:/)", path):
-        raise DataError(
-            f"{title}: '{path}': only files are read, at the place of one image each, so that a resumed run continues "
-            "with the next image; a stream has no such places. Copy the shards to a disk, or mount their storage"
-        )
+    if os.path.exists(os.path.expanduser(path)):
+        return _find_files(path, title)
+    names: list[str] = []
+    away: set[str] = set()
+    for part in remote.split(path) or [path]:
+        if remote.is_remote(part):
+            names += expand(part)
+            away |= {*expand(part)}
+        else:
+            names += _find_files(part, title)
+    copies = remote.fetch([name for name in names if name in away], cache, title)
+    return list(dict.fromkeys(copies.get(name, name) for name in names))
+
+
+def _find_files(path: str, title: str) -> list[str]:
     root = os.path.abspath(os.path.expanduser(path))
     if os.path.isdir(root):
         found = sorted(glob.glob(os.path.join(glob.escape(root), "*.tar")))
@@ -146,7 +165,7 @@ def find_shards(path: str, title: str) -> list[str]:
     if not found or missing:
         what = f"{len(missing)} of {len(found)} shards are missing, such as {missing[0]}" if found else "no such file"
         raise DataError(f"{title}: '{path}': {what} (looked from {os.getcwd()}). {HINT}")
-    return list(dict.fromkeys(found))
+    return found
 
 
 def open_index(paths: list[str], label_key: str, title: str) -> Index:
@@ -163,7 +182,7 @@ def open_index(paths: list[str], label_key: str, title: str) -> Index:
     shards = [Shard.of(path) for path in paths]
     key = json.dumps([FORMAT, paths, label_key, extensions()])
     name = f".titanrepa-index-{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:16]}.npz"
-    places = [Path(paths[0]).parent / name, _cache_folder() / name]
+    places = [Path(paths[0]).parent / name, remote.cache_folder() / name]
     with one_per_machine(key):
         for place in places:
             if (index := _load(place, shards)) is not None:
@@ -177,10 +196,6 @@ def open_index(paths: list[str], label_key: str, title: str) -> Index:
     logger.warning(f"{title}: the index cannot be stored beside the shards or in {places[1].parent}; "
                    "every start reads the headers of all shards")  # fmt: skip
     return index
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "titanrepa"
 
 
 def _load(place: Path, shards: list[Shard]) -> Index | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,14 +17,15 @@ def atomic_write(path: Path, *, fsync: bool = True, concurrent: bool = False) ->
 
     The body writes the temporary file and closes it. On an exception, ``path`` stays as it was, the temporary file is
     removed and the exception is passed on. A killed process leaves the temporary file: ``NAME.partial``, which the
-    next write replaces, or ``.NAME.PID.tmp`` if ``concurrent``.
+    next write replaces, or ``.NAME.RANDOM.tmp`` if ``concurrent``.
 
     Args:
         path: file to create or replace; its folder must exist.
         fsync: flush the file and the folder's entry to disk, so that the file survives a power failure.
-        concurrent: several processes may write ``path`` at the same time, so each needs its own temporary file.
+        concurrent: several processes, of any machine, may write ``path`` at the same time, so each needs its own
+            temporary file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if concurrent else f"{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp" if concurrent else f"{path.name}.partial")
     try:
         yield temporary
         if fsync:

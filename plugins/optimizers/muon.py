@@ -50,7 +50,10 @@ class Muon(Optimizer):
         coefficients: of the five Newton-Schulz iterations. keller: the original ones, which bring singular values to
             about 0.7 to 1.2; polar_express: arXiv 2505.16932, about 0.85 to 1.13, as in RAEv2.
         scale: factor on the update of a matrix with A rows and B columns. match_adamw: 0.2 * sqrt(max(A, B)), about
-            the size of AdamW's update, so that `lr` is one for AdamW (arXiv 2502.16982); original: sqrt(max(1, A / B)).
+            the size of AdamW's update, so that `lr` is one for AdamW (arXiv 2502.16982); original: sqrt(max(1, A / B));
+            spectral: sqrt(A / B), which bounds the change of a layer's output
+            (https://jeremybernste.in/writing/deriving-muon). As match_rms_adamw, original and spectral_unclamped of
+            torch.optim.Muon.
         precision: of the iterations. auto: bf16 on a GPU, otherwise that of the weights; fp64 weights stay in fp64.
         adamw_lr: peak learning rate of the parameters that AdamW trains; 0: `lr`.
         betas: AdamW's beta1 and beta2.
@@ -67,7 +70,7 @@ class Muon(Optimizer):
         momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95,
         nesterov: bool = True,
         coefficients: Literal["keller", "polar_express"] = "keller",
-        scale: Literal["match_adamw", "original"] = "match_adamw",
+        scale: Literal["match_adamw", "original", "spectral"] = "match_adamw",
         precision: Literal["auto", "bf16", "fp32"] = "auto",
         adamw_lr: Annotated[float, Field(ge=0)] = 0.0,
         betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999],  # noqa: B006
@@ -162,7 +165,9 @@ def orthogonalized(matrix: Tensor, coefficients: Coefficients = KELLER, eps: flo
 
 def _factor(scale: str, shape: torch.Size) -> float:
     rows, columns = shape
-    return 0.2 * math.sqrt(max(rows, columns)) if scale == "match_adamw" else math.sqrt(max(1, rows / columns))
+    if scale == "match_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(rows / columns if scale == "spectral" else max(1, rows / columns))
 
 
 def _compute_device(parameter: Tensor) -> torch.device:

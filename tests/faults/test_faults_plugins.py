@@ -1,10 +1,11 @@
-"""Plugins that a run or model folder names run only if the user trusts them, in every command that opens one."""
+"""Plugins and commands that a run or model folder names run only if the user trusts them, in every command."""
 
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 from components import registry
 from components.files import manifest
@@ -13,6 +14,7 @@ from tests.support import toys
 from trainer import config
 from trainer.__main__ import main
 from trainer.config import trust
+from trainer.config.load import tomllib
 
 SPEED = ["--training.steps=1", "--training.threads=1", "--training.batch_size=2", "--sampling.images=2"]
 
@@ -118,6 +120,62 @@ def test_no_command_runs_it(here, evil, capsys, command):
     said = capsys.readouterr().err
     assert f"names the file {here / 'evil.py'} as a plugin" in said and "--trust-plugins" in said
     assert not ran(here) and not (here / "out" / "samples.json").exists()
+
+
+def name_command(here: Path, command: str, heldout: bool = False) -> None:
+    """Let run, checkpoint and model folder name a command whose output their dataset reads."""
+    table = f'[dataset]\nname = "webdataset"\npath = "x.tar::pipe:{command}"\n'
+    if heldout:
+        table = '[dataset]\nname = "webdataset"\npath = "x.tar"\n'
+
+    def changed(text: str) -> str:
+        data = tomllib.loads(text)
+        data["dataset"] = tomllib.loads(table)["dataset"]
+        if heldout:
+            data["evaluation"]["heldout"] = {"path": f"pipe:{command}", "classes": "pipe:true"}
+        return tomli_w.dumps(data)
+
+    for folder in ("run", "model"):
+        file = here / folder / "config.toml"
+        file.write_text(changed(file.read_text()))
+    checkpoint = next((here / "run" / "checkpoints").iterdir())
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    meta["config"] = changed(meta["config"])
+    rewritten(checkpoint, "meta.json", json.dumps(meta).encode())
+    settings = json.loads((here / "samples" / "samples.json").read_text())
+    (here / "samples" / "samples.json").write_text(json.dumps(settings | {"run": str(here / "run")}))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_runs_a_pipe_of_a_folder(here, capsys, command):
+    shutil.copytree(here / "model", here / "sound")
+    name_command(here, f"touch {here}/code_ran")
+    assert main(COMMANDS[command]) == 2
+    said = capsys.readouterr().err
+    assert f"dataset.path runs the command 'pipe:touch {here}/code_ran'" in said and "--trust-plugins" in said
+    assert not ran(here) and not (here / "out" / "samples.json").exists()
+
+
+def test_a_pipe_of_heldout_images_does_not_run(here, capsys):
+    name_command(here, f"touch {here}/code_ran", heldout=True)
+    trust.remember([], ["pipe:true"])  # the other command that it names
+    assert main(COMMANDS["evaluate --config"]) == 2
+    assert "evaluation.heldout.path runs the command 'pipe:touch" in capsys.readouterr().err and not ran(here)
+
+
+def test_a_trusted_pipe_runs_and_is_remembered_by_its_text(here, capsys, monkeypatch):
+    monkeypatch.setattr("components.data.remote.DELAYS_S", ())
+    (here / "x.tar").write_bytes(bytes(10240))  # a tar without members
+    name_command(here, f"touch {here}/code_ran")
+    evaluate = COMMANDS["reconstruction"]
+    for words in ([*evaluate, "--trust-plugins"], evaluate):  # the second time from memory
+        assert main(words) == 2 and ran(here), capsys.readouterr().err
+        assert "no complete tar" in capsys.readouterr().err
+    name_command(here, f"touch {here}/code_ran #")
+    assert main(evaluate) == 2 and not ran(here)
+    assert main([*evaluate, "--plugins=[]"]) == 2 and not ran(here)  # trusts plugins, not commands
+    assert main([*evaluate, f"--dataset.path=pipe:touch {here}/code_ran; #"]) == 2 and ran(here)
+    capsys.readouterr()
 
 
 EXPORT = ["export", "model", "--format=safetensors", "--parts=tokenizer", "--out=out"]

@@ -42,6 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also compute the Frechet distance on this encoder, e.g. dinov2:size=l; may be repeated",
     )
     parser.add_argument("--inception-weights", default="", metavar="FILE", help="weights in torch-fidelity's layout")
+    parser.add_argument(
+        "--encoder-weights",
+        action="append",
+        default=[],
+        metavar="LABEL=FILE",
+        help="weights file of one of FDr6's encoders, by the label after fd_ (dinov2_l_cls), instead of a download; "
+        "may be repeated; of others: --encoder=NAME:checkpoint=FILE",
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="images per batch and rank (default: 64)")
     parser.add_argument(
         "--max-images", "--images", type=int, default=0, help="use only the first N samples (default: all)"
@@ -156,7 +164,9 @@ def _samples(
     default = [name for name in INCEPTION if name != "mind"]
     metrics = choose_metrics(named, arguments.encoder, (*INCEPTION, "fdr6"), default)
     resolution = images[0].shape[-1]
-    networks = make_networks(metrics, arguments.encoder, arguments.inception_weights, resolution, world.device)
+    networks = make_networks(
+        metrics, arguments.encoder, arguments.inception_weights, resolution, world.device, arguments.encoder_weights
+    )
     classes = SampleFolder(there.parent if there.is_file() else there).classes()
     moments = arguments.reference_moments
     reference = open_reference(arguments.reference, config, arguments.reference_images, classes, moments)
@@ -217,7 +227,9 @@ def _statistics(
     if reference.images is None:
         raise EvaluationError(f"--reference={arguments.reference} holds no images to compute statistics of")
     resolution = reference.images[0].shape[-1]
-    networks = make_networks(metrics, arguments.encoder, arguments.inception_weights, resolution, world.device)
+    networks = make_networks(
+        metrics, arguments.encoder, arguments.inception_weights, resolution, world.device, arguments.encoder_weights
+    )
     output = Path(arguments.save_statistics)
     _own_cache(stack, output)
     common = {"batch_size": arguments.batch_size, "world": world, "generated": False}
@@ -244,6 +256,8 @@ def _reconstruction(
     from trainer.evaluation.tokenizer_quality import METRICS, evaluate_reconstruction, make_metric
     from trainer.models.source import open_source
 
+    if arguments.encoder_weights:
+        raise configs.ConfigError("--encoder-weights is for --metrics=fdr6, which --reconstruction does not compute")
     for option in ("reference", "reference_moments", "config", "save_statistics"):
         if vars(arguments)[option]:
             raise configs.ConfigError(

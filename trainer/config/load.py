@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -73,7 +74,7 @@ def override(data: dict[str, Any], source: str, overrides: list[str], own: bool)
     if folder and isinstance(data["run"], dict) and not data["run"].get("dir"):
         data["run"]["dir"] = folder  # --run.dir= asks for the default
     keys = {key for key, _ in given}
-    return validate(data, source, before, keys, own=own or "plugins" in keys)
+    return validate(data, source, before, keys, own=own)
 
 
 def read_toml(path: str) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def validate(
         source: path it was read from.
         before: the same before overrides.
         given: dotted keys of the overrides.
-        own: whether its plugins may run without further consent.
+        own: whether its plugins and commands may run without further consent, as those among the overrides may.
     """
     data = dict(data)
     if problems := [f"{source}: {key} = {x}: expected a finite number" for key, x in _not_finite(data)]:
@@ -136,7 +137,7 @@ def validate(
     config.latent_cache.path = _find(config.latent_cache.path, folder)
     config.evaluation.reference = _find(config.evaluation.reference, folder)
     config.evaluation.inception_weights = _find(config.evaluation.inception_weights, folder)
-    if not own and (foreign := trust.refused(config.plugins)):
+    if not own and "plugins" not in given and (foreign := trust.refused(config.plugins)):
         raise ConfigError(
             f"{source}: names {foreign} as a plugin, which would run its code; if you trust it, add {trust.OPTION}"
         )
@@ -144,7 +145,12 @@ def validate(
         registry.discover("plugins", config.plugins, lazy=True)
     except registry.PluginError as error:
         raise ConfigError(f"{source}: {error}") from error
-    trust.remember(config.plugins)
+    commands = dict(_commands(config))
+    if not own:
+        for key in commands.keys() - set(given):
+            if foreign := trust.refused_command(commands[key]):
+                raise ConfigError(f"{source}: {key} runs the command '{foreign}'; if you trust it, add {trust.OPTION}")
+    trust.remember(config.plugins, [command for found in commands.values() for command in found])
     drop_old_options([*plugin_tables(config), ("optimizer", "optimizer", config.optimizer)], before or {}, given)
     problems = [p for place, kind, table in plugin_tables(config) for p in _check_plugin(place, kind, table, folder)]
     if (heldout := config.evaluation.heldout) and not problems:
@@ -180,10 +186,29 @@ def _not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
         yield from _not_finite(each, f"{key}.{name}" if key else str(name))
 
 
+def _commands(config: Config) -> Iterator[tuple[str, list[str]]]:
+    """Dotted key and shell commands of every option of a plugin that has some, as datasets run them."""
+    from components.data.remote import commands
+
+    tables = [(place, table.options) for place, _, table in plugin_tables(config)]
+    for place, options in [*tables, ("evaluation.heldout", config.evaluation.heldout or {})]:
+        for key, value in options.items():
+            if found := [command for text in _texts(value) for command in commands(text)]:
+                yield f"{place}.{key}", found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for each in inner:
+        yield from _texts(each)
+
+
 def _find(name: str, folder: Path) -> str:
     """Resolve ``name`` to a file in ``folder`` if it exists there and not relative to the current folder."""
     beside = folder / name
-    return str(beside) if name and not Path(name).exists() and beside.exists() else name
+    return str(beside) if name and not os.path.exists(name) and os.path.exists(beside) else name
 
 
 def flatten(toml: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which plugins may run: those that the user named, not those that merely a run or model folder names.
+"""Which plugins and commands may run: those that the user named, not those that merely a run or model folder names.
 
 A plugin is Python code. Reading a run or model folder must not run code, for folders are passed around. The plugins
 that its config names run only if
@@ -8,6 +8,8 @@ that its config names run only if
 - the user has run this file before, at this path and with this content, in a config of his own or with
   ``--trust-plugins``. These are remembered in the user's own state folder, never in the run: what a folder says of
   itself proves nothing.
+
+The same holds for commands (``pipe:``) whose output a dataset reads; they are remembered by their text.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 from components.registry import ENTRY_POINT_GROUP
 
 OPTION = "--trust-plugins"
-HELP = "run the plugins that the config of a run or model folder names; they are Python code (docs/models.md)"
+HELP = "run the plugins and pipe: commands that the config of a run or model folder names (docs/models.md)"
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 
@@ -51,18 +53,37 @@ def refused(plugins: Sequence[str]) -> str | None:
     return None
 
 
-def remember(plugins: Sequence[str]) -> None:
-    """Note that the user runs these plugin files. Without a writable state folder they are not remembered."""
-    for name in plugins:
-        if name.endswith(".py") and (mark := _mark(name)) is not None:
+def refused_command(commands: Sequence[str]) -> str | None:
+    """The first of these commands that a folder's config may not run, or None."""
+    if _trusted.get():
+        return None
+    for command in commands:
+        if (mark := _command_mark(command)) is None or not mark.is_file():
+            return command
+    return None
+
+
+def remember(plugins: Sequence[str], commands: Sequence[str] = ()) -> None:
+    """Note that the user runs these plugin files and commands, if there is a writable state folder."""
+    notes = [(_mark(name), str(Path(name).expanduser().resolve())) for name in plugins if name.endswith(".py")]
+    for mark, note in [*notes, *((_command_mark(command), command) for command in commands)]:
+        if mark is not None:
             with contextlib.suppress(OSError):
                 mark.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                mark.write_text(f"{Path(name).expanduser().resolve()}\n", encoding="utf-8", errors="replace")
+                mark.write_text(f"{note}\n", encoding="utf-8", errors="replace")
 
 
 def state_folder() -> Path:
-    """Where trusted files are remembered; deleting it forgets them all."""
+    """Where trusted files and commands are remembered; deleting it forgets them all."""
     return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "titanrepa" / "trusted_plugins"
+
+
+def _command_mark(command: str) -> Path | None:
+    """File that stands for this command; None if there is no home folder."""
+    try:
+        return state_folder() / hashlib.sha256(b"command\0" + command.encode(errors="surrogateescape")).hexdigest()
+    except RuntimeError:
+        return None
 
 
 def _mark(name: str) -> Path | None:

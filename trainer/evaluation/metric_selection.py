@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from components.evaluation.encoder_network import EncoderNetwork
 from components.evaluation.inception import Inception
 from components.evaluation.statistics import NetworkMetrics
 from components.files.fingerprint import fingerprint
+from components.files.weights import WeightsError
 from components.registry import nearest
 from trainer import config as configs
 from trainer.config import ConfigError
@@ -75,7 +77,12 @@ def choose_metrics(
 
 
 def make_networks(
-    metrics: Sequence[str], encoders: Sequence[str], weights: str, resolution: int, device: torch.device
+    metrics: Sequence[str],
+    encoders: Sequence[str],
+    weights: str,
+    resolution: int,
+    device: torch.device,
+    encoder_weights: Sequence[str] = (),
 ) -> list[NetworkMetrics]:
     """Build the networks that the metrics need, and load their weights.
 
@@ -85,20 +92,47 @@ def make_networks(
         weights: file of Inception weights; "": the published ones.
         resolution: pixels per side of the images.
         device: to place the networks on.
+        encoder_weights: "LABEL=FILE": weights of one of FDr6's encoders; the others are downloaded.
 
     Raises:
-        ConfigError: an encoder or an option does not exist.
+        ConfigError: an encoder or an option does not exist, or ``encoder_weights`` names no member of FDr6 or no file.
         WeightsError: weights are missing; the message says how to obtain them.
     """
     specs = [EncoderSpec.parse(text) for text in dict.fromkeys(encoders)]
+    files = _weights_files(encoder_weights, "fdr6" in metrics)
     if "fdr6" in metrics:
         specs += [replace(EncoderSpec.parse(member.encoder), label=member.label) for member in MEMBERS]
         metrics = [name for name in dict.fromkeys(["fid", *metrics]) if name != "fdr6"]
     found = [NetworkMetrics("", Inception(weights).to(device), tuple(metrics))] if metrics else []
     for spec in specs:
-        table = PluginTable(name=spec.name, **spec.options)
+        # The file is not among the options of ``about``: the fingerprint says which weights they are.
+        given = {"checkpoint": files[spec.label]} if spec.label in files else {}
+        table = PluginTable(name=spec.name, **spec.options, **given)
         encoder = make_plugin(f"encoder {spec.name}", "encoder", table, resolution, spec.grid)
-        encoder.load_weights()
+        try:
+            encoder.load_weights()
+        except WeightsError as error:
+            if spec.label not in {member.label for member in MEMBERS}:
+                raise
+            raise WeightsError(f"FDr6: {error}; or pass it by --encoder-weights={spec.label}=FILE") from error
         about = {"name": spec.name, "options": spec.options, "grid": spec.grid, "sha256": fingerprint(encoder)}
         found.append(NetworkMetrics(spec.label, EncoderNetwork(encoder, about).to(device), ("fd",)))
+    return found
+
+
+def _weights_files(words: Sequence[str], used: bool) -> dict[str, str]:
+    """Files by label, from "LABEL=FILE"."""
+    labels = [member.label for member in MEMBERS]
+    found: dict[str, str] = {}
+    if words and not used:
+        raise ConfigError(
+            f"--encoder-weights={words[0]} is for --metrics=fdr6; of others: --encoder=NAME:checkpoint=FILE"
+        )
+    for word in words:
+        label, equals, file = word.partition("=")
+        if label not in labels:
+            raise ConfigError(f"--encoder-weights={word}: FDr6 has no such encoder{nearest(label, labels)}")
+        if not equals or not (file.startswith("hf://") or Path(file).expanduser().is_file()):
+            raise ConfigError(f"--encoder-weights={word}: expected LABEL=FILE with an existing file, or LABEL=hf://...")
+        found[label] = file
     return found

@@ -11,6 +11,7 @@ from components.data.classes import Classes, counted
 from components.data.loader import DataError
 from components.diffusion.image_sampler import sampler_of
 from components.distributed.parallel import World, gather_floats
+from components.distributed.ranks import patient_ranks
 from components.optim.ema import Ema
 from components.optim.optimizer import ParameterGroup
 from components.optim.schedule import Schedule
@@ -69,6 +70,8 @@ def construct(config: Config, world: World, files: bool = True) -> Parts:
     except (DataError, OSError) as error:
         if cache is None or cached.needs_images(config, recipe, cache):
             missing.append(f"dataset: {error}")
+    if world.size > 1:
+        patient_ranks().first(lambda: None)  # a dataset may fetch its files, and other machines take longer
     if images is not None and (cache is None or cached.needs_images(config, recipe, cache)):
         check_first_item(images, config)
     if cache is not None and min(there for (there,) in gather_floats(float(images is not None))) == 0:

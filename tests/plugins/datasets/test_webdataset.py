@@ -174,8 +174,6 @@ def test_a_shard_that_changes_under_a_run_is_unreadable(tmp_path):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("https://host/{0..1}.tar", "only files are read, .* resumed run .* Copy the shards"),
-        ("pipe:cat 0.tar", "only files are read"),
         ("no/{000..003}.tar", r"4 of 4 shards are missing, such as .*/no/000\.tar"),
         ("*.nothing", "no such file"),
         (".", r"holds no \.tar files \(it holds 1 \.gz, 1 \.txt\)"),

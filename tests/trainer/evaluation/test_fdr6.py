@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from components.diffusion.random_numbers import generator
 from components.evaluation.images import ImageFiles
+from components.files.weights import WeightsError
 from components.nn.timm_encoder import TimmEncoder
 from tests.support.few_features import FewFeatures
 from trainer.__main__ import main
@@ -163,6 +164,30 @@ def test_the_whole_command_in_one_pass(small, monkeypatch):
     wrong = small / "wrong.npz"
     np.savez(wrong, mu=np.zeros(3), sigma=np.eye(3))
     assert evaluate("--reference", wrong, *moments) == pytest.approx(values, rel=1e-12)
+
+
+def test_weights_come_from_files(small, monkeypatch, capsys):
+    (small / "samples").mkdir()
+    for i, image in enumerate(pictures(14, "samples")):
+        PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).save(small / "samples" / f"{i:03d}.png")
+    networks = metric_selection.make_networks(["fdr6"], [], "", 256, "cpu")  # writes the files
+    files = [f"{label}={small}/{row[0]}.safetensors" for label, row in CATALOG.items()]
+
+    def offline(encoder):
+        raise WeightsError("no network")
+
+    monkeypatch.setattr(TimmEncoder, "_hub_file", offline)
+    found = metric_selection.make_networks(["fdr6"], [], "", 256, "cpu", files)
+    assert [m.network.about for m in found[1:]] == [m.network.about for m in networks[1:]]
+    evaluate = ["evaluate", str(small / "samples"), f"--reference={small}/samples"]
+    for words, message in (
+        (["--metrics=fdr6"], "FDr6: no network; or pass it by --encoder-weights=convnextv2_b=FILE"),
+        (["--metrics=fdr6", "--encoder-weights=mae=x"], "FDr6 has no such encoder; did you mean 'mae_l_cls'?"),
+        (["--metrics=fdr6", "--encoder-weights=mae_l_cls=no.pt"], "expected LABEL=FILE with an existing file"),
+        (["--metrics=fid", f"--encoder-weights={files[0]}"], "is for --metrics=fdr6; of others: --encoder"),
+    ):
+        assert main([*evaluate, *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_moments_of_another_network_are_refused(small, capsys):
