@@ -266,8 +266,8 @@ def check(m: Modules) -> None:
     if set(m.reconstruction) - {"l1", "kl", "lpips"}:
         wrong.append(f"[losses]: expected l1, kl and lpips; got {sorted(m.reconstruction)}")
     gan = m.discriminator
-    if gan is not None and (getattr(gan, "start_step", 1) or gan.lecam_weight):
-        wrong.append("[losses.patchgan]: expected start_step = 0 and lecam_weight = 0")
+    if gan is not None and (getattr(gan, "start_step", 1) or getattr(gan, "lecam_weight", 1)):
+        wrong.append("adversarial loss: expected patchgan with start_step = 0 and lecam_weight = 0")
     if wrong:
         raise ValueError("not supported by the plain step:\n" + "\n".join(f"- {line}" for line in wrong))
 

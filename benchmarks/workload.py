@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.plain_step import PlainSecondStage, PlainStep
 from components.contracts import Batch, Posterior, RandomNumbers, Recipe
-from components.diffusion.random_numbers import draw
+from components.diffusion.random_numbers import draw, of_step
 from components.distributed.parallel import World
 from components.monitor.hardware import peak_tflops
 from components.monitor.metrics import TIME
@@ -148,7 +148,7 @@ def random_batch(
     dtype = torch.float64 if config.training.precision == "fp64" else torch.float32
     labels = torch.arange(size, device=device) % parts.num_classes
     condition = parts.example_condition(size, device)._replace(label=labels)
-    drawn = draw(0, 0, range(size), size, recipe.random_numbers(m, latent))
+    drawn = draw(0, 0, range(size), size, of_step(recipe, m, latent))
     random = {name: numbers.to(device) for name, numbers in drawn.items()}
     if not cached:
         return Batch(torch.rand(size, 3, side, side, device=device, dtype=dtype) * 2 - 1, condition), random

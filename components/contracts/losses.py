@@ -6,13 +6,13 @@ Shapes: B images per micro-batch, R pixels per side, N tokens on the denoiser's 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from components.contracts.networks import Network
-from components.contracts.records import Posterior
+from components.contracts.records import Distribution, Posterior
 
 
 class ReconstructionLoss(Network):
@@ -47,6 +47,8 @@ class AdversarialLoss(Network):
             reconstruction losses and that of the generator loss; see :mod:`components.diffusion.adaptive_weight`. The
             tokenizer must name its ``last_layer``.
         adaptive_eps: added to the denominator.
+        random_numbers: random numbers of a step by name, such as those of an augmentation, as a recipe declares its
+            own. Both methods then get them as the keyword argument ``random``: (B, *shape) by name, one row per image.
     """
 
     role: ClassVar[str] = "discriminator"
@@ -54,6 +56,7 @@ class AdversarialLoss(Network):
     weight: float
     adaptive: bool = False
     adaptive_eps: float = 1e-6
+    random_numbers: Mapping[str, Distribution] = {}
 
     @abstractmethod
     def generator(self, x_hat: Tensor, step: int) -> Tensor:

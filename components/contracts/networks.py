@@ -199,7 +199,7 @@ class Encoder(Network):
         """Patch tokens (B, grid * grid, D) after each of ``blocks``, before the final norm.
 
         Args:
-            images: (B, 3, R, R) in [-1, 1].
+            images: (B, 3, R, R) in [-1, 1]; gradients reach them.
             blocks: ascending indices in [0, ``depth``).
         """
         raise NotImplementedError(f"{type(self).__name__} returns the tokens of its last block only")

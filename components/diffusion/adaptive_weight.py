@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.contracts import LossTerm, Modules, Posterior
+from components.contracts import LossTerm, Modules, Posterior, RandomNumbers
+from components.diffusion.random_numbers import of_discriminator
 from components.distributed.parallel import mean_over_ranks
 
 LARGEST = 1e4
 
 
 def adaptive_reconstruction(
-    m: Modules, x: Tensor, x_hat: Tensor, posterior: Posterior, step: int
+    m: Modules, x: Tensor, x_hat: Tensor, posterior: Posterior, step: int, random: RandomNumbers | None = None
 ) -> dict[str, LossTerm]:
     """The reconstruction losses, and the generator loss at a weight that balances their gradients.
 
@@ -36,7 +37,8 @@ def adaptive_reconstruction(
         terms[name] = LossTerm(loss.weight, _Known.apply(value, gradients, *inputs))
         if gradients[0] is not None:
             to_x_hat = to_x_hat + loss.weight * gradients[0]
-    value, gradients = _differentiated(m.discriminator.generator(leaves[0], step), leaves)
+    numbers = of_discriminator(m.discriminator, random)
+    value, gradients = _differentiated(m.discriminator.generator(leaves[0], step, **numbers), leaves)
     weight: Any = m.discriminator.weight
     if gradients[0] is not None:
         pair = mean_over_ranks(m.last_layer.weight_gradients(x_hat, to_x_hat, gradients[0]))

@@ -7,29 +7,39 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from components.contracts import Batch, Condition, LossTerm, Modules, Posterior, Tokens, Update
+from components.contracts import Batch, Condition, LossTerm, Modules, Posterior, RandomNumbers, Tokens, Update
 from components.diffusion.adaptive_weight import adaptive_reconstruction
 from components.diffusion.flow import PathSample
+from components.diffusion.random_numbers import of_discriminator
 from components.monitor.latent_statistics import observe
 from components.monitor.phases import phase
 from components.nn.precision import at_least_fp32
 
 
-def reconstruction(m: Modules, x: Tensor, x_hat: Tensor, posterior: Posterior, step: int) -> dict[str, LossTerm]:
-    """The tokenizer's terms: all configured reconstruction losses and the generator loss of the GAN."""
+def reconstruction(
+    m: Modules, x: Tensor, x_hat: Tensor, posterior: Posterior, step: int, random: RandomNumbers | None = None
+) -> dict[str, LossTerm]:
+    """The tokenizer's terms: all configured reconstruction losses and the generator loss of the GAN.
+
+    ``random`` are the step's random numbers, of which some adversarial losses need their part.
+    """
     observe(posterior.mean)  # a no-op if the latent norm has already observed this step's latents
     if m.last_layer is not None:
-        return adaptive_reconstruction(m, x, x_hat, posterior, step)
+        return adaptive_reconstruction(m, x, x_hat, posterior, step, random)
     terms = {name: LossTerm(loss.weight, loss(x, x_hat, posterior)) for name, loss in m.reconstruction.items()}
     if m.discriminator is not None:
-        terms["gan"] = LossTerm(m.discriminator.weight, m.discriminator.generator(x_hat, step))
+        value = m.discriminator.generator(x_hat, step, **of_discriminator(m.discriminator, random))
+        terms["gan"] = LossTerm(m.discriminator.weight, value)
     return terms
 
 
-def discriminate(m: Modules, x: Tensor, x_hat: Tensor, step: int, update: Update) -> None:
-    """Update the discriminator, if any, with the reconstruction detached."""
+def discriminate(
+    m: Modules, x: Tensor, x_hat: Tensor, step: int, update: Update, random: RandomNumbers | None = None
+) -> None:
+    """Update the discriminator, if any, with the reconstruction detached; ``random`` as in :func:`reconstruction`."""
     if m.discriminator is not None:
-        terms, report = m.discriminator.discriminator(x, x_hat.detach(), step)
+        numbers = of_discriminator(m.discriminator, random)
+        terms, report = m.discriminator.discriminator(x, x_hat.detach(), step, **numbers)
         update("discriminator", {name: LossTerm(1.0, value) for name, value in terms.items()}, **report)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from components.contracts import Distribution, RandomNumbers
+from components.contracts import AdversarialLoss, Distribution, LatentShape, Modules, RandomNumbers, Recipe
+from components.registry import PluginError, title
 
 SAMPLERS = {"normal": torch.randn, "uniform": torch.rand}
 
@@ -16,6 +17,31 @@ def generator(*key: object) -> torch.Generator:
     """CPU generator seeded by a hash of ``key``: the same key yields the same numbers on every machine."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
+
+
+def of_step(recipe: Recipe, m: Modules, latent: LatentShape) -> dict[str, Distribution]:
+    """Random numbers of a step by name: those of the recipe, and as "discriminator.NAME" those of the discriminator."""
+    own = m.discriminator.random_numbers if m.discriminator is not None else {}
+    return recipe.random_numbers(m, latent) | {f"discriminator.{name}": each for name, each in own.items()}
+
+
+def of_discriminator(loss: AdversarialLoss, random: RandomNumbers | None) -> dict[str, RandomNumbers]:
+    """Keyword arguments of the loss's methods: ``random`` if it declares random numbers, else none.
+
+    Args:
+        random: those that the recipe's step received.
+
+    Raises:
+        PluginError: the recipe passes none on, but the loss needs them.
+    """
+    if not loss.random_numbers:
+        return {}
+    if random is None:
+        raise PluginError(
+            f"{title(loss)} needs random numbers, which the recipe does not pass on; it should call "
+            "reconstruction(..., step, random) and discriminate(..., update, random)"
+        )
+    return {"random": {name: random[f"discriminator.{name}"] for name in loss.random_numbers}}
 
 
 def draw(
@@ -32,7 +58,7 @@ def draw(
         step: counted from 0.
         positions: positions of the micro-batch in the global batch, within [0, batch_size).
         batch_size: global batch size.
-        declared: distributions by name, from ``Recipe.random_numbers``.
+        declared: distributions by name, from :func:`of_step`.
     """
     rows, found = slice(positions.start, positions.stop), {}
     for name, d in declared.items():

@@ -141,7 +141,6 @@ class TimmEncoder(Encoder):
         """
         return self._as_tokens(self._features(self.model, self._prepared(images)))
 
-    @torch.no_grad()
     def block_tokens(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
         """Patch tokens of several blocks of a vision transformer: see :class:`components.contracts.Encoder`."""
         found = self.model.forward_intermediates(

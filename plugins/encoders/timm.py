@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from components.nn.timm_encoder import TimmEncoder
 from components.registry import File, encoders
@@ -34,6 +34,7 @@ class Timm(TimmEncoder):
         resize: interpolation of images; without antialiasing unless it says so.
         pretrained: load published weights from the Hugging Face cache, downloading if needed; false: random weights.
         checkpoint: weights file to load instead, in timm's layout or one that timm converts.
+        options: further arguments of timm's model constructor, such as { act_layer = "gelu_tanh" }.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Timm(TimmEncoder):
         resize: Literal["bicubic", "bicubic_antialias", "bilinear", "bilinear_antialias"] = "bicubic",
         pretrained: bool = True,
         checkpoint: File | None = None,
+        options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -60,4 +62,5 @@ class Timm(TimmEncoder):
             image_size=image_size,
             pad=pad,
             resize=resize,
+            options=options,
         )

@@ -87,7 +87,6 @@ class TinyViT(Encoder):
         """
         return self._on_grid(self.features(images))
 
-    @torch.no_grad()
     def block_tokens(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
         """Tokens of several blocks: see :meth:`components.contracts.Encoder.block_tokens`."""
         found = self._blocks(images)

@@ -29,10 +29,10 @@ class NaiveEndToEnd(Recipe):
         x_hat = m.tokenizer.decode(z)
         with frozen(m.denoiser, m.discriminator):
             path = m.flow.sample(m.latent_norm.batch(z, update=False), t, random["noise"])
-            terms = reconstruction(m, x, x_hat, posterior, step)
+            terms = reconstruction(m, x, x_hat, posterior, step, random)
             update("tokenizer", terms | denoising(m, path, t, condition))
 
-        discriminate(m, x, x_hat, step, update)
+        discriminate(m, x, x_hat, step, update, random)
 
         path = m.flow.sample(m.latent_norm.batch(z.detach()), t, random["noise"])
         update("denoiser", denoising(m, path, t, condition))

@@ -49,5 +49,5 @@ class RaeDecoder(Recipe):
         noise = sigma[:, None, None, None] * random["noise"]
         x_hat = m.tokenizer.decode(posterior.mean + noise.to(posterior.mean.dtype))
         with frozen(m.discriminator):
-            update("tokenizer", reconstruction(m, x, x_hat, posterior, step))
-        discriminate(m, x, x_hat, step, update)
+            update("tokenizer", reconstruction(m, x, x_hat, posterior, step, random))
+        discriminate(m, x, x_hat, step, update, random)

@@ -57,7 +57,7 @@ class RepaE(Recipe):
         with frozen(m.denoiser, m.heads, m.discriminator):
             # Running statistics and no label dropout: this pass does not train the denoiser and must not affect it.
             path = m.flow.sample(m.latent_norm(z), t, random["noise"])
-            terms = reconstruction(m, x, x_hat, posterior, step)
+            terms = reconstruction(m, x, x_hat, posterior, step, random)
             if targets:
                 tokens = m.denoiser.tokens(path.x_t, t, condition)
                 terms |= alignment(m, tokens, targets, m.alignment.tokenizer_weight, step)
@@ -66,7 +66,7 @@ class RepaE(Recipe):
                 terms |= denoising(m, path, t, drop_condition(m, condition, random["label"]))
             update("tokenizer", terms)
 
-        discriminate(m, x, x_hat, step, update)
+        discriminate(m, x, x_hat, step, update, random)
 
         # Stop-gradient: without it the diffusion loss collapses the latents (FID 444 in the paper's ablation).
         path = m.flow.sample(m.latent_norm.batch(z.detach()), t, random["noise"])

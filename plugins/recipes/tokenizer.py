@@ -23,5 +23,5 @@ class TokenizerOnly(Recipe):
         posterior = m.tokenizer.encode(x)
         x_hat = m.tokenizer.decode(posterior.sample(random["posterior"]))
         with frozen(m.discriminator):
-            update("tokenizer", reconstruction(m, x, x_hat, posterior, step))
-        discriminate(m, x, x_hat, step, update)
+            update("tokenizer", reconstruction(m, x, x_hat, posterior, step, random))
+        discriminate(m, x, x_hat, step, update, random)

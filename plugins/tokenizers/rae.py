@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from components.contracts import Posterior, Tokenizer
 from components.files import weights_file
-from components.files.weights import WeightsError, load_strict
+from components.files.weights import load_strict
+from components.nn.inner_encoder import load_encoder, make_encoder
 from components.nn.precision import at_least_fp32
 from components.nn.transformer import sincos_positions, unpatchify
-from components.registry import File, PluginError, encoders, tokenizers
+from components.registry import File, tokenizers
 
 # (width, blocks, heads, hidden features of the MLP) of the published decoders
 DECODERS = {"B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096), "XL": (1152, 28, 16, 4096)}
@@ -105,8 +105,8 @@ class RAE(Tokenizer):
         self.factor, self.resolution, self.checkpoint = patch_size, resolution, checkpoint
         self.grid = resolution // patch_size
         self.encoder_name = encoder
-        self.encoder = _make_encoder(encoder, encoder_options or {}, resolution, self.grid)
-        self.encoder.requires_grad_(False).eval()
+        self.encoder = make_encoder("tokenizer", encoder, encoder_options or {}, resolution, self.grid)
+        self.encoder.drop_final_norm()  # its affine parameters would change the output of the non-affine norm
         self.layers = _chosen(layers, self.encoder.depth, encoder)
         if token_mean and not self.layers:
             raise ValueError("tokenizer.token_mean = true needs several tokenizer.layers")
@@ -153,12 +153,7 @@ class RAE(Tokenizer):
         if any(key.startswith("encoder.") for key in state):
             load_strict(self, state, WHAT, self.checkpoint)
             return
-        try:
-            self.encoder.load_weights()
-        except WeightsError as error:
-            there = "[tokenizer.encoder_options]"
-            message = str(error).replace(f"[encoders.{self.encoder_name}]", there)
-            raise WeightsError(f"{WHAT}: {message}") from error
+        load_encoder(self.encoder, self.encoder_name, WHAT, "[tokenizer.encoder_options]")
         if state:
             state = {key.removeprefix("decoder."): value for key, value in state.items()}
             load_strict(self.decoder, from_published(state), WHAT, self.checkpoint)
@@ -266,20 +261,3 @@ def _chosen(layers: int | list[int], depth: int, encoder: str) -> tuple[int, ...
             f"tokenizer.layers = {layers}: expected ascending blocks of encoder '{encoder}', from 0 to {depth - 1}"
         )
     return tuple(layers)
-
-
-def _make_encoder(name: str, options: dict[str, Any], resolution: int, grid: int) -> Any:
-    try:
-        plugin = encoders.get(name)
-        plugin.schema().model_validate(options)
-    except PluginError as error:
-        raise ValueError(f"tokenizer.encoder: {error}") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ValueError(
-            f"tokenizer.encoder_options.{key}: {first['msg']}; options of encoder '{name}': {', '.join(plugin.options)}"
-        ) from error
-    encoder = plugin.cls(resolution, grid, **options)
-    encoder.drop_final_norm()  # its affine parameters would change the output of the non-affine norm
-    return encoder

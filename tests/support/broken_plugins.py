@@ -495,6 +495,17 @@ class DetachedGenerator(toys.ToyAdversary):
         return super().generator(x_hat.detach(), step)
 
 
+@broken("loss", "is_deterministic", "keeps state between calls outside of buffers")
+class Remembers(toys.ToyAdversary):
+    """Keeps a number outside of its buffers."""
+
+    calls = 0
+
+    def generator(self, x_hat, step):
+        self.calls += 1
+        return self.calls * super().generator(x_hat, step)
+
+
 @broken("loss", "makes_heads", "expected (2, 16, 24)")
 class HeadsOfOneSize(toys.ToyAlignment):
     """Ignores the encoders' dimensions."""

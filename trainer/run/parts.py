@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from components.contracts import Condition, Dataset, Distribution, LatentShape, Modules, Recipe
 from components.data.classes import Classes
+from components.diffusion.random_numbers import of_step
 from components.latent_cache.cache import LatentCache
 from components.optim.ema import copy_values
 
@@ -49,7 +50,7 @@ class Parts:
     @property
     def random_numbers(self) -> dict[str, Distribution]:
         """Random numbers of a training step, by name."""
-        return self.recipe.random_numbers(self.modules, self.latent)
+        return of_step(self.recipe, self.modules, self.latent)
 
     def balanced_labels(self, ids: Tensor) -> Tensor:
         """Labels (B,) of the samples with these numbers (B,): in turn the classes that have images."""

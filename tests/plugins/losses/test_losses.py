@@ -13,12 +13,13 @@ from components import registry
 from components.contracts import AdversarialLoss, AlignmentLoss, Posterior, ReconstructionLoss
 from components.files.weights import WeightsError
 from plugins.losses.cosine import Cosine
+from plugins.losses.dino_gan import DinoGAN
 from plugins.losses.lpips import LPIPS
 from plugins.losses.patchgan import PatchGAN
 from plugins.losses.reconstruction import KL, L1, L2
 from tests.support.ranks import run_ranks
 
-LOSSES = {"l1": L1, "l2": L2, "kl": KL, "lpips": LPIPS, "patchgan": PatchGAN, "cosine": Cosine}
+LOSSES = {"l1": L1, "l2": L2, "kl": KL, "lpips": LPIPS, "patchgan": PatchGAN, "dino_gan": DinoGAN, "cosine": Cosine}
 
 
 @pytest.fixture(autouse=True)

@@ -34,6 +34,7 @@ RAE = {"encoder": "tiny_vit", "patch_size": 4, "width": 32, "depth": 1, "heads":
 OPTIONS = {
     ("encoder", "timm"): {"model": "vit_tiny_patch16_224"},
     ("tokenizer", "rae"): {"resolution": 16} | RAE,
+    ("loss", "dino_gan"): {"encoder": "tiny_vit", "grid": 8, "blocks": [0, 1, 2]},
 }
 PARTS = {  # for recipes that require more than the contracts
     ("recipe", "sra"): {"denoiser": {"name": "sit", "width": 32, "depth": 2, "heads": 2, "align_depth": [1, 2]}},

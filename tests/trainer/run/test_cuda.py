@@ -91,14 +91,24 @@ def test_two_gpus_equal_one_in_fp64(tmp_path, strategy):
     assert losses(tmp_path / "two") == pytest.approx(one, rel=1e-8)
 
 
+PATCHGAN = "[losses.patchgan]\nchannels = 8\nlayers = 2\n"
+DINO_GAN = '[losses.dino_gan]\nencoder = "tiny_vit"\ngrid = 8\nblocks = [0, 2]\n'
+
+
 @pytest.mark.parametrize(
-    "more",
-    [[], ["--optimizer.name=muon"], ["--losses.patchgan.adaptive=true"]],
-    ids=["plain", "muon", "adaptive"],
+    ("more", "adversary"),
+    [
+        ([], PATCHGAN),
+        (["--optimizer.name=muon"], PATCHGAN),
+        (["--losses.patchgan.adaptive=true"], PATCHGAN),
+        ([], DINO_GAN),
+    ],
+    ids=["plain", "muon", "adaptive", "dino_gan"],
 )
-def test_a_step_does_not_wait_for_the_gpu(tmp_path, more):
+def test_a_step_does_not_wait_for_the_gpu(tmp_path, more, adversary):
     """After the first steps, PyTorch treats every synchronization as an error."""
-    (tmp_path / "toy.toml").write_text(toys.TOML)
+    assert PATCHGAN in toys.TOML
+    (tmp_path / "toy.toml").write_text(toys.TOML.replace(PATCHGAN, adversary))
     options = ["--training.steps=12", "--run.log_every=100", "--run.checkpoint_every=0", "--training.precision=fp32"]
     loaded = config.load(str(tmp_path / "toy.toml"), [f"--run.dir={tmp_path / 'run'}", *options, *more])
     trainer = Trainer(loaded, World(device=torch.device("cuda", 0)))

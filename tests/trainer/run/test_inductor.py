@@ -31,6 +31,7 @@ FAMILIES = {
     "sit_xl": [*TOKENIZER, *DENOISER],
     "quickstart": ["--training.batch_size=2"],
     "rae_decoder_shapes": ["--training.batch_size=2"],
+    "rae_decoder_dino_gan_shapes": ["--losses.dino_gan.start_step=0", "--losses.dino_gan.warmup_steps=0"],
     "meanflow_shapes": ["--training.batch_size=2", "--recipe.omega=0.8", "--recipe.kappa=0.5"],
 }
 

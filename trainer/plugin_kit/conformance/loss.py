@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from components.contracts import AdversarialLoss, Network, Posterior
+from components.contracts import AdversarialLoss, Network, Posterior, RandomNumbers
+from components.diffusion.random_numbers import SAMPLERS, generator
 from trainer.plugin_kit.conformance import generic
 from trainer.plugin_kit.conformance.adapter import (
     Adapter,
@@ -44,8 +45,9 @@ def _reconstruction(case: Case) -> list[Check]:
 
 def _adversarial(case: Case) -> list[Check]:
     def call(loss: AdversarialLoss, x: Inputs) -> Outputs:
-        terms, _ = loss.discriminator(x[0], _network_output(x[1]), LATE)
-        return {"generator": loss.generator(_network_output(x[1]), LATE), **terms}
+        random = _random(loss, len(x[0]))
+        terms, _ = loss.discriminator(x[0], _network_output(x[1]), LATE, **random)
+        return {"generator": loss.generator(_network_output(x[1]), LATE, **random), **terms}
 
     adapter = Adapter(make=case.make, inputs=_reconstructions, call=call)
     own = (is_a_scalar, has_both_losses, generic.every_weight_gets_a_gradient)
@@ -93,9 +95,10 @@ def has_both_losses(adapter: Adapter) -> None:
     part = adapter.part()
     x, x_hat, *_ = adapter.inputs(2)
     x_hat.requires_grad_()
-    if not reaches(part.generator(x_hat, LATE), x_hat):
+    random = _random(part, len(x))
+    if not reaches(part.generator(x_hat, LATE, **random), x_hat):
         raise Failure("generator(x_hat, step): no gradient reaches the reconstruction")
-    found = part.discriminator(x, x_hat.detach(), LATE)
+    found = part.discriminator(x, x_hat.detach(), LATE, **random)
     if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(values, dict) for values in found)):
         raise Failure("discriminator(x, x_hat, step) must return two dicts: scalars to minimize, and scalars to report")
     for name, value in found[1].items():
@@ -167,3 +170,14 @@ def _reconstructions(count: int) -> Inputs:
 def _network_output(x: Tensor) -> Tensor:
     """Cast to bf16 under autocast, like the output of a network."""
     return x.bfloat16() if torch.is_autocast_enabled("cpu") else x
+
+
+def _random(loss: AdversarialLoss, count: int) -> dict[str, RandomNumbers]:
+    """The loss's random numbers as an argument of its methods; those of an image do not depend on the count."""
+
+    def of_image(name: str, index: int) -> Tensor:
+        declared = loss.random_numbers[name]
+        return SAMPLERS[declared.kind](*declared.shape, generator=generator(name, index))
+
+    numbers = {name: torch.stack([of_image(name, i) for i in range(count)]) for name in loss.random_numbers}
+    return {"random": numbers} if numbers else {}
