@@ -64,7 +64,7 @@ class Denoiser(nn.Module):
         if align_only:
             velocity, tokens = None, self.transformer.tokens(x_t, t, Condition(labels))
         else:
-            velocity, tokens, _ = self.transformer(x_t, t, Condition(labels))
+            velocity, tokens, *_ = self.transformer(x_t, t, Condition(labels))
         return velocity, [head(tokens) for head in self.heads]
 
 

@@ -117,6 +117,9 @@ class Denoiser(Network):
         noisy_inputs: tensors that the denoiser denoises together with the latent, such as REG's class token: shape per
             image by name. ``forward`` and ``tokens`` take each by this name, noised, and ``forward`` returns their
             velocities in ``others``. A vector's token precedes the patch tokens.
+        early_depth: block, counted from 1, from whose tokens the denoiser predicts the velocity a second time
+            (``DenoiserOutput.early``), for internal guidance; 0: it does not.
+        early_weight: weight of that prediction's loss beside the final one's.
         takes: further keyword arguments of ``forward`` and ``tokens`` that recipes and their samplers may pass, such
             as MeanFlow's "interval"; each has a default.
     """
@@ -130,6 +133,8 @@ class Denoiser(Network):
     null_label: int
     label_dropout: float = 0.0
     prediction: Prediction = "velocity"
+    early_depth: int = 0
+    early_weight: float = 1.0
     takes: ClassVar[frozenset[str]] = frozenset()
     noisy_inputs: dict[str, tuple[int, ...]] = {}
 

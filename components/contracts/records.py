@@ -83,12 +83,14 @@ class Condition(NamedTuple):
 class DenoiserOutput(NamedTuple):
     """Predicted ``velocity`` (B, C, h, w) and the hidden :data:`Tokens` after block ``align_depth``.
 
-    ``others`` are the velocities of the tensors that are denoised together with the latent, by name.
+    ``others`` are the velocities of the tensors that are denoised together with the latent, by name. ``early`` is a
+    weaker prediction of the velocity, from the tokens of block ``early_depth``; None if the denoiser makes none.
     """
 
     velocity: Tensor
     tokens: Tokens
     others: dict[str, Tensor] = {}
+    early: Tensor | None = None
 
 
 class LossTerm(NamedTuple):

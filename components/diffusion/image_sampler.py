@@ -25,7 +25,7 @@ class SamplingPlan:
     Attributes:
         method: "euler" or "heun" for the ODE, "sde" for Euler-Maruyama, or a sampler of the recipe.
         steps: integrator steps; Heun evaluates the denoiser twice in each but the last.
-        guidance: guidance scale and interval.
+        guidance: guidance scale, interval and kind.
         seed: seed of all noise.
         shift: timestep shift as in ``Flow.shift``; 0 uses the flow's own.
     """
@@ -51,6 +51,30 @@ def sampler_of(recipe: Recipe, method: str, steps: int) -> Sampler:
     return known[method]
 
 
+def guidance_fault(guidance: Guidance, recipe: Recipe, m: Modules) -> str:
+    """Why the denoiser cannot be guided in this way, and what to set before training; "": it can.
+
+    Classifier-free guidance needs label dropout; internal guidance an early prediction, of all that is denoised.
+    """
+    if guidance.scale <= 1:
+        return ""
+    if guidance.kind == "classifier_free":
+        return "" if m.denoiser.label_dropout else (
+            "classifier-free guidance needs a denoiser trained with label dropout, but denoiser.label_dropout is 0; "
+            "set it above 0"
+        )  # fmt: skip
+    if others := recipe.denoised(m):
+        return (
+            f"internal guidance is for latents alone, but the recipe also denoises {' and '.join(others)}; set "
+            'guidance_kind = "classifier_free"'
+        )
+    return "" if m.denoiser.early_depth else (
+        "internal guidance needs a denoiser that learned to predict the latent from an early block; an alignment head "
+        "predicts features, compared by their direction (cosine), not latents. Set denoiser.early_depth (ditdh has it) "
+        'and train again; set guidance_kind = "classifier_free"'
+    )  # fmt: skip
+
+
 class ImageSampler:
     """Samples latents with the denoiser and decodes them.
 
@@ -62,21 +86,18 @@ class ImageSampler:
         m: denoiser; latent norm, whose inverse leads back to the tokenizer's scale; tokenizer; and flow, the path that
             the denoiser was trained on, with its shift.
         latent: shape of one latent.
-        guide: weaker denoiser for autoguidance; None: classifier-free guidance.
+        guide: weaker denoiser for autoguidance; None: guidance of the plan's kind.
 
     Raises:
-        ValueError: there is no such sampler, or it needs more steps; classifier-free guidance for a denoiser trained
-            without label dropout; or a guide that denoises something else.
+        ValueError: there is no such sampler, or it needs more steps; guidance that the denoiser was not trained for
+            (:func:`guidance_fault`); or a guide that denoises something else.
     """
 
     def __init__(
         self, plan: SamplingPlan, recipe: Recipe, m: Modules, latent: LatentShape, guide: Denoiser | None = None
     ) -> None:
-        if plan.guidance.scale > 1 and guide is None and not m.denoiser.label_dropout:
-            raise ValueError(
-                "classifier-free guidance needs a denoiser trained with label dropout, but denoiser.label_dropout is "
-                "0; set the guidance scale to 1, or use a weaker checkpoint as guide"
-            )
+        if guide is None and (fault := guidance_fault(plan.guidance, recipe, m)):
+            raise ValueError(f"{fault}; or set the guidance scale to 1, or use a weaker checkpoint as guide")
         self.others = recipe.denoised(m)
         if guide is not None and guide.noisy_inputs != m.denoiser.noisy_inputs:
             raise ValueError("the guide and the denoiser must denoise the same class token, or both none")

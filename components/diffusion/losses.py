@@ -7,7 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from components.contracts import Batch, Condition, LossTerm, Modules, Posterior, RandomNumbers, Tokens, Update
+from components.contracts import (
+    Batch,
+    Condition,
+    DenoiserOutput,
+    LossTerm,
+    Modules,
+    Posterior,
+    RandomNumbers,
+    Tokens,
+    Update,
+)
 from components.diffusion.adaptive_weight import adaptive_reconstruction
 from components.diffusion.flow import PathSample
 from components.diffusion.random_numbers import of_discriminator
@@ -46,6 +56,14 @@ def discriminate(
 def velocity_mse(predicted: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of velocities (B, C, h, w), a scalar in at least fp32."""
     return (at_least_fp32(predicted) - at_least_fp32(target)).square().mean()
+
+
+def velocity_terms(m: Modules, out: DenoiserOutput, path: PathSample) -> dict[str, LossTerm]:
+    """Velocity matching of the denoiser's output and, if it makes one, of its early prediction."""
+    terms = {"velocity": LossTerm(1.0, velocity_mse(out.velocity, path.velocity))}
+    if out.early is not None:
+        terms["early_velocity"] = LossTerm(m.denoiser.early_weight, velocity_mse(out.early, path.velocity))
+    return terms
 
 
 def alignment(m: Modules, tokens: Tokens, targets: Sequence[Tensor], weight: float, step: int) -> dict[str, LossTerm]:
@@ -109,7 +127,7 @@ def denoising(
 ) -> dict[str, LossTerm]:
     """The denoiser's terms: velocity matching and, if there are targets, :func:`alignment`."""
     out = m.denoiser(path.x_t, t, condition)
-    terms = {"velocity": LossTerm(1.0, velocity_mse(out.velocity, path.velocity))}
+    terms = velocity_terms(m, out, path)
     if targets:
         terms |= alignment(m, out.tokens, targets, m.alignment.denoiser_weight, step)
     return terms

@@ -9,13 +9,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from components.contracts import Condition, Sampler
+from components.contracts import Condition, DenoiserOutput, Sampler
 from components.diffusion.flow import Flow
 
+GuidanceKind = Literal["classifier_free", "internal"]
 LAST_SDE_TIME = 0.04  # the SDE's last step goes from here to 0 without noise (REPA, appendix)
 
 
@@ -23,17 +25,20 @@ LAST_SDE_TIME = 0.04  # the SDE's last step goes from here to 0 without noise (R
 class Guidance:
     """Guidance at times in [low, high], inclusive: v = bad + scale * (good - bad), away from a worse velocity ``bad``.
 
-    In classifier-free guidance (arXiv 2207.12598), ``bad`` is the unconditional velocity.
+    In classifier-free guidance (arXiv 2207.12598), ``bad`` is the unconditional velocity; in internal guidance (arXiv
+    2512.24176; RAEv2, arXiv 2605.18324), the denoiser's early prediction.
 
     Attributes:
         scale: guidance scale; 1 disables guidance.
         low: start of the time interval.
         high: end of the time interval.
+        kind: where ``bad`` comes from, unless a guide is given.
     """
 
     scale: float = 1.0
     low: float = 0.0
     high: float = 1.0
+    kind: GuidanceKind = "classifier_free"
 
     def active(self, t: float) -> bool:
         return self.scale > 1.0 and self.low <= t <= self.high
@@ -42,7 +47,8 @@ class Guidance:
 class GuidedVelocity:
     """Velocity of a denoiser with guidance.
 
-    Cost while guidance is active: one evaluation of 2B images, or, with ``guide``, one of B images per network.
+    Cost while guidance is active: one evaluation of 2B images; of B images for internal guidance; or, with ``guide``,
+    one of B images per network.
 
     Args:
         denoiser: contract ``Denoiser``.
@@ -60,19 +66,26 @@ class GuidedVelocity:
     def __call__(self, x: Tensor, t: float, transform: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
         """Velocity at x (B, C, h, w) and time t, in float64; ``transform(v, x)`` is applied before guidance."""
 
-        def velocity(denoiser, x: Tensor, condition: Condition) -> Tensor:
+        def evaluate(denoiser, x: Tensor, condition: Condition) -> DenoiserOutput:
             times = torch.full((x.shape[0],), t, dtype=self.dtype, device=x.device)
-            v = denoiser(x.to(self.dtype), times, condition).velocity.double()
-            return v if transform is None else transform(v, x)
+            return denoiser(x.to(self.dtype), times, condition)
+
+        def transformed(v: Tensor, x: Tensor) -> Tensor:
+            return v.double() if transform is None else transform(v.double(), x)
 
         if not self.guidance.active(t):
-            return velocity(self.denoiser, x, self.condition)
-        if self.guide is None:
+            return transformed(evaluate(self.denoiser, x, self.condition).velocity, x)
+        if self.guide is not None:
+            networks = self.denoiser, self.guide
+            good, bad = (transformed(evaluate(network, x, self.condition).velocity, x) for network in networks)
+        elif self.guidance.kind == "internal":
+            out = evaluate(self.denoiser, x, self.condition)
+            good, bad = transformed(out.velocity, x), transformed(out.early, x)
+        else:
             null = self.denoiser.null_condition(self.condition)
             both = self.condition.combine(lambda *values: torch.cat(values), null)
-            good, bad = velocity(self.denoiser, torch.cat([x, x]), both).chunk(2)
-        else:
-            good, bad = velocity(self.denoiser, x, self.condition), velocity(self.guide, x, self.condition)
+            twice = torch.cat([x, x])
+            good, bad = transformed(evaluate(self.denoiser, twice, both).velocity, twice).chunk(2)
         return bad + self.guidance.scale * (good - bad)
 
 

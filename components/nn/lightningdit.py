@@ -68,51 +68,79 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RotaryAttention(nn.Module):
-    """Self-attention with rotary positions; ``qk_norm`` applies RMSNorm to queries and keys."""
+    """Self-attention with rotary positions; ``qk_norm`` applies RMSNorm to queries and keys.
 
-    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+    ``fused``: one matrix for queries, keys and values, or three, which Muon then updates separately.
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool, fused: bool = True) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.heads, self.fused = heads, fused
+        if fused:
+            self.qkv = nn.Linear(width, 3 * width)
+        else:
+            self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
         self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.fused:
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
-    """Gated MLP: w3(silu(a) * b), where a and b are the halves of w12(x) (arXiv 2002.05202)."""
+    """Gated MLP: w3(silu(a) * b), where a and b are the halves of w12(x) (arXiv 2002.05202).
 
-    def __init__(self, width: int, hidden: int) -> None:
+    Without ``fused``, a = w1(x) and b = w2(x).
+    """
+
+    def __init__(self, width: int, hidden: int, fused: bool = True) -> None:
         super().__init__()
-        self.w12 = nn.Linear(width, 2 * hidden)
+        self.fused = fused
+        if fused:
+            self.w12 = nn.Linear(width, 2 * hidden)
+        else:
+            self.w1, self.w2 = nn.Linear(width, hidden), nn.Linear(width, hidden)
         self.w3 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.w12(x).chunk(2, dim=-1)
+        a, b = self.w12(x).chunk(2, dim=-1) if self.fused else (self.w1(x), self.w2(x))
         return self.w3(F.silu(a) * b)
 
 
-class LightningBlock(nn.Module):
-    """LightningDiT block (arXiv 2501.01423): RMSNorm, rotary attention and SwiGLU, modulated by adaLN-Zero.
+class PlainBlock(nn.Module):
+    """Pre-norm block with RMSNorm, rotary attention and SwiGLU, without modulation.
 
     The SwiGLU has 2 / 3 * ``mlp_ratio`` * width hidden features, so it has as many weights as a plain MLP.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, fused: bool = True) -> None:
         super().__init__()
         self.norm1 = RMSNorm(width)
-        self.attn = RotaryAttention(width, heads, qk_norm)
+        self.attn = RotaryAttention(width, heads, qk_norm, fused)
         self.norm2 = RMSNorm(width)
-        self.mlp = SwiGLU(width, int(width * mlp_ratio) * 2 // 3)
+        self.mlp = SwiGLU(width, int(width * mlp_ratio) * 2 // 3, fused)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Apply the block to tokens x (B, N, width)."""
+        x = x + self.attn(self.norm1(x), cos, sin)
+        return x + self.mlp(self.norm2(x))
+
+
+class LightningBlock(PlainBlock):
+    """LightningDiT block (arXiv 2501.01423): the plain block, modulated by adaLN-Zero."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, fused: bool = True) -> None:
+        super().__init__(width, heads, mlp_ratio, qk_norm, fused)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
         """Apply the block to tokens x (B, N, width), conditioned on c: (B, 1, width), or (B, N, width) per token."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
@@ -134,16 +162,18 @@ class LightningFinalLayer(nn.Module):
         return self.linear(self.norm_final(x) * (1 + scale) + shift)
 
 
-def init_lightning(blocks: Iterable[nn.Module], final: LightningFinalLayer) -> None:
-    """Zero-initialize modulation and output layers, so that blocks start as the identity; norm weights become 1."""
-    for module in (*blocks, final):
-        nn.init.zeros_(module.adaLN_modulation[-1].weight)
-        nn.init.zeros_(module.adaLN_modulation[-1].bias)
+def init_lightning(blocks: Iterable[nn.Module], *finals: LightningFinalLayer) -> None:
+    """Zero-initialize modulation and output layers; norm weights become 1. Modulated blocks start as the identity."""
+    for module in (*blocks, *finals):
+        if isinstance(module, (LightningBlock, LightningFinalLayer)):
+            nn.init.zeros_(module.adaLN_modulation[-1].weight)
+            nn.init.zeros_(module.adaLN_modulation[-1].bias)
         for norm in module.modules():
             if isinstance(norm, RMSNorm):
                 nn.init.ones_(norm.weight)
-    nn.init.zeros_(final.linear.weight)
-    nn.init.zeros_(final.linear.bias)
+    for final in finals:
+        nn.init.zeros_(final.linear.weight)
+        nn.init.zeros_(final.linear.bias)
 
 
 def check_rotary(key: str, width: int, heads: int) -> None:

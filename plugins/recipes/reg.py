@@ -12,6 +12,7 @@ from components.diffusion.losses import (
     encode_targets,
     frozen_posterior,
     velocity_mse,
+    velocity_terms,
 )
 from components.registry import recipes
 
@@ -64,10 +65,8 @@ class Reg(Recipe):
 
         condition = drop_condition(m, batch.condition, random["label"])
         out = m.denoiser(path.x_t, t, condition, class_token=class_path.x_t)
-        terms = {
-            "velocity": LossTerm(1.0, velocity_mse(out.velocity, path.velocity)),
-            "class_velocity": LossTerm(self.class_weight, velocity_mse(out.others["class_token"], class_path.velocity)),
-        }
+        class_error = velocity_mse(out.others["class_token"], class_path.velocity)
+        terms = velocity_terms(m, out, path) | {"class_velocity": LossTerm(self.class_weight, class_error)}
         # The class token comes first and is aligned like any other token.
         patches = encode_targets(m, batch, step)
         targets = [torch.cat([c[:, None], y], dim=1) for c, y in zip(classes, patches)]

@@ -18,7 +18,7 @@ from components.contracts import (
     Recipe,
     Update,
 )
-from components.diffusion.losses import drop_condition, frozen_posterior, velocity_mse
+from components.diffusion.losses import drop_condition, frozen_posterior, velocity_terms
 from components.monitor.phases import phase
 from components.optim.ema import update_average
 from components.registry import recipes
@@ -72,7 +72,7 @@ class Sra(Recipe):
         path = m.flow.sample(z, t, random["noise"])
         condition = drop_condition(m, batch.condition, random["label"])
         out = m.denoiser(path.x_t, t, condition)
-        terms = {"velocity": LossTerm(1.0, velocity_mse(out.velocity, path.velocity))}
+        terms = velocity_terms(m, out, path)
 
         if strength := m.alignment.strength(step):
             with torch.no_grad(), phase("teacher"):

@@ -48,7 +48,7 @@ class RAE(Tokenizer):
     minimum standard deviation, 3e-7.
 
     The decoder embeds tokens linearly, adds a class token and fixed sine-cosine positions, and predicts each token's
-    pixels in the encoder's input normalization.
+    pixels.
 
     Args:
         encoder: name of an encoder plugin. Published: "dinov2" with ``encoder_options = { registers = true }``.
@@ -66,6 +66,8 @@ class RAE(Tokenizer):
         depth: number of blocks of the decoder; overrides the preset.
         heads: attention heads of the decoder; overrides the preset.
         hidden: hidden features of the decoder's MLPs; none: 4 * width if width is set, else the preset's.
+        output: scale of the pixels that the decoder predicts. encoder: the encoder's input normalization, as in RAE's
+            code; unit: [0, 1], as in RAEv2's.
         checkpoint: a published decoder (bytetriper/RAE), or a decoder or whole tokenizer saved by titanrepa: a file, a
             model folder, or hf://organization/name/file[@revision]; none: a random decoder.
 
@@ -90,6 +92,7 @@ class RAE(Tokenizer):
         depth: int | None = None,
         heads: int | None = None,
         hidden: int | None = None,
+        output: Literal["encoder", "unit"] = "encoder",
         checkpoint: File | None = None,
     ) -> None:
         super().__init__()
@@ -102,6 +105,7 @@ class RAE(Tokenizer):
             )
         if width % 4 or heads < 1 or width % heads:
             raise ValueError(f"tokenizer.width = {width}: expected a multiple of 4 and of tokenizer.heads = {heads}")
+        self.output = output
         self.factor, self.resolution, self.checkpoint = patch_size, resolution, checkpoint
         self.grid = resolution // patch_size
         self.encoder_name = encoder
@@ -133,6 +137,8 @@ class RAE(Tokenizer):
         """(B, D, h, w) -> (B, 3, R, R), nominally in [-1, 1]."""
         self._check_side(z.shape[-1], self.factor)
         x = self.decoder(z.flatten(2).transpose(1, 2))
+        if self.output == "unit":
+            return x * 2 - 1
         if self.encoder.pixel_stats is None:
             return x
         # x is in the encoder's input normalization, (image in [0, 1] - mean) / std.

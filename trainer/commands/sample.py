@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", help="sampler: euler, heun, sde or one of the recipe's (default: as in the run)")
     parser.add_argument("--steps", type=int, help="integration steps (default: as in the run)")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1: none (default: as in the run)")
+    parser.add_argument(
+        "--guidance-kind",
+        choices=("classifier_free", "internal"),
+        help="what to guide away from: the unconditional velocity, or the denoiser's early prediction (default: as in "
+        "the run)",
+    )
     parser.add_argument("--guidance-low", type=float, help="smallest t with guidance (t = 0 is data)")
     parser.add_argument("--guidance-high", type=float, help="largest t with guidance (t = 1 is noise)")
     parser.add_argument("--shift", type=float, help="timestep shift; 1: none (default: as in the run)")
@@ -71,6 +77,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         value = vars(arguments)[name]
         if value is not None and value < 1:
             raise configs.ConfigError(f"--{name.replace('_', '-')}={value}: expected at least 1")
+    if arguments.guide and arguments.guidance_kind:
+        raise configs.ConfigError(
+            f"--guide={arguments.guide} replaces --guidance-kind={arguments.guidance_kind}: the guide is what sampling "
+            "is guided away from; remove one"
+        )
     from components.distributed import parallel
 
     world = parallel.join_world()
@@ -269,7 +280,7 @@ def describe(
         "model": source.fingerprint,
         "step": source.step,
         "weights": source.weights,
-        "guide": guide.fingerprint if guide else None,
+        "guide": guide.fingerprint if guide else ("internal" if internal(plan) else None),
         "method": plan.method,
         "steps": plan.steps,
         "guidance": [plan.guidance.scale, plan.guidance.low, plan.guidance.high],
@@ -282,13 +293,18 @@ def describe(
     }
 
 
+def internal(plan: SamplingPlan) -> bool:
+    return plan.guidance.scale > 1 and plan.guidance.kind == "internal"
+
+
 def folder_name(arguments: argparse.Namespace, source: LoadedModel, plan: SamplingPlan) -> str:
     """Folder name that encodes the sampling settings, but not the number of images."""
     g = plan.guidance
     words = [f"step{source.step}", source.weights, f"{plan.method}{plan.steps}"]
     if g.scale > 1:
         interval = "" if (g.low, g.high) == (0.0, 1.0) else f"_{g.low:g}-{g.high:g}"
-        words.append(f"{'guide' if arguments.guide else 'cfg'}{g.scale:g}{interval}")
+        kind = "guide" if arguments.guide else "internal" if internal(plan) else "cfg"
+        words.append(f"{kind}{g.scale:g}{interval}")
     if (shift := plan.shift or source.parts.modules.flow.shift) != 1:
         words.append(f"shift{shift:g}")
     if arguments.labels != "balanced":

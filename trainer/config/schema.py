@@ -275,7 +275,10 @@ class Sampling(Table):
     steps: Positive = 50
     """Integration steps; heun evaluates the denoiser twice per step, the others once."""
     guidance: Annotated[float, Field(ge=1)] = 4.0
-    """Classifier-free guidance scale; 1: none."""
+    """Guidance scale; 1: none."""
+    guidance_kind: Literal["classifier_free", "internal"] = "classifier_free"
+    """What to guide away from. classifier_free: the unconditional velocity, at twice the cost; internal: the denoiser's
+    prediction from an early block, at no cost, for a denoiser with `early_depth`."""
     guidance_low: Fraction = 0.0
     """Smallest time t with guidance, inclusive (t = 0 is data)."""
     guidance_high: Fraction = 1.0

@@ -9,7 +9,8 @@ from torch import nn
 
 from components.data.classes import Classes, counted
 from components.data.loader import DataError
-from components.diffusion.image_sampler import sampler_of
+from components.diffusion.image_sampler import guidance_fault, sampler_of
+from components.diffusion.samplers import Guidance
 from components.distributed.parallel import World, gather_floats
 from components.distributed.ranks import patient_ranks
 from components.optim.ema import Ema
@@ -176,11 +177,9 @@ def _check_parts(config: Config, parts: Parts) -> None:
     denoiser = parts.modules.denoiser
     if denoiser is None:
         return
-    if not denoiser.label_dropout and config.sampling.guidance > 1:
-        raise ConfigError(
-            f"sampling.guidance = {config.sampling.guidance}: classifier-free guidance needs a denoiser trained with "
-            "label dropout, but denoiser.label_dropout is 0; set it above 0, or set sampling.guidance = 1 (off)"
-        )
+    guidance = Guidance(config.sampling.guidance, kind=config.sampling.guidance_kind)
+    if fault := guidance_fault(guidance, parts.recipe, parts.modules):
+        raise ConfigError(f"sampling.guidance = {guidance.scale}: {fault}; or set sampling.guidance = 1 (off)")
     if denoiser.prediction != "velocity" and config.flow.path != "linear":
         raise ConfigError(
             f"denoiser.prediction = '{denoiser.prediction}' is converted to the velocity of the linear path, but "

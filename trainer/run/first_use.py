@@ -168,6 +168,8 @@ def _denoiser(part: Any) -> dict[str, Check]:
             report.fail(found(out), "components.contracts.DenoiserOutput(velocity, tokens)")
         report.tensor(out.velocity, x_t.shape, "as x_t", "velocity")
         tokens(report, out.tokens, x_t)
+        if part.early_depth:
+            report.tensor(out.early, x_t.shape, f"as x_t, since early_depth = {part.early_depth}", "early")
         for name, shape in part.noisy_inputs.items():
             if name not in out.others:
                 report.fail(f"others without '{name}'", "the velocity of each of noisy_inputs")

@@ -48,7 +48,8 @@ def sampling_plan(config: Config, seed: int, options: Mapping[str, Any] | None =
         name: value for name, value in (options or {}).items() if name in type(s).model_fields and value is not None
     }
     s = check_table(type(s), s.model_dump() | given, "--") if given else s
-    return SamplingPlan(s.method, s.steps, Guidance(s.guidance, s.guidance_low, s.guidance_high), seed, s.shift)
+    guidance = Guidance(s.guidance, s.guidance_low, s.guidance_high, s.guidance_kind)
+    return SamplingPlan(s.method, s.steps, guidance, seed, s.shift)
 
 
 class Stoppable:

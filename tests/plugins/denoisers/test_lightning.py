@@ -305,7 +305,7 @@ def test_a_new_network_is_materialized_whole_and_says_zero(name):
     torch.manual_seed(0)
     materialize(denoiser, torch.device("cpu"))
     x, t, labels = (part.float() if part.is_floating_point() else part for part in inputs())
-    velocity, tokens, _ = denoiser(x, t, Condition(labels))
+    velocity, tokens, *_ = denoiser(x, t, Condition(labels))
     embed = denoiser.x_embedder if name == "lightningdit" else denoiser.s_embedder
     assert not velocity.any() and torch.equal(tokens, embed(x) + denoiser.pos_embed)
     direct = MAKERS[name]()
@@ -387,7 +387,7 @@ def test_one_graph_for_each_kind_of_block():
 
 
 def loss(denoiser, x, t, labels) -> torch.Tensor:
-    velocity, tokens, _ = denoiser(x, t, Condition(labels))
+    velocity, tokens, *_ = denoiser(x, t, Condition(labels))
     return velocity.square().mean() + tokens.square().mean()
 
 

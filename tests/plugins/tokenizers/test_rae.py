@@ -190,6 +190,9 @@ def test_a_published_decoder_is_read_and_decodes_the_same(tmp_path, monkeypatch)
         stats = torch.full((1, 3, 1, 1), 0.4), torch.full((1, 3, 1, 1), 0.2)
         monkeypatch.setattr(type(rae.encoder), "pixel_stats", stats)
         assert torch.allclose(rae.decode(z), (expected * 0.2 + 0.4) * 2 - 1, atol=1e-5)
+        unit = RAE(**TINY, output="unit").double()
+        unit.load_state_dict(rae.state_dict())
+        assert torch.allclose(unit.decode(z), expected * 2 - 1, atol=1e-5)
 
 
 def test_presets_are_the_published_sizes():

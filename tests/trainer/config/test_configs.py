@@ -30,6 +30,7 @@ PARAMETERS = {  # of the published modules, counted in their code
     "repae_sit_xl_invae": {"tokenizer": 69_836_067, "denoiser": 674_853_152},
     "repae_sit_xl_vavae": {"tokenizer": 69_836_067, "denoiser": 674_853_152},
     "reg_sit_xl": {"denoiser": 676_589_968, "heads": 8_131_328},
+    "raev2_dinov3_l": {"denoiser": 875_216_244},
     "sra_sit_xl": {"denoiser": 674_816_272, "heads": 5_311_872, "copies.teacher": 674_816_272},
 }  # fmt: skip
 

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.long
 ALIKE = (
     "ablation_encoder_dinov2",
     "ablation_encoder_ijepa", "repae_sit_xl_vavae", "irepa_sit_xl", "reg_sit_xl", "repae_lightningdit", "repae_ditdh",
+    "raev2_d",
 )  # fmt: skip
 CONFIGS = sorted(p for p in (ROOT / "train_configs").glob("*.toml") if not p.name.startswith(ALIKE))
 FLOAT = 4  # bytes

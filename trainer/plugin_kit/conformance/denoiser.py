@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.contracts import Condition, Denoiser, LatentShape, Tokens
+from components.contracts import Condition, Denoiser, DenoiserOutput, LatentShape, Tokens
 from trainer.plugin_kit.conformance import generic
 from trainer.plugin_kit.conformance.adapter import Adapter, Outputs, distance, normal, reaches, shapes
 from trainer.plugin_kit.conformance.case import CLASSES, Case, Check, Failure, bind
@@ -24,7 +24,7 @@ def checks(case: Case) -> list[Check]:
         make=case.make,
         inputs=lambda count: _inputs(part, count, case.given["latent"]),
         call=_outputs,
-        may_be_bf16=("velocity", "tokens"),
+        may_be_bf16=("velocity", "early", "tokens"),
     )
     own = (
         tokens_match_the_forward_pass,
@@ -59,6 +59,8 @@ def keeps_shapes(case: Case) -> None:
             condition.label[0] = part.null_label
         out = part(x_t, t, condition, **noisy)
         shapes({"velocity": out.velocity}, (count, *latent), where)
+        if part.early_depth:
+            shapes({"the early velocity": _early(part, out)}, (count, *latent), where)
         for name, shape in part.noisy_inputs.items():
             shapes({f"the velocity of {name}": out.others[name]}, (count, *shape), where)
         tokens = _named(out.tokens)
@@ -128,9 +130,16 @@ def _outputs(part: Denoiser, inputs: tuple[Any, ...]) -> Outputs:
     out = part(*inputs[:3], **inputs[3])
     return {
         "velocity": out.velocity,
+        **({"early": _early(part, out)} if part.early_depth else {}),
         **{f"velocity of {name}": v for name, v in out.others.items()},
         **_named(out.tokens),
     }
+
+
+def _early(part: Denoiser, out: DenoiserOutput) -> Tensor:
+    if out.early is None:
+        raise Failure(f"returns no early prediction, but early_depth = {part.early_depth}")
+    return out.early
 
 
 def _named(tokens: Tokens) -> Outputs:

@@ -20,6 +20,7 @@ _TABLE = (
         "Alignment loss: mean of -cos between projected hidden tokens and the encoder's, at least -1; lower is better.",
     ),
     (r"(\w+)/velocity", "Mean squared error of the predicted velocity, on normalized latents; lower is better."),
+    (r"(\w+)/early_velocity", "The same of the prediction from an early block, for internal guidance."),
     (r"(\w+)/class_velocity", "Mean squared error of the predicted velocity of the class token."),
     (r"discriminator/hinge", "Hinge loss of the discriminator: 1 if it cannot tell real from fake, 0 if it wins."),
     (r"discriminator/logits_real", "Mean output of the discriminator on images; above that on reconstructions."),
