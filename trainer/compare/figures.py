@@ -64,6 +64,8 @@ def draw_curves(
 
 def _panel(axes: Any, arms: Sequence[Arm], tag: str, goals: Sequence[Goal], smooth: float, time: bool) -> list[End]:
     """Draw one metric, and return where the lines end."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     ends: list[End] = []
     lowest, highest, longest = np.inf, -np.inf, 0.0
     for series in filter(None, (arm.series(tag) for arm in arms)):
@@ -88,6 +90,9 @@ def _panel(axes: Any, arms: Sequence[Arm], tag: str, goals: Sequence[Goal], smoo
             axes.axhline(goal.value, color="#666666", linestyle=":", linewidth=1.4)
     if lowest > 0 and highest > LOG_RANGE * lowest:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
