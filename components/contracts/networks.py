@@ -22,6 +22,8 @@ class Network(nn.Module):
     Attributes:
         forward_methods: methods other than ``forward`` that use the parameters; FSDP must wrap them.
         keep_fp32: compute in fp32 even in a bf16 run; may also be set on a unit that is a ``Network``.
+        compiles: false on a unit that is a ``Network``: it stays eager with ``training.compile``, for example because
+            its buffers change between its calls in a step, while the backward pass still needs their earlier values.
         adapters: classes derived from :class:`components.files.adapter.StateDictAdapter`: file formats of other
             programs that a tokenizer, denoiser or discriminator is read from and written to, besides its own keys.
         given: names of the constructor arguments that the trainer passes; options follow after a bare ``*``.
@@ -30,6 +32,7 @@ class Network(nn.Module):
     given: ClassVar[tuple[str, ...]] = ()
     forward_methods: ClassVar[tuple[str, ...]] = ()
     keep_fp32: ClassVar[bool] = False
+    compiles: ClassVar[bool] = True
     adapters: ClassVar[tuple[Any, ...]] = ()
 
     def __init__(self) -> None:  # that of nn.Module accepts any arguments, so a plugin's options would not be checked

@@ -289,7 +289,8 @@ def compile_units(module: nn.Module, backend: str | Callable = "inductor") -> No
     for unit in units or [module]:
         # Not unit.compile(), which also traces hooks: FSDP2's break the graph if forward is defined by PyTorch's own
         # classes (nn.Sequential).
-        unit.forward = compiled(unit.forward)
+        if not isinstance(unit, Network) or unit.compiles:
+            unit.forward = compiled(unit.forward)
     for method in module.compiled_methods() if isinstance(module, Network) and units else ():
         if not any(part._forward_hooks for part in method.__self__.modules()):
             setattr(method.__self__, method.__name__, compiled(method))

@@ -79,6 +79,7 @@ class Heads(Network):
     """One head for each of several tokens (B, N, D) -> all logits (B, heads * N)."""
 
     keep_fp32 = True
+    compiles = False  # compiled code saves the singular vectors' buffers themselves, which the next call changes
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
